@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""Export the nano model to INT8 W8A8 with AMD Quark (per-channel weights, dynamic per-token input).
+
+Run in Quark's own environment (`make quark-env`):
+
+    python export.py SRC DST [--all-linear]
+
+Attention, shared experts, router and lm_head stay BF16, as in the published Step-3.5 recipes;
+--all-linear quantizes attention and shared experts too. Experts are written one by one: that is
+what Quark does with stacked tensors.
+"""
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+KEEP = ["*lm_head", "*moe.gate"]
+KEEP_RECIPE = [*KEEP, "*self_attn*", "*share_expert*"]
+
+
+def main() -> int:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("src", type=Path)
+    ap.add_argument("dst", type=Path)
+    ap.add_argument("--all-linear", action="store_true", help="quantize attention and shared experts too")
+    args = ap.parse_args()
+    if not (args.src / "config.json").is_file():
+        print(f"export: {args.src} has no config.json: name a checkpoint folder", file=sys.stderr)
+        return 2
+    try:
+        from quark.torch import ModelQuantizer
+        from quark.torch.quantization.config.config import Int8PerChannelSpec, QConfig, QLayerConfig
+        from quark.torch.quantization.weight_convert import SplitFusedExperts, WeightConverter
+    except ImportError as e:
+        print(f"export: {e}: run in Quark's environment (make quark-env)", file=sys.stderr)
+        return 2
+    logging.disable(logging.WARNING)
+    weight = Int8PerChannelSpec(
+        symmetric=True, scale_type="float", round_method="half_even", ch_axis=0, is_dynamic=False
+    ).to_quantization_spec()
+    # Quark calls one scale per token "per channel" of the activation's rows.
+    tokens = Int8PerChannelSpec(
+        symmetric=True, scale_type="float", round_method="half_even", ch_axis=1, is_dynamic=True
+    ).to_quantization_spec()
+    config = QConfig(
+        global_quant_config=QLayerConfig(weight=weight, input_tensors=tokens),
+        exclude=KEEP if args.all_linear else KEEP_RECIPE,
+    )
+
+    class SplitExperts(SplitFusedExperts):
+        """moe.gate_proj.weight [E, N, K] -> moe.experts.{e}.gate_proj.weight [N, K]."""
+
+        def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+            parts = super().convert(input_dict, source_patterns, target_patterns, **kwargs)
+            return {f"moe.experts.{name}": tensor for name, tensor in parts.items()}
+
+    converters = [
+        WeightConverter(f"moe.{p}.weight", f"{p}.weight", operations=[SplitExperts()])
+        for p in ("gate_proj", "up_proj", "down_proj")
+    ]
+    args.dst.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(dir=args.dst.parent, prefix=f".{args.dst.name}."))
+    try:
+        # Quark copies every file beside the weights; hand it a folder with the checkpoint only.
+        clean = new / "src"
+        clean.mkdir()
+        for f in [*args.src.glob("*.safetensors"), *args.src.glob("*.json")]:
+            os.symlink(f.resolve(), clean / f.name)
+        ModelQuantizer(config).direct_quantize_checkpoint(
+            str(clean), str(new / "dst"), device="cpu", weight_converters=converters
+        )
+        shutil.rmtree(args.dst, ignore_errors=True)
+        os.rename(new / "dst", args.dst)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

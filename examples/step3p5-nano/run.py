@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""Serve a nano checkpoint with the vLLM on PYTHONPATH and judge it on held-out text.
+
+    python run.py CKPT --out RESULT.json [--windows 20] [--tokens 48] [--tp 1]
+
+Writes perplexity per byte, the top-1 token at every position and a greedy continuation. NaN logits
+make the perplexity infinite: that, too, is a result.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+from text import BOS, held_out_windows, text_of  # noqa: E402
+
+PROMPT = "class Stack:\n    def __init__(self"
+
+
+def main() -> None:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("ckpt")
+    ap.add_argument("--out", type=Path, required=True)
+    ap.add_argument("--windows", type=int, default=20)
+    ap.add_argument("--tokens", type=int, default=48)
+    ap.add_argument("--dtype", default="bfloat16")
+    ap.add_argument("--tp", type=int, default=1)
+    ap.add_argument("--stdlib", type=Path, default=None, help="folder with the library's sources")
+    ap.add_argument("--compile", action="store_true", help="with torch.compile instead of eager")
+    args = ap.parse_args()
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    start = time.time()
+    llm = LLM(args.ckpt, dtype=args.dtype, enforce_eager=not args.compile, max_model_len=1024, max_num_seqs=8,
+              tensor_parallel_size=args.tp, gpu_memory_utilization=0.3, seed=0)  # fmt: skip
+    loaded = time.time() - start
+    windows = held_out_windows(args.stdlib)
+    windows = windows[:: max(1, len(windows) // args.windows)][: args.windows]
+    judge = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    loss, count, bad, top = 0.0, 0, 0, []
+    for result in llm.generate([TokensPrompt(prompt_token_ids=w) for w in windows], judge, use_tqdm=False):
+        best = []
+        for token, position in zip(result.prompt_token_ids[1:], result.prompt_logprobs[1:], strict=True):
+            value = position[token].logprob
+            loss, count = loss - value, count + 1
+            bad += not math.isfinite(value)
+            best.append(next((t for t, p in position.items() if p.rank == 1), token))
+        top.append(best)
+    greedy = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True, logprobs=1)
+    prompt = [BOS, *PROMPT.encode()]
+    out = llm.generate([TokensPrompt(prompt_token_ids=prompt)], greedy, use_tqdm=False)[0].outputs[0]
+    result = {
+        "ckpt": args.ckpt,
+        "perplexity": math.exp(min(loss / count, 700)) if not bad else None,
+        "nan_positions": bad,
+        "top": top,
+        "tokens": list(out.token_ids),
+        "text": text_of(list(out.token_ids)),
+        "load_s": loaded,
+        "total_s": time.time() - start,
+    }
+    new = args.out.with_suffix(".new")
+    new.write_text(json.dumps(result))
+    new.rename(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Biased routing and INT8 experts on the CPU platform, against float64."""
+
+import pytest
+import torch
+
+from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import (
+    fused_topk_bias,
+)
+from vllm.platforms import current_platform
+
+from .utils import (
+    DTYPE,
+    assert_close,
+    emulate_moe,
+    random_input,
+    random_weight,
+    vllm_environment,
+)
+
+pytestmark = pytest.mark.skipif(
+    not current_platform.is_cpu(), reason="tests of the CPU platform"
+)
+E, I, K, TOP_K = 8, 48, 96, 3  # noqa: E741
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    torch.manual_seed(0)
+    with vllm_environment():
+        yield
+
+
+class Layer(torch.nn.Module):
+    """What INT8 experts read of a FusedMoE layer."""
+
+    def __init__(self, activation: str = "silu", per_tensor=False, static=None):
+        from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+        super().__init__()
+        self.layer_name = "model.layers.7.moe.experts"
+        self.activation = MoEActivation.from_str(activation)
+        self.orig_dtype = DTYPE
+        self.expert_map = None
+        self.apply_router_weight_on_input = False
+        self.w13_bias = self.w2_bias = None
+        self.w13_input_scale, self.w2_input_scale = static or (None, None)
+        for name, shape in (("w13", (E, 2 * I, K)), ("w2", (E, K, I))):
+            weight, scale = random_weight(*shape)
+            if per_tensor:
+                scale = scale[:, :1].expand(-1, shape[1]).contiguous()
+            setattr(self, f"{name}_reference", (weight.clone(), scale.clone()))
+            scale = scale[:, 0].clone() if per_tensor else scale.unsqueeze(-1)
+            for kind, tensor in (("weight", weight), ("weight_scale", scale)):
+                param = torch.nn.Parameter(tensor, requires_grad=False)
+                self.register_parameter(f"{name}_{kind}", param)
+
+
+def packed(layer: Layer):
+    from vllm.model_executor.layers.fused_moe.cpu_int8_moe import CPUInt8Experts
+
+    return CPUInt8Experts(layer)
+
+
+def routing(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    weights, ids = torch.rand(tokens, E, dtype=torch.float32).topk(TOP_K)
+    return weights, ids.int()
+
+
+def emulate(layer: Layer, x, weights, ids):
+    return emulate_moe(
+        x,
+        *layer.w13_reference,
+        *layer.w2_reference,
+        weights,
+        ids,
+        layer.activation.value,
+        layer.w13_input_scale,
+        layer.w2_input_scale,
+    )
+
+
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_biased_routing(scoring, renormalize):
+    logits = torch.randn(50, E, dtype=torch.float32)
+    bias = torch.randn(E, dtype=torch.float32)
+    weights, ids = fused_topk_bias(
+        torch.randn(50, K),
+        logits,
+        scoring,
+        bias,
+        TOP_K,
+        renormalize,
+        routed_scaling_factor=3.0,
+    )
+    wide = logits.double()
+    scores = wide.sigmoid() if scoring == "sigmoid" else wide.softmax(-1)
+    chosen = (scores + bias.double()).topk(TOP_K).indices
+    assert torch.equal(ids.long().sort(-1).values, chosen.sort(-1).values)
+    expected = scores.gather(1, ids.long())
+    if renormalize:
+        expected = expected / expected.sum(-1, keepdim=True)
+    torch.testing.assert_close(weights.double(), 3.0 * expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "swigluoai", "swiglustep"])
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_experts(activation, per_tensor, tokens):
+    layer = Layer(activation, per_tensor)
+    x = random_input(tokens, K)
+    weights, ids = routing(tokens)
+    out = packed(layer)(layer, x, weights, ids)
+    assert out.dtype == DTYPE and out.shape == x.shape
+    assert_close(out, emulate(layer, x, weights, ids))
+
+
+def test_static_input_scales():
+    scales = torch.tensor(0.02), torch.tensor(0.5)
+    layer = Layer(static=[s.float() for s in scales])
+    x = torch.randn(33, K)
+    weights, ids = routing(33)
+    out = packed(layer)(layer, x, weights, ids)
+    assert_close(out, emulate(layer, x, weights, ids))
+
+
+def test_no_tokens():
+    layer = Layer()
+    ids = torch.empty(0, TOP_K, dtype=torch.int32)
+    out = packed(layer)(layer, torch.empty(0, K), ids.float(), ids)
+    assert out.shape == (0, K)
+
+
+def test_zero_token_stays_zero():
+    layer = Layer()
+    x = random_input(3, K)
+    x[1] = 0
+    weights, ids = routing(3)
+    out = packed(layer)(layer, x, weights, ids)
+    assert torch.equal(out[1], torch.zeros(K))
+    assert_close(out[::2], emulate(layer, x, weights, ids)[::2])
+
+
+def test_all_tokens_on_one_expert():
+    layer = Layer()
+    x = random_input(9, K)
+    ids = torch.full((9, 1), 5, dtype=torch.int32)
+    weights = torch.rand(9, 1, dtype=torch.float32)
+    out = packed(layer)(layer, x, weights, ids)
+    assert_close(out, emulate(layer, x, weights, ids))
+
+
+def test_experts_of_other_ranks_are_skipped():
+    layer = Layer()
+    # This rank holds 8 of 16 experts: the global ids 4 to 11.
+    layer.expert_map = torch.full((16,), -1, dtype=torch.int32)
+    layer.expert_map[4:12] = torch.arange(8, dtype=torch.int32)
+    x = random_input(21, K)
+    weights, ids = torch.rand(21, 16, dtype=torch.float32).topk(TOP_K)
+    ids[0] = torch.tensor([0, 1, 15])
+    out = packed(layer)(layer, x, weights, ids.int())
+    local = layer.expert_map[ids]
+    assert torch.equal(out[0], torch.zeros(K))
+    assert_close(out[1:], emulate(layer, x, weights, local)[1:])
+
+
+def test_router_weight_on_input():
+    layer = Layer()
+    layer.apply_router_weight_on_input = True
+    x = random_input(9, K)
+    ids = torch.randint(0, E, (9, 1), dtype=torch.int32)
+    weights = torch.rand(9, 1, dtype=torch.float32).to(DTYPE).float()
+    out = packed(layer)(layer, x, weights, ids)
+    scaled = x * weights.to(DTYPE)
+    assert_close(out, emulate(layer, scaled, torch.ones(9, 1), ids))
+
+
+def test_expert_id_out_of_range():
+    layer = Layer()
+    ids = torch.full((2, 1), E, dtype=torch.int32)
+    with pytest.raises(ValueError, match="out of range"):
+        packed(layer)(layer, random_input(2, K), ids.float(), ids)
+
+
+def test_unknown_activation_names_the_layer():
+    layer = Layer("relu2_no_mul")
+    with pytest.raises(NotImplementedError, match="layers.7.moe.experts.*relu2"):
+        packed(layer)
+
+
+def test_operator_contract():
+    layer = Layer()
+    experts = packed(layer)
+    x = random_input(5, K)
+    weights, ids = routing(5)
+    args = (
+        *(x, weights, ids, experts.w13, experts.w2, experts.w13_out_size),
+        *("silu", None, None, None, None, None, False),
+    )
+    torch.library.opcheck(torch.ops.vllm.cpu_int8_experts.default, args)

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Quark INT8 experts through FusedMoE's loaders and kernels, against float64.
+
+Scales come per expert as [N] or [N, 1]; a stacked checkpoint's [E, N] or
+[E, N, 1] reaches the loader in the same slices.
+"""
+
+import importlib.util
+
+import pytest
+import torch
+
+from vllm.model_executor.layers.fused_moe import FusedMoE
+from vllm.platforms import current_platform
+
+from .utils import (
+    DTYPE,
+    assert_close,
+    emulate_moe,
+    quark_config,
+    random_input,
+    random_weight,
+    shard,
+    vllm_environment,
+)
+
+E, I, K, TOP_K = 8, 64, 128, 2  # noqa: E741
+CPU_EXPERTS = "vllm.model_executor.layers.fused_moe.cpu_int8_moe"
+
+needs_kernel = pytest.mark.skipif(
+    current_platform.is_cpu() and importlib.util.find_spec(CPU_EXPERTS) is None,
+    reason="this vLLM has no INT8 experts for CPU",
+)
+needs_cuda = pytest.mark.skipif(
+    not current_platform.is_cuda_alike(), reason="needs a CUDA or ROCm device"
+)
+LAYOUTS = pytest.mark.parametrize("layout", ["N", "Nx1"])
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    torch.manual_seed(0)
+    with vllm_environment():
+        yield
+
+
+@pytest.fixture
+def experts():
+    """gate, up [E, I, K] and down [E, K, I] with their scales."""
+    return {
+        "w1": random_weight(E, I, K),
+        "w3": random_weight(E, I, K),
+        "w2": random_weight(E, K, I),
+    }
+
+
+def load(experts, layout: str, stacked: bool = False, activation: str = "silu"):
+    layer = FusedMoE(
+        num_experts=E,
+        top_k=TOP_K,
+        hidden_size=K,
+        intermediate_size=I,
+        params_dtype=DTYPE,
+        renormalize=True,
+        quant_config=quark_config(),
+        activation=activation,
+        prefix=f"model.layers.{FusedMoE._next_moe_layer_id}.moe.experts",
+    )
+    for shard_id, (weight, scale) in experts.items():
+        stem = "w2" if shard_id == "w2" else "w13"
+        if layout == "Nx1":
+            scale = scale.unsqueeze(-1)
+        for e in range(E):
+            for kind, tensor in (("weight", weight), ("weight_scale", scale)):
+                # A slice of a stacked tensor is a view, a tensor per expert is not.
+                part = tensor[e] if stacked else tensor[e].clone()
+                param = getattr(layer, f"{stem}_{kind}")
+                param.weight_loader(
+                    param, part, f"{stem}_{kind}", shard_id=shard_id, expert_id=e
+                )
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def routing(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    weights, ids = torch.rand(tokens, E, dtype=torch.float32).topk(TOP_K)
+    return weights / weights.sum(-1, keepdim=True), ids.int()
+
+
+def run(layer, x, weights, ids) -> torch.Tensor:
+    layer.ensure_moe_quant_config_init()
+    return layer.quant_method.apply(layer, x.clone(), weights, ids, None)
+
+
+def reference(experts, x, weights, ids, rank: int = 0, tp: int = 1, **kwargs):
+    """Emulation of rank `rank`: its part of the experts' width."""
+    (w1, s1), (w3, s3), (w2, s2) = (experts[k] for k in ("w1", "w3", "w2"))
+    w13 = torch.cat((w1.chunk(tp, 1)[rank], w3.chunk(tp, 1)[rank]), 1)
+    s13 = torch.cat((s1.chunk(tp, 1)[rank], s3.chunk(tp, 1)[rank]), 1)
+    return emulate_moe(
+        x, w13, s13, w2.chunk(tp, 2)[rank], s2, weights, ids, **kwargs
+    )
+
+
+@LAYOUTS
+@pytest.mark.parametrize("tp", [1, 2])
+def test_scales_reach_the_kernels_layout(experts, layout, tp):
+    for rank in range(tp):
+        with shard(rank, tp):
+            layer = FusedMoE(
+                num_experts=E,
+                top_k=TOP_K,
+                hidden_size=K,
+                intermediate_size=I,
+                params_dtype=DTYPE,
+                quant_config=quark_config(),
+                prefix=f"model.layers.{FusedMoE._next_moe_layer_id}.moe.experts",
+            )
+        for shard_id, (_, scale) in experts.items():
+            name = "w2_weight_scale" if shard_id == "w2" else "w13_weight_scale"
+            param = getattr(layer, name)
+            for e in range(E):
+                part = scale[e].unsqueeze(-1) if layout == "Nx1" else scale[e]
+                param.weight_loader(param, part, name, shard_id=shard_id, expert_id=e)
+        layer.quant_method.process_weights_after_loading(layer)
+        s13 = [experts[k][1].chunk(tp, 1)[rank] for k in ("w1", "w3")]
+        assert layer.w13_weight_scale.shape == (E, 2 * I // tp, 1)
+        assert layer.w2_weight_scale.shape == (E, K, 1)
+        assert torch.equal(layer.w13_weight_scale.squeeze(-1), torch.cat(s13, 1))
+        assert torch.equal(layer.w2_weight_scale.squeeze(-1), experts["w2"][1])
+
+
+def test_config_quantizes_per_token(experts):
+    layer = load(experts, "N")
+    layer.ensure_moe_quant_config_init()
+    config = layer.moe_quant_config
+    assert config.use_int8_w8a8 and config.per_act_token_quant
+    assert config.w1_scale.dim() == config.w2_scale.dim() == 3
+
+
+@needs_kernel
+@LAYOUTS
+@pytest.mark.parametrize("stacked", [False, True], ids=["per-expert", "stacked"])
+@pytest.mark.parametrize("activation", ["silu", "swiglustep"])
+def test_experts(experts, layout, stacked, activation):
+    layer = load(experts, layout, stacked, activation)
+    x = random_input(37, K)
+    weights, ids = routing(37)
+    assert_close(
+        run(layer, x, weights, ids),
+        reference(experts, x, weights, ids, activation=activation),
+    )
+
+
+@needs_kernel
+@LAYOUTS
+def test_tensor_parallel_experts(experts, layout):
+    x = random_input(37, K)
+    weights, ids = routing(37)
+    total, expected = 0, 0
+    for rank in range(2):
+        with shard(rank, 2):
+            layer = load(experts, layout)
+        total = total + run(layer, x, weights, ids).double()
+        expected = expected + reference(experts, x, weights, ids, rank, 2)
+    assert_close(total, expected)
+
+
+@needs_cuda
+@LAYOUTS
+def test_batched_kernel(experts, layout):
+    """The kernel of expert-parallel deployments; it asserts [E, N, 1]."""
+    from vllm.model_executor.layers.fused_moe.fused_batched_moe import (
+        invoke_moe_batched_triton_kernel,
+    )
+    from vllm.triton_utils import tl
+
+    layer = load(experts, layout)
+    layer.ensure_moe_quant_config_init()
+    config = layer.moe_quant_config
+    counts = torch.tensor([0, 1, 5, 16, 3, 0, 7, 2], dtype=torch.int32)
+    x = random_input(E * 16, K).float()
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    x_q = (x / scale).round().clamp(-128, 127).to(torch.int8)
+    out = torch.zeros(E, 16, 2 * I, dtype=DTYPE)
+    invoke_moe_batched_triton_kernel(
+        A=x_q.view(E, 16, K),
+        B=layer.w13_weight,
+        C=out,
+        expert_num_tokens=counts,
+        compute_type=tl.bfloat16,
+        A_scale=scale.view(E, 16, 1),
+        B_scale=config.w1_scale,
+        B_zp=None,
+        use_fp8_w8a8=False,
+        use_int8_w8a16=False,
+        use_int4_w4a16=False,
+        config={"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 64},
+        per_act_token_quant=True,
+        block_shape=None,
+    )
+    s13 = torch.cat((experts["w1"][1], experts["w3"][1]), 1)
+    w13 = torch.cat((experts["w1"][0], experts["w3"][0]), 1)
+    for e, count in enumerate(counts.tolist()):
+        if count == 0:
+            continue
+        a = (x_q.double() * scale.double()).view(E, 16, K)[e, :count]
+        expected = a @ (w13[e].double() * s13[e].double().unsqueeze(-1)).t()
+        assert_close(out[e, :count], expected)

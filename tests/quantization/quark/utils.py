@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Random Quark INT8 layers on vLLM's own classes, and float64 emulations of them.
+
+The emulations share nothing with vLLM: they quantize, multiply and scale in
+float64 as the checkpoint's numbers say.
+"""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.distributed.parallel_state import (
+    get_tp_group,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
+from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
+from vllm.platforms import current_platform
+
+DEVICE = "cuda" if current_platform.is_cuda_alike() else "cpu"
+DTYPE = torch.bfloat16
+
+
+@contextlib.contextmanager
+def vllm_environment() -> Iterator[VllmConfig]:
+    """One-process groups, a default config and default dtype and device."""
+    handle, store = tempfile.mkstemp()
+    os.close(handle)
+    config = VllmConfig()
+    old_dtype = torch.get_default_dtype()
+    try:
+        with set_current_vllm_config(config):
+            init_distributed_environment(
+                world_size=1,
+                rank=0,
+                distributed_init_method=f"file://{store}",
+                local_rank=0,
+                backend="nccl" if DEVICE == "cuda" else "gloo",
+            )
+            initialize_model_parallel(1, 1)
+            torch.set_default_dtype(DTYPE)
+            with torch.device(DEVICE):
+                yield config
+    finally:
+        torch.set_default_dtype(old_dtype)
+        cleanup_dist_env_and_memory()
+        with contextlib.suppress(OSError):
+            os.unlink(store)
+
+
+@contextlib.contextmanager
+def shard(rank: int, size: int) -> Iterator[None]:
+    """Build and load layers as tensor-parallel rank `rank` of `size`."""
+    group = get_tp_group()
+    old = group.rank_in_group, group.world_size
+    group.rank_in_group, group.world_size = rank, size
+    try:
+        yield
+    finally:
+        group.rank_in_group, group.world_size = old
+
+
+def quark_config(
+    exclude: list[str] | None = None,
+    weight: str = "per_channel",
+    dynamic: bool = True,
+    packed: dict[str, list[str]] | None = None,
+) -> QuarkConfig:
+    """The QuarkConfig of an INT8 W8A8 export, as Quark 0.13 writes it."""
+
+    def spec(qscheme: str, is_dynamic: bool, ch_axis: int | None) -> dict[str, Any]:
+        return {
+            "dtype": "int8",
+            "is_dynamic": is_dynamic,
+            "qscheme": qscheme,
+            "ch_axis": ch_axis,
+            "group_size": None,
+            "symmetric": True,
+            "round_method": "half_even",
+            "scale_type": "float",
+        }
+
+    config = QuarkConfig.from_config(
+        {
+            "quant_method": "quark",
+            "global_quant_config": {
+                "weight": spec(weight, False, 0 if weight == "per_channel" else None),
+                "input_tensors": spec("per_channel", True, 1)
+                if dynamic
+                else spec("per_tensor", False, None),
+                "output_tensors": None,
+                "bias": None,
+            },
+            "layer_quant_config": {},
+            "layer_type_quant_config": {},
+            "exclude": exclude or [],
+            "export": {
+                "kv_cache_group": [],
+                "pack_method": "reorder",
+                "weight_format": "real_quantized",
+            },
+        }
+    )
+    config.packed_modules_mapping = packed or {}
+    return config
+
+
+def random_weight(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 weight [..., N, K] and its scales [..., N], over two orders of magnitude."""
+    weight = torch.randint(-127, 128, shape, dtype=torch.int8)
+    exponent = torch.rand(shape[:-1], dtype=torch.float32) * 2 - 4
+    return weight, 10**exponent
+
+
+def random_input(tokens: int, features: int) -> torch.Tensor:
+    """[T, K]; tokens and channels differ by orders of magnitude."""
+    x = torch.randn(tokens, features, dtype=torch.float32)
+    x *= 10 ** (torch.rand(tokens, 1, dtype=torch.float32) * 3 - 2)
+    x *= 10 ** (torch.rand(1, features, dtype=torch.float32) * 1.5 - 1)
+    return x.to(DTYPE)
+
+
+def quantized(x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """float64 `x` [T, K] on its INT8 grid: per token, or with a static scale."""
+    if scale is None:
+        scale = x.abs().amax(dim=-1, keepdim=True) / 127
+        scale = torch.where(scale > 0, scale, 1)
+    else:
+        scale = scale.double()
+    return (x / scale).round().clamp(-128, 127) * scale
+
+
+def emulate_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    input_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """float64 W8A8: x [T, K], weight [N, K] int8, scale [N] -> [T, N]."""
+    w = weight.double() * scale.double().reshape(-1, 1)
+    return quantized(x.double(), input_scale) @ w.t()
+
+
+def emulate_activation(name: str, gate_up: torch.Tensor) -> torch.Tensor:
+    """[T, 2I] -> [T, I]; gate first, or interleaved for swigluoai."""
+    if name == "swigluoai":
+        gate, up = gate_up[:, ::2].clamp(max=7), gate_up[:, 1::2].clamp(-7, 7)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    gate, up = gate_up.chunk(2, dim=-1)
+    if name == "silu":
+        return F.silu(gate) * up
+    if name == "gelu":
+        return F.gelu(gate) * up
+    assert name == "swiglustep"
+    return F.silu(gate).clamp(max=7) * up.clamp(-7, 7)
+
+
+def emulate_moe(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    s13: torch.Tensor,
+    w2: torch.Tensor,
+    s2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: str = "silu",
+    a1: torch.Tensor | None = None,
+    a2: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """float64 W8A8 experts.
+
+    x [T, K]; w13 [E, 2I, K], w2 [E, K, I] int8; s13 [E, 2I], s2 [E, K];
+    topk [T, k]; a1, a2: static input scales (absent: per token) -> [T, K].
+    The GPU kernels store the steps between the two products in the model's
+    dtype, which the second quantization sees; so does the emulation there.
+    """
+
+    def store(h: torch.Tensor) -> torch.Tensor:
+        return h.to(DTYPE).double() if DEVICE == "cuda" else h
+
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for t in range(x.size(0)):
+        for weight, e in zip(topk_weights[t].double(), topk_ids[t].tolist()):
+            if e < 0:
+                continue
+            h = store(emulate_linear(x[t : t + 1], w13[e], s13[e], a1))
+            h = store(emulate_activation(activation, h))
+            out[t] += weight * emulate_linear(h, w2[e], s2[e], a2)[0]
+    return out
+
+
+def assert_close(out: torch.Tensor, reference: torch.Tensor) -> None:
+    """Within 1 % of the norm, the worst token within 3 %."""
+    error = out.double() - reference
+    assert torch.isfinite(out).all()
+    assert error.norm() <= 0.01 * reference.norm(), error.norm() / reference.norm()
+    worst = (error.norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-30)).max()
+    assert worst <= 0.03, worst

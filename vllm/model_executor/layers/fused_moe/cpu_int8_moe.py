@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""INT8 W8A8 routed experts on CPU, on oneDNN's scaled matmul."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.cpu_fused_moe import _CPU_MOE_ACT_FN
+from vllm.model_executor.utils import replace_parameter
+from vllm.utils.torch_utils import direct_register_custom_op
+
+
+def _silu(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _swiglustep(gate_up: torch.Tensor, limit: float = 7.0) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
+
+
+_ACTIVATIONS: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] = {
+    **_CPU_MOE_ACT_FN,
+    MoEActivation.SILU: _silu,
+    MoEActivation.SWIGLUSTEP: _swiglustep,
+}
+
+
+def _grouped_mm(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    handlers: torch.Tensor,
+    bias: torch.Tensor | None,
+    counts: list[int],
+    out_size: int,
+) -> torch.Tensor:
+    """Rows of `x` [R, K] int8, grouped by expert, times each expert's weight."""
+    out = torch.empty((x.size(0), out_size), dtype=torch.float32)
+    per_token = x_scale.numel() > 1
+    start = 0
+    for expert, count in enumerate(counts):
+        if count == 0:
+            continue
+        rows = slice(start, start + count)
+        torch.ops._C.onednn_scaled_mm(
+            out[rows],
+            x[rows],
+            x_scale[rows] if per_token else x_scale,
+            None,
+            None,
+            bias[expert] if bias is not None else None,
+            handlers[expert],
+        )
+        start += count
+    return out
+
+
+def cpu_int8_experts(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13_handlers: torch.Tensor,
+    w2_handlers: torch.Tensor,
+    w13_out_size: int,
+    activation: str,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    a1_scale: torch.Tensor | None,
+    a2_scale: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    apply_router_weight_on_input: bool,
+) -> torch.Tensor:
+    num_experts = w13_handlers.size(0)
+    if apply_router_weight_on_input:
+        x = x * topk_weights.to(x.dtype)
+    ids = topk_ids.flatten().long()
+    if expert_map is not None:
+        ids = expert_map[ids].long()
+    local = ids[ids >= 0]
+    result = torch.zeros(x.shape, dtype=torch.float32)
+    if local.numel() == 0:
+        return result.to(x.dtype)
+    counts = torch.bincount(local, minlength=num_experts).tolist()
+    if len(counts) > num_experts:
+        raise ValueError(
+            f"expert id {len(counts) - 1} out of range: {num_experts} experts"
+        )
+    # Experts of other ranks map to -1 and sort first.
+    order = ids.argsort(stable=True)[ids.numel() - local.numel() :]
+    tokens = order // topk_ids.size(1)
+
+    # float32 between the products: BF16 there would move values across INT8 steps.
+    x_q, x_s, _ = ops.onednn_scaled_int8_quant(x.contiguous(), a1_scale)
+    gate_up = _grouped_mm(
+        x_q[tokens],
+        x_s[tokens] if a1_scale is None else x_s,
+        w13_handlers,
+        w13_bias,
+        counts,
+        w13_out_size,
+    )
+    act = _ACTIVATIONS[MoEActivation.from_str(activation)](gate_up)
+    act_q, act_s, _ = ops.onednn_scaled_int8_quant(act.contiguous(), a2_scale)
+    out = _grouped_mm(act_q, act_s, w2_handlers, w2_bias, counts, x.size(1))
+    if not apply_router_weight_on_input:
+        out *= topk_weights.flatten()[order].float().unsqueeze(-1)
+    return result.index_add_(0, tokens, out).to(x.dtype)
+
+
+def cpu_int8_experts_fake(x: torch.Tensor, *args) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+direct_register_custom_op(
+    op_name="cpu_int8_experts",
+    op_func=cpu_int8_experts,
+    fake_impl=cpu_int8_experts_fake,
+)
+
+
+class CPUInt8Experts:
+    """Routed INT8 experts of one layer, packed for oneDNN.
+
+    Takes over `layer.w13_weight` [E, 2I, K] and `layer.w2_weight` [E, K, I],
+    both int8, and their float32 scales: per channel ([E, N] or [E, N, 1]) or
+    per tensor ([E]). Activations are quantized per token, or with the layer's
+    static input scales.
+
+    Raises NotImplementedError, naming the layer, for activations that have no
+    CPU implementation.
+    """
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        if layer.activation not in _ACTIVATIONS:
+            raise NotImplementedError(
+                f"{layer.layer_name}: INT8 experts on CPU know no "
+                f"{layer.activation.value} activation"
+            )
+        self.w13_out_size = layer.w13_weight.size(1)
+        dynamic = layer.w13_input_scale is None
+        self._handlers = {
+            name: self._pack(layer, name, dynamic) for name in ("w13", "w2")
+        }
+        self.w13, self.w2 = (
+            torch.stack([h.handler_tensor for h in handlers])
+            for handlers in self._handlers.values()
+        )
+        # oneDNN takes the bias in the output's dtype.
+        self.w13_bias, self.w2_bias = (
+            bias if bias is None else bias.float()
+            for bias in (layer.w13_bias, layer.w2_bias)
+        )
+
+    @staticmethod
+    def _pack(layer: torch.nn.Module, name: str, dynamic: bool):
+        weight = getattr(layer, f"{name}_weight")
+        scale = getattr(layer, f"{name}_weight_scale")
+        # oneDNN reads the scales in place: they stay parameters of the layer.
+        handlers = [
+            ops.create_onednn_scaled_mm(
+                w.t(), s.reshape(-1), torch.float32, dynamic, False, 32
+            )
+            for w, s in zip(weight.data, scale.data)
+        ]
+        replace_parameter(layer, f"{name}_weight", weight.data.new_empty(0))
+        return handlers
+
+    def __call__(
+        self,
+        layer: torch.nn.Module,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        return torch.ops.vllm.cpu_int8_experts(
+            x,
+            topk_weights,
+            topk_ids,
+            self.w13,
+            self.w2,
+            self.w13_out_size,
+            layer.activation.value,
+            self.w13_bias,
+            self.w2_bias,
+            layer.w13_input_scale,
+            layer.w2_input_scale,
+            layer.expert_map,
+            layer.apply_router_weight_on_input,
+        )

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""The command `vllm-quark`. Exit codes: 0 nothing left to do, 1 something is, 2 bad tree or bad use."""
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vllm_quark.commits import format_patch as write_mails
+from vllm_quark.patches import Patch, QuarkError
+from vllm_quark.release import make_tree
+from vllm_quark.series import Series, load_series
+from vllm_quark.shadow import make_shadow
+from vllm_quark.tree import Tree, Verdict, find_installed
+
+app = typer.Typer(
+    help="Make AMD Quark INT8 checkpoints run right: apply the patch series to a vLLM tree.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+STYLE = {"applied": "green", "upstream": "green", "applies": "yellow", "absent": "dim", "conflict": "red"}
+
+TreeArgument = Annotated[
+    Path | None,
+    typer.Argument(metavar="[TREE]", help="site-packages, source checkout or unpacked sdist; default: installed vLLM"),
+]
+Only = Annotated[list[str], typer.Option("--only", metavar="NAME", help="this patch only (may be repeated)")]
+Until = Annotated[str | None, typer.Option("--until", metavar="NAME", help="the patches up to and with this one")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+OutFolder = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="folder to write")]
+
+
+def _guard(command: Callable[..., int | None]) -> Callable[..., None]:
+    """Turn bad input into one line on stderr and exit code 2."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            code = command(*args, **kwargs)
+        except QuarkError as e:
+            print(f"vllm-quark: {e}", file=sys.stderr)
+            code = 2
+        except OSError as e:
+            print(f"vllm-quark: {e.filename or ''}: {e.strerror}: mend that and run again", file=sys.stderr)
+            code = 2
+        raise typer.Exit(code or 0)
+
+    return run
+
+
+def _open(tree: Path | None, only: list[str], until: str | None) -> tuple[Tree, Series, list[Patch]]:
+    series = load_series()
+    patches = series.select(only, until)
+    return Tree(tree or find_installed()), series, patches
+
+
+def _left(verdicts: list[Verdict]) -> int:
+    return int(any(v.status in ("applies", "conflict") for v in verdicts))
+
+
+def _show(tree: Tree, verdicts: list[Verdict], as_json: bool) -> None:
+    if as_json:
+        rows = [{"name": v.patch.name, "status": v.status, "detail": v.detail} for v in verdicts]
+        print(json.dumps({"tree": str(tree.root), "version": tree.version, "patches": rows}, indent=1))
+        return
+    table = Table(title=f"vLLM {tree.version} in {escape(str(tree.root))}", title_justify="left")
+    for name in ("patch", "status", "detail"):
+        table.add_column(name, overflow="fold")
+    for v in verdicts:
+        table.add_row(v.patch.name, f"[{STYLE[v.status]}]{v.status}[/]", escape(v.detail))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@app.command()
+@_guard
+def status(tree: TreeArgument = None, only: Only = [], until: Until = None, as_json: AsJson = False) -> int:  # noqa: B006
+    """Say what each patch is in TREE: applied, applies, upstream, absent or conflict."""
+    where, series, patches = _open(tree, only, until)
+    verdicts = [v for v in where.status(series) if v.patch in patches]
+    _show(where, verdicts, as_json)
+    return _left(verdicts)
+
+
+@app.command()
+@_guard
+def apply(tree: TreeArgument = None, only: Only = [], until: Until = None, as_json: AsJson = False) -> int:  # noqa: B006
+    """Apply the patches to TREE, all or nothing."""
+    where, series, patches = _open(tree, only, until)
+    verdicts = where.apply(series, patches)
+    _show(where, verdicts, as_json)
+    return _left(verdicts)
+
+
+@app.command()
+@_guard
+def revert(tree: TreeArgument = None, only: Only = [], until: Until = None, as_json: AsJson = False) -> int:  # noqa: B006
+    """Take the patches out of TREE; files come back byte for byte."""
+    where, series, patches = _open(tree, only, until)
+    gone = where.revert(series, patches)
+    if as_json:
+        print(json.dumps({"tree": str(where.root), "version": where.version, "reverted": gone}, indent=1))
+    else:
+        print("\n".join(f"reverted {name}" for name in gone) or "nothing to revert: no patch was applied by vllm-quark")
+    return 0
+
+
+@app.command("format-patch")
+@_guard
+def format_patch(
+    tree: Annotated[Path, typer.Argument(metavar="TREE", help="the tree that the series is for")],
+    out: OutFolder,
+    only: Only = [],  # noqa: B006
+    until: Until = None,
+    as_json: AsJson = False,
+) -> int:
+    """Write the patches that apply to TREE as a series for `git am`."""
+    where, series, patches = _open(tree, only, until)
+    files = write_mails(where, series, patches, out)
+    if as_json:
+        print(json.dumps({"tree": str(where.root), "version": where.version, "files": [str(f) for f in files]}))
+    elif files:
+        print("\n".join(map(str, files)))
+        print(f"In {where.root}: git am --keep-non-patch {out.absolute()}/*.patch")
+    else:
+        print("nothing to write: no patch applies to this tree")
+    return 0
+
+
+@app.command("make-tree")
+@_guard
+def make_tree_command(
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="vLLM release, e.g. 0.21.0")],
+    out: OutFolder,
+    only: Only = [],  # noqa: B006
+    until: Until = None,
+    cache: Annotated[Path, typer.Option(help="where downloads are kept")] = Path.home() / ".cache/vllm-quark",
+) -> int:
+    """Make the full source tree of a release with the series as git commits."""
+    series = load_series()
+    for patch in make_tree(version, series, series.select(only, until), out, cache):
+        print(patch.subject)
+    print(f"{out}: vLLM {version}, tagged v{version}, with these commits on top")
+    return 0
+
+
+@app.command("shadow")
+@_guard
+def shadow_command(
+    out: OutFolder,
+    tree: TreeArgument = None,
+    only: Only = [],  # noqa: B006
+    stock: Annotated[bool, typer.Option("--stock", help="no patch at all")] = False,
+) -> int:
+    """Make a folder for PYTHONPATH: the installed vLLM with patches, itself untouched."""
+    if out.exists():
+        raise QuarkError(f"{out}: exists already: delete it to make it anew")
+    series = load_series()
+    names = [] if stock else [p.name for p in series.select(only)]
+    print(make_shadow(out.absolute(), series, names, tree))
+    return 0
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

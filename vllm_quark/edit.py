@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""Source text and rules in, source text out. Touches no file of a tree."""
+
+import ast
+import enum
+import functools
+import json
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vllm_quark.patches import FileEdit, PatchError, QuarkError
+
+
+class Outcome(enum.Enum):
+    """What an edit finds in a text."""
+
+    APPLIES = "applies"
+    PRESENT = "present"
+    ABSENT = "absent"
+    CONFLICT = "conflict"
+
+
+@dataclass(frozen=True)
+class Edited:
+    """Outcome of one FileEdit; `text` is the new text where it applies, else the old one."""
+
+    outcome: Outcome
+    text: str
+    detail: str = ""
+
+
+@functools.cache
+def _ast_grep() -> str:
+    for name in ("ast-grep", "sg"):
+        beside = Path(sysconfig.get_path("scripts")) / name
+        if beside.is_file():
+            return str(beside)
+        if name == "ast-grep" and (found := shutil.which(name)):
+            return found
+    raise QuarkError("ast-grep is not installed: pip install ast-grep-cli")
+
+
+@functools.lru_cache(maxsize=4096)
+def _scan(source: bytes, rules: str) -> dict[str, list[dict[str, Any]]]:
+    """Matches of each rule (by id) in `source`, as ast-grep reports them."""
+    command = [_ast_grep(), "scan", "--inline-rules", rules, "--stdin", "--json=compact"]
+    done = subprocess.run(command, input=source, capture_output=True)
+    if done.returncode not in (0, 1) or not done.stdout.strip():
+        reason = " ".join(done.stderr.decode(errors="replace").split())
+        raise PatchError(f"ast-grep refuses a rule: {reason}: mend the patch file")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for match in json.loads(done.stdout):
+        found.setdefault(match["ruleId"], []).append(match)
+    return found
+
+
+def _rules(edit: FileEdit) -> str:
+    documents: list[dict[str, Any]] = [{"id": "present", "rule": edit.present}]
+    if edit.needs:
+        documents.append({"id": "needs", "rule": edit.needs})
+    for i, r in enumerate(edit.rewrite):
+        documents.append({"id": f"rewrite-{i}", "rule": r.rule, "fix": r.fix.rstrip("\n")})
+    return yaml.safe_dump_all([{"language": "python", **d} for d in documents], sort_keys=False)
+
+
+def _without_blank_ends(new: str, old: str) -> str:
+    """`new` with white-space-only lines emptied, except those that `old` already had."""
+    kept = {line for line in old.split("\n") if line and not line.strip()}
+    return "\n".join("" if not line.strip() and line not in kept else line for line in new.split("\n"))
+
+
+def edit(source: str, rules: FileEdit) -> Edited:
+    """Apply `rules` to `source`.
+
+    PRESENT where the edit is there already, ABSENT where `needs` is not, CONFLICT where a rewrite's
+    rule does not match exactly once (the detail names its anchor). Raises PatchError where the
+    result is not valid Python or would not be recognised as edited.
+    """
+    raw = source.encode()
+    found = _scan(raw, _rules(rules))
+    if found.get("present"):
+        return Edited(Outcome.PRESENT, source)
+    if rules.needs and not found.get("needs"):
+        return Edited(Outcome.ABSENT, source, f"{rules.file} lacks what it edits")
+    changes: list[tuple[int, int, str]] = []
+    for i, rewrite in enumerate(rules.rewrite):
+        matches = found.get(f"rewrite-{i}", [])
+        if len(matches) != 1:
+            how = "not found" if not matches else f"found {len(matches)} times"
+            return Edited(Outcome.CONFLICT, source, f"{rules.file}: {rewrite.anchor}: {how}")
+        match = matches[0]
+        at = match["replacementOffsets"]
+        old = raw[at["start"] : at["end"]].decode()
+        changes.append((at["start"], at["end"], _without_blank_ends(match["replacement"], old)))
+    changes.sort(reverse=True)
+    for (later, _, _), (_, end, _) in zip(changes, changes[1:], strict=False):
+        if end > later:
+            raise PatchError(f"{rules.file}: two rewrites overlap: mend the patch file")
+    for start, end, text in changes:
+        raw = raw[:start] + text.encode() + raw[end:]
+    result = raw.decode()
+    try:
+        ast.parse(result)
+    except SyntaxError as e:
+        raise PatchError(f"{rules.file}:{e.lineno}: the patch leaves no valid Python here: {e.msg}") from e
+    if not _scan(raw, _rules(rules)).get("present"):
+        raise PatchError(f"{rules.file}: 'present' does not match what the rewrites make: mend the patch file")
+    return Edited(Outcome.APPLIES, result)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""What a patch file says: commit message, upstream facts, rules, files it brings."""
+
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class QuarkError(Exception):
+    """Bad input or a bad tree: its text is the one line the user sees (exit code 2)."""
+
+
+class PatchError(QuarkError):
+    """A patch file that cannot be used; names the file and what is wrong in it."""
+
+
+def _relative(path: str) -> str:
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or pure.as_posix() != path:
+        raise ValueError(f"'{path}' is not a plain path inside the tree")
+    return path
+
+
+TreePath = Annotated[str, AfterValidator(_relative)]
+Rule = Annotated[dict[str, Any], Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Rewrite(_Strict):
+    """One structural edit: an ast-grep `rule` that has to match once, and its `fix`."""
+
+    anchor: str = Field(min_length=1, description="what the rule holds on to, for people")
+    rule: Rule
+    fix: str
+
+
+class FileEdit(_Strict):
+    """Edits of one file. All `rewrite` rules see the same, unedited text.
+
+    needs: structure without which this release lacks what the patch edits (`absent`).
+    present: structure that means the edit, or upstream's equivalent, is already there.
+    """
+
+    file: TreePath
+    needs: Rule | None = None
+    present: Rule
+    rewrite: list[Rewrite] = Field(min_length=1)
+
+
+class Upstream(_Strict):
+    """Where upstream has the same fix: pull request number, first release with it."""
+
+    pull: int | None = None
+    since: str | None = None
+
+
+class Patch(_Strict):
+    """One patch file. `name` is its file name without the suffix."""
+
+    name: str
+    subject: str = Field(min_length=1, pattern=r"^[^\n]+$")
+    description: str = Field(min_length=1)
+    upstream: Upstream | None = None
+    edits: list[FileEdit] = []
+    files: list[TreePath] = []
+
+    @model_validator(mode="after")
+    def _does_something(self) -> "Patch":
+        if not self.edits and not self.files:
+            raise ValueError("a patch needs edits or files")
+        return self
+
+    @property
+    def message(self) -> str:
+        """The commit message: subject, blank line, description."""
+        return f"{self.subject}\n\n{self.description.strip()}\n"
+
+
+def read_patch(path: Path) -> Patch:
+    """Read one patch file. Raises PatchError naming the file and the first fault in it."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise PatchError(f"{path}: cannot be read: {e.strerror}") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        reason = " ".join(str(getattr(e, "problem", None) or e).split())
+        mark = getattr(e, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise PatchError(f"{where}: not valid YAML: {reason}: mend the patch file") from e
+    if not isinstance(data, dict):
+        raise PatchError(f"{path}: not a patch: expected keys such as subject, description, edits")
+    try:
+        return Patch(name=path.stem, **{k: v for k, v in data.items() if k != "name"})
+    except (ValidationError, TypeError) as e:
+        first = e.errors()[0] if isinstance(e, ValidationError) else {"loc": (), "msg": str(e)}
+        at = ".".join(str(p) for p in first["loc"]) or "patch"
+        raise PatchError(f"{path}: {at}: {first['msg']}: mend the patch file") from e

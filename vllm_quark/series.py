@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""The series: the patches in order, and the files they bring."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_quark.patches import Patch, PatchError, QuarkError, read_patch
+
+
+@dataclass(frozen=True)
+class Series:
+    """Patches in name order and the folder whose files they bring (same paths as in the tree)."""
+
+    home: Path
+    patches: tuple[Patch, ...]
+
+    def content(self, file: str) -> bytes:
+        """Bytes of a file that a patch brings."""
+        return (self.home / file).read_bytes()
+
+    def select(self, only: Iterable[str] = (), until: str | None = None) -> list[Patch]:
+        """The patches named in `only`, or those up to and with `until`, or all.
+
+        A name is a file name without suffix or its number. Raises QuarkError for an unknown one.
+        """
+        only = list(only)
+        if only and until:
+            raise QuarkError("--only and --until exclude each other")
+        if only:
+            wanted = {self._find(n).name for n in only}
+            return [p for p in self.patches if p.name in wanted]
+        if until:
+            last = self._find(until).name
+            return [p for p in self.patches if p.name <= last]
+        return list(self.patches)
+
+    def _find(self, name: str) -> Patch:
+        for p in self.patches:
+            if name in (p.name, p.name.split("-")[0]):
+                return p
+        raise QuarkError(f"no patch '{name}': the series has {', '.join(p.name for p in self.patches)}")
+
+
+def home() -> Path:
+    """Where the series lies: inside the installed package, or the checkout around it."""
+    packaged = Path(__file__).parent / "series"
+    return packaged if (packaged / "patches").is_dir() else Path(__file__).parents[1]
+
+
+def load_series(folder: Path | None = None) -> Series:
+    """Read patches/NNNN-name.yaml below `folder`.
+
+    Raises PatchError for a broken patch file and for a file that a patch brings and nobody wrote.
+    """
+    folder = folder or home()
+    paths = sorted((folder / "patches").glob("[0-9]*-*.yaml"))
+    if not paths:
+        raise PatchError(f"{folder / 'patches'}: no patch files (NNNN-name.yaml)")
+    series = Series(folder, tuple(read_patch(p) for p in paths))
+    for path, patch in zip(paths, series.patches, strict=True):
+        for file in patch.files:
+            if not (folder / file).is_file():
+                raise PatchError(f"{path}: brings '{file}', which is not in {folder}: mend the patch file")
+    return series

@@ -27,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+CACHE = Path.home() / ".cache/vllm-quark"
 STYLE = {"applied": "green", "upstream": "green", "applies": "yellow", "absent": "dim", "conflict": "red"}
 
 TreeArgument = Annotated[
@@ -142,7 +143,7 @@ def make_tree_command(
     out: OutFolder,
     only: Only = [],  # noqa: B006
     until: Until = None,
-    cache: Annotated[Path, typer.Option(help="where downloads are kept")] = Path.home() / ".cache/vllm-quark",
+    cache: Annotated[Path, typer.Option(help="where downloads are kept")] = CACHE,
 ) -> int:
     """Make the full source tree of a release with the series as git commits."""
     series = load_series()

@@ -136,9 +136,7 @@ class Tree:
         """Files of `patch` that belong here: an installed package takes only what lies in vllm/."""
         return [f for f in patch.files if self.is_source or f.startswith("vllm/")]
 
-    def judge(
-        self, series: Series, patch: Patch, text: dict[str, bytes | None]
-    ) -> tuple[str, str, dict[str, bytes]]:
+    def judge(self, series: Series, patch: Patch, text: dict[str, bytes | None]) -> tuple[str, str, dict[str, bytes]]:
         """What `patch` is on the virtual tree `text` (filled from disk on demand).
 
         Returns "applies", "present", "absent" or "conflict"; a detail; the new content of its files.
@@ -237,7 +235,7 @@ class Tree:
         self._write(self.root / RECORD_DIR / "record.json", json.dumps(data, indent=1).encode())
 
     def _state(self, record: _Record, file: str) -> str:
-        """"ours", "original" or "changed": whose content a recorded file has now."""
+        """ "ours", "original" or "changed": whose content a recorded file has now."""
         now = _digest(self.read(file))
         known = record.files[file]
         if now in known.ours:

@@ -1,0 +1,58 @@
+# Needs Python 3.11 and git; everything else is installed into .venv and build/.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+RELEASE := 0.21.0
+BIN := .venv/bin
+UV := $(BIN)/uv
+NANO := examples/step3p5-nano
+CKPTS := build/ckpts
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+export UV_LINK_MODE ?= copy
+
+.PHONY: env quark-env demo test test-gpu ckpts tree lint lock clean
+
+env: .venv/.made
+.venv/.made: requirements/cpu.txt requirements/cpu-override.txt setup.py
+	@echo "set-up: vLLM $(RELEASE) for CPU into .venv"
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check uv
+	$(UV) pip install -q --python $(BIN)/python --override requirements/cpu-override.txt -r requirements/cpu.txt
+	$(UV) pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@echo "set-up: compiling bytecode (each engine starts twice as fast)"
+	$(BIN)/python -m compileall -q -j 0 .venv/lib > build-compile.log 2>&1 || true; rm -f build-compile.log
+	@touch $@
+
+quark-env: build/quark-env/.made
+build/quark-env/.made: requirements/quark.txt | env
+	@echo "set-up: AMD Quark into build/quark-env"
+	@mkdir -p build
+	$(UV) venv -q --clear --python $(BIN)/python build/quark-env
+	$(UV) pip install -q --python build/quark-env/bin/python -r requirements/quark.txt
+	@touch $@
+
+demo: env quark-env
+	$(BIN)/python $(NANO)/demo.py
+
+test: env quark-env
+	$(BIN)/python -m pytest -q tests
+
+# With the vLLM of the active Python (CUDA or ROCm), see requirements/cuda.in.
+test-gpu:
+	python3 -m pytest -q -m "not engine" tests/quantization/quark
+
+ckpts: env quark-env
+	$(BIN)/python $(NANO)/lab.py $(CKPTS)
+
+tree: env
+	$(BIN)/vllm-quark make-tree $(RELEASE) -o build/vllm-$(RELEASE)
+
+lint: env
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+lock: env
+	cd requirements && for f in cpu quark; do \
+	  ../$(UV) pip compile -q --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate \
+	    --custom-compile-command "make lock" $$([ $$f = cpu ] && echo --override cpu-override.txt) $$f.in -o $$f.txt; done
+
+clean:
+	rm -rf build .venv *.egg-info

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""Nano checkpoints through the engine and the layer tests, on a GPU: the tables in docs/results.md.
+
+    PYTHONPATH=SITE python benchmarks/gpu_check.py --ckpts DIR [--stdlib DIR] [--out DIR]
+
+DIR of --ckpts holds what `make ckpts` writes (quark, stacked, quark-all, compressed-tensors, …).
+Everything runs beside each other, so no time here means anything.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples/step3p5-nano")]
+
+from lab import Judge, LabError, Result, before, shadow  # noqa: E402
+
+FIXES = ["0001", "0002", "0003"]
+ENGINE = {  # name of the vLLM: checkpoints
+    "stock": ["quark", "stacked", "quark-all", "compressed-tensors"],
+    "0001 only": ["quark", "compressed-tensors"],
+    "series": ["quark", "stacked", "quark-all", "stacked-all", "compressed-tensors", "compressed-tensors-all"],
+}
+LAYERS = ["stock", "without 0001", "without 0002", "without 0003", "series"]
+
+
+def patches(name: str, every: list[str]) -> list[str] | None:
+    if name == "series":
+        return None
+    if name == "stock":
+        return []
+    if name.startswith("without"):
+        return [p for p in every if p != name.split()[1]]
+    return [name.split()[0]]
+
+
+def main() -> int:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--ckpts", type=Path, required=True)
+    ap.add_argument("--stdlib", type=Path, default=None, help="folder with the held-out modules")
+    ap.add_argument("--out", type=Path, default=ROOT / "build/gpu")
+    ap.add_argument("--jobs", type=int, default=5)
+    args = ap.parse_args()
+    import torch
+    import vllm
+
+    print(f"{torch.cuda.get_device_name()}, vLLM {vllm.__version__}, torch {torch.__version__}, "
+          f"triton {__import__('triton').__version__}, Python {sys.version.split()[0]}", flush=True)  # fmt: skip
+    every = [p.stem.split("-")[0] for p in sorted((ROOT / "patches").glob("*.yaml"))]
+    args.out.mkdir(parents=True, exist_ok=True)
+    temp = Path(tempfile.mkdtemp(prefix="vllm-quark-"))
+    trees = {n: shadow(temp / n.replace(" ", "-"), patches(n, every)) for n in {*ENGINE, *LAYERS}}
+    judge = Judge(stdlib=args.stdlib)
+
+    def engine(name: str, ckpt: str) -> Result | str:
+        try:
+            out = args.out / f"{trees[name].name}-{ckpt}.json"
+            return judge.run(args.ckpts.absolute() / ckpt, trees[name], out)
+        except LabError as e:
+            return str(e).splitlines()[-1][:160]
+
+    def layers(name: str) -> tuple[str, list[str]]:
+        log = args.out / f"layers-{trees[name].name}.log"
+        with open(log, "w") as f:
+            subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/quantization/quark"],
+                           cwd=ROOT, stdout=f, stderr=subprocess.STDOUT,
+                           env={**os.environ, "PYTHONPATH": before(trees[name])})  # fmt: skip
+        text = log.read_text()
+        summary = re.findall(r"^.*\b(?:passed|failed|error).* in .*$", text, re.M)
+        return summary[-1] if summary else "did not run", re.findall(r"^(?:FAILED|ERROR) \S+/(\S+)", text, re.M)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs: dict[tuple[str, str], Future] = {}
+        for name, ckpts in ENGINE.items():
+            for ckpt in ckpts:
+                runs[name, ckpt] = pool.submit(engine, name, ckpt)
+        tests = {name: pool.submit(layers, name) for name in LAYERS}
+        emulated = {c: judge.emulate(args.ckpts / c) for c in ("quark", "quark-all")}
+    table = {"reference BF16": vars(judge.reference), **{f"emulation {c}": vars(r) for c, r in emulated.items()}}
+    print(f"\n| {'vLLM':9} | {'checkpoint':22} | perplexity | top-1 | text |\n|---|---|---|---|---|")
+    for name, r in [("float reference", judge.reference), *((f"W8A8 emulation, {c}", r) for c, r in emulated.items())]:
+        print(f"| {name} | | {r.shown} | {r.agreement:.1%} | `{r.text!r}` |")
+    for (name, ckpt), future in runs.items():
+        r = future.result()
+        if isinstance(r, str):
+            print(f"| {name:9} | {ckpt:22} | fails: {r} | | |")
+        else:
+            print(f"| {name:9} | {ckpt:22} | {r.shown} | {r.agreement:.1%} | `{r.text!r}` |")
+            table[f"{name} {ckpt}"] = vars(r)
+    print("\n| vLLM | tests/quantization/quark |\n|---|---|")
+    for name, future in tests.items():
+        summary, failed = future.result()
+        print(f"| {name} | {summary.strip('= ')} |")
+        table[f"layers {name}"] = failed
+    (args.out / "results.json").write_text(json.dumps(table, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

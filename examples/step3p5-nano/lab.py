@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""What the demo and the end-to-end tests share: checkpoints, patched vLLMs beside each other, runs."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from model import Step3p5, evaluate, generate, load
+from run import PROMPT
+from text import BOS, held_out_windows, text_of
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+QUARK_PYTHON = ROOT / "build/quark-env/bin/python"
+CPU_PATCHES = ["0004", "0005"]
+
+
+class LabError(Exception):
+    """A step that failed; the text holds its last words and where the log lies."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row: perplexity per byte (None: NaN logits), share of equal top-1 tokens, greedy text."""
+
+    perplexity: float | None
+    agreement: float
+    tokens: list[int]
+    text: str
+
+    @property
+    def shown(self) -> str:
+        return "NaN" if self.perplexity is None else f"{self.perplexity:.4g}"
+
+
+def call(log: Path, *words: str | Path, **env: str) -> None:
+    """Run a command, output to `log`. Raises LabError where it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as f:
+        done = subprocess.run([str(w) for w in words], stdout=f, stderr=subprocess.STDOUT, cwd=HERE,
+                              env={**os.environ, **env})  # fmt: skip
+    if done.returncode:
+        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
+        raise LabError(f"{' '.join(str(w) for w in words[1:3])} failed ({log}):\n" + "\n".join(last))
+
+
+def export(out: Path, all_linear: bool = False) -> Path:
+    """The nano model as AMD Quark exports it (made once for each source)."""
+    if not QUARK_PYTHON.exists():
+        raise LabError("AMD Quark's environment is missing: make quark-env")
+    sources = [HERE / "model.safetensors", HERE / "export.py", HERE / "config.json", Path(QUARK_PYTHON)]
+    made = out / "config.json"
+    if not made.exists() or made.stat().st_mtime < max(s.stat().st_mtime for s in sources):
+        flags = ["--all-linear"] if all_linear else []
+        call(out.with_suffix(".log"), QUARK_PYTHON, "export.py", HERE, out, *flags)
+        made.touch()
+    return out
+
+
+def convert(layout: str, src: Path, out: Path) -> Path:
+    """Another layout of an export: "stacked" or "compressed-tensors"."""
+    call(out.with_suffix(".log"), sys.executable, "convert.py", layout, src, out)
+    return out
+
+
+def shadow(out: Path, only: list[str] | None) -> Path:
+    """The installed vLLM with the patches `only` (None: the whole series; empty: stock)."""
+    from vllm_quark.series import load_series
+    from vllm_quark.shadow import make_shadow
+
+    series = load_series(ROOT)
+    return make_shadow(out, series, [p.name for p in series.patches] if only is None else only)
+
+
+def before(vllm: Path) -> str:
+    """PYTHONPATH that puts `vllm` first."""
+    return os.pathsep.join([str(vllm), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+class Judge:
+    """Held-out windows and what the float reference makes of them."""
+
+    def __init__(self, windows: int = 20, tokens: int = 48, stdlib: Path | None = None, model: Step3p5 | None = None):
+        self.stdlib = ["--stdlib", str(stdlib.absolute())] if stdlib else []
+        every = held_out_windows(stdlib)
+        self.windows = every[:: max(1, len(every) // windows)][:windows]
+        self.tokens = tokens
+        model = model or load(HERE)
+        perplexity, self.top = evaluate(model, torch.tensor(self.windows))
+        greedy = generate(model, [BOS, *PROMPT.encode()], tokens)
+        self.reference = Result(perplexity, 1.0, greedy, text_of(greedy))
+
+    def emulate(self, ckpt: Path, dtype: torch.dtype = torch.float32) -> Result:
+        """What the INT8 numbers in `ckpt` say, by the reference's emulation of W8A8."""
+        model = load(ckpt, dtype)
+        perplexity, top = evaluate(model, torch.tensor(self.windows))
+        greedy = generate(model, [BOS, *PROMPT.encode()], self.tokens)
+        return Result(perplexity, (top == self.top).float().mean().item(), greedy, text_of(greedy))
+
+    def run(self, ckpt: Path, vllm: Path, out: Path, *flags: str) -> Result:
+        """Serve `ckpt` with the vLLM in `vllm`; `out`: result file, its log beside it."""
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.unlink(missing_ok=True)
+        call(out.with_suffix(".log"), sys.executable, "run.py", ckpt, "--out", out, "--windows", str(len(self.windows)),
+             "--tokens", str(self.tokens), *self.stdlib, *flags, PYTHONPATH=before(vllm))  # fmt: skip
+        data = json.loads(out.read_text())
+        agreement = (torch.tensor(data["top"]) == self.top).float().mean().item()
+        return Result(data["perplexity"], agreement, data["tokens"], data["text"])
+
+
+def checkpoints(out: Path) -> dict[str, Path]:
+    """Every export and layout below `out`, by name."""
+    made = {}
+    for name, all_linear in (("", False), ("-all", True)):
+        made[f"quark{name}"] = src = export(out / f"quark{name}", all_linear)
+        for layout in ("stacked", "compressed-tensors"):
+            made[f"{layout}{name}"] = convert(layout, src, out / f"{layout}{name}")
+    return made
+
+
+if __name__ == "__main__":
+    for path in checkpoints(Path(sys.argv[1]).absolute()).values():
+        print(path)

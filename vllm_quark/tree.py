@@ -290,12 +290,14 @@ class Tree:
         while True:
             try:
                 folder.mkdir(exist_ok=True)
-                if not (folder / ".gitignore").exists():
-                    self._write(folder / ".gitignore", b"*\n")
                 lock = open(folder / "lock", "a")  # noqa: SIM115
-            except FileNotFoundError:
+            except (FileNotFoundError, FileExistsError) as e:
+                if folder.exists() and not folder.is_dir():
+                    raise TreeError(f"{folder}: is in the way of vllm-quark's record: move it away") from e
                 continue  # a run that ended took the folder away
             except OSError as e:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
                 raise _says(e, folder, "write") from e
             with lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -303,12 +305,17 @@ class Tree:
                     same = os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock"))
                 except FileNotFoundError:
                     same = False
-                if same:
-                    try:
-                        yield
-                    finally:
-                        self._leave()
-                    return
+                if not same:
+                    continue
+                try:
+                    if not (folder / ".gitignore").exists():
+                        self._write(folder / ".gitignore", b"*\n")
+                    yield
+                except OSError as e:
+                    raise _says(e, e.filename or folder, "write") from e
+                finally:
+                    self._leave()
+                return
 
     def _leave(self) -> None:
         """Take the record's folder away where nothing is recorded."""
@@ -327,7 +334,9 @@ class Tree:
     def _become(self, record: _Record, wanted: dict[str, bytes | None], applied: list[str]) -> None:
         """Turn the files of `wanted` into that content (None: no file), all or nothing."""
         changes = {file: (old, new) for file, new in wanted.items() if (old := self.read(file)) != new}
-        after = _Record(list(applied), dict(record.files), list(record.folders))
+        # Until the last rename a patch may still, or already, be there.
+        between = [*record.applied, *(n for n in applied if n not in record.applied)]
+        after = _Record(between, dict(record.files), list(record.folders))
         path = self.root
         try:
             for file, (old, new) in changes.items():
@@ -376,6 +385,7 @@ class Tree:
                     os.replace(self._temp(self.root / file), self.root / file)
             self._finish(record, also=after)
             raise _says(e, path, "replace") from e
+        after.applied = list(applied)
         self._finish(after)
 
     def _stage_known(self, path: Path, data: bytes, known: _File) -> None:

@@ -20,6 +20,7 @@ from vllm.model_executor.models.step3p5 import Step3p5ForCausalLM
 from .utils import DEVICE, DTYPE, quark_config, vllm_environment
 
 ATTENTION = [f"model.layers.3.self_attn.{p}_proj" for p in "qkv"]
+SHARED_GATE_UP = "model.layers.3.moe.share_expert.gate_up_proj"
 SHARED = [f"model.layers.3.share_expert.{p}_proj" for p in ("gate", "up")]
 
 
@@ -46,8 +47,7 @@ def make(config: QuarkConfig, prefix: str):
 
 
 @pytest.mark.parametrize(
-    "prefix",
-    ["model.layers.3.self_attn.qkv_proj", "model.layers.3.moe.share_expert.gate_up_proj"],
+    "prefix", ["model.layers.3.self_attn.qkv_proj", SHARED_GATE_UP]
 )
 def test_excluded_shards_keep_the_fused_layer_unquantized(prefix):
     layer = make(step3p5_config(ATTENTION + SHARED), prefix)

@@ -32,9 +32,6 @@ needs_kernel = pytest.mark.skipif(
     current_platform.is_cpu() and importlib.util.find_spec(CPU_EXPERTS) is None,
     reason="this vLLM has no INT8 experts for CPU",
 )
-needs_cuda = pytest.mark.skipif(
-    not current_platform.is_cuda_alike(), reason="needs a CUDA or ROCm device"
-)
 LAYOUTS = pytest.mark.parametrize("layout", ["N", "Nx1"])
 
 
@@ -98,9 +95,7 @@ def reference(experts, x, weights, ids, rank: int = 0, tp: int = 1, **kwargs):
     (w1, s1), (w3, s3), (w2, s2) = (experts[k] for k in ("w1", "w3", "w2"))
     w13 = torch.cat((w1.chunk(tp, 1)[rank], w3.chunk(tp, 1)[rank]), 1)
     s13 = torch.cat((s1.chunk(tp, 1)[rank], s3.chunk(tp, 1)[rank]), 1)
-    return emulate_moe(
-        x, w13, s13, w2.chunk(tp, 2)[rank], s2, weights, ids, **kwargs
-    )
+    return emulate_moe(x, w13, s13, w2.chunk(tp, 2)[rank], s2, weights, ids, **kwargs)
 
 
 @LAYOUTS
@@ -165,46 +160,3 @@ def test_tensor_parallel_experts(experts, layout):
         total = total + run(layer, x, weights, ids).double()
         expected = expected + reference(experts, x, weights, ids, rank, 2)
     assert_close(total, expected)
-
-
-@needs_cuda
-@LAYOUTS
-def test_batched_kernel(experts, layout):
-    """The kernel of expert-parallel deployments; it asserts [E, N, 1]."""
-    from vllm.model_executor.layers.fused_moe.fused_batched_moe import (
-        invoke_moe_batched_triton_kernel,
-    )
-    from vllm.triton_utils import tl
-
-    layer = load(experts, layout)
-    layer.ensure_moe_quant_config_init()
-    config = layer.moe_quant_config
-    counts = torch.tensor([0, 1, 5, 16, 3, 0, 7, 2], dtype=torch.int32)
-    x = random_input(E * 16, K).float()
-    scale = x.abs().amax(-1, keepdim=True) / 127
-    x_q = (x / scale).round().clamp(-128, 127).to(torch.int8)
-    out = torch.zeros(E, 16, 2 * I, dtype=DTYPE)
-    invoke_moe_batched_triton_kernel(
-        A=x_q.view(E, 16, K),
-        B=layer.w13_weight,
-        C=out,
-        expert_num_tokens=counts,
-        compute_type=tl.bfloat16,
-        A_scale=scale.view(E, 16, 1),
-        B_scale=config.w1_scale,
-        B_zp=None,
-        use_fp8_w8a8=False,
-        use_int8_w8a16=False,
-        use_int4_w4a16=False,
-        config={"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 64},
-        per_act_token_quant=True,
-        block_shape=None,
-    )
-    s13 = torch.cat((experts["w1"][1], experts["w3"][1]), 1)
-    w13 = torch.cat((experts["w1"][0], experts["w3"][0]), 1)
-    for e, count in enumerate(counts.tolist()):
-        if count == 0:
-            continue
-        a = (x_q.double() * scale.double()).view(E, 16, K)[e, :count]
-        expected = a @ (w13[e].double() * s13[e].double().unsqueeze(-1)).t()
-        assert_close(out[e, :count], expected)

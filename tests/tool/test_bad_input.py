@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""Bad input: one clear line that names the file and the way out, exit code 2, nothing half-written."""
+
+import os
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from trees import cli, make_tree, one_line, snapshot, visible, write
+
+
+def test_no_such_tree(home, tmp_path):
+    one_line(cli(home, "status", tmp_path / "nowhere"), "nowhere", "does not exist", "name a")
+
+
+def test_no_vllm(home, tmp_path):
+    one_line(cli(home, "apply", tmp_path), str(tmp_path), "not a vLLM tree")
+    assert not (tmp_path / ".vllm-quark").exists()
+
+
+def test_package_folder_instead_of_its_parent(home, tree):
+    one_line(cli(home, "status", tree / "vllm"), "not a vLLM tree", f"name {tree} instead")
+
+
+def test_bad_use(home, tree):
+    for words in (["statsu", tree], ["status", "--onyl", "x", tree], ["format-patch", tree]):
+        assert cli(home, *words).returncode == 2
+    one_line(cli(home, "status", tree, "--only", "0009"), "no patch '0009'", "0001-mapping")
+    one_line(cli(home, "status", tree, "--only", "0001", "--until", "0002"), "exclude each other")
+
+
+def test_release_without_what_a_patch_edits(home, tree):
+    before = snapshot(tree)
+    one_line(cli(home, "apply", tree, "--only", "0004"), "vllm/alpha.py", "lacks what", "0004-elsewhere", "9.9")
+    assert snapshot(tree) == before
+
+
+def test_conflict_names_file_and_anchor(home, tree):
+    beta = tree / "vllm/model_executor/beta.py"
+    beta.write_text(beta.read_text().replace("x > 1", "x >= 1"))
+    before = snapshot(tree)
+    one_line(cli(home, "apply", tree), "0002-scale", "vllm/model_executor/beta.py", "run, comparison", "not found")
+    assert snapshot(tree) == before
+    done = cli(home, "status", tree)
+    assert done.returncode == 1 and "conflict" in done.stdout and "run, comparison" in done.stdout
+
+
+def test_file_in_the_way(home, tree):
+    write(tree, {"vllm/configs/c.json": "theirs\n"})
+    before = snapshot(tree)
+    one_line(cli(home, "apply", tree), "0003-only-files", "vllm/configs/c.json", "other content")
+    assert snapshot(tree) == before
+
+
+@pytest.mark.parametrize("file", ["vllm/alpha.py", "vllm/new/deep/gamma.py"])
+def test_hand_edited_file(home, tree, file):
+    assert cli(home, "apply", tree).returncode == 0
+    path = tree / file
+    path.write_text(path.read_text() + "# mine\n")
+    before = visible(tree)
+    one_line(cli(home, "revert", tree), str(path), "changed since", "undo that change")
+    one_line(cli(home, "apply", tree), str(path), "changed since")
+    assert visible(tree) == before
+    assert "changed since" in cli(home, "status", tree).stdout
+    path.write_text(path.read_text().removesuffix("# mine\n"))
+    assert cli(home, "revert", tree).returncode == 0
+
+
+def test_lost_original(home, tree):
+    assert cli(home, "apply", tree).returncode == 0
+    (tree / ".vllm-quark/original/vllm/alpha.py").write_text("lost")
+    before = visible(tree)
+    one_line(cli(home, "revert", tree), "original/vllm/alpha.py", "reinstall vLLM")
+    assert visible(tree) == before
+
+
+def test_damaged_record(home, tree):
+    assert cli(home, "apply", tree).returncode == 0
+    (tree / ".vllm-quark/record.json").write_text("{")
+    one_line(cli(home, "status", tree), "record.json", "damaged")
+
+
+BROKEN = {
+    "not YAML": ("subject: [\n", "not valid YAML"),
+    "not a mapping": ("- 1\n", "not a patch"),
+    "unknown key": ("subject: a\ndescription: b\nfiles: [vllm/configs/c.json]\nedit: []\n", "edit:"),
+    "no rule": (
+        "subject: a\ndescription: b\nedits: [{file: vllm/a.py, present: {}, rewrite: []}]\n",
+        "edits.0.present",
+    ),
+    "nothing to do": ("subject: a\ndescription: b\n", "needs edits or files"),
+    "out of the tree": ("subject: a\ndescription: b\nfiles: [../x]\n", "../x"),
+    "missing file": ("subject: a\ndescription: b\nfiles: [vllm/none.py]\n", "vllm/none.py"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_patch_file(home, tree, name):
+    text, said = BROKEN[name]
+    write(home, {"patches/0003-only-files.yaml": text})
+    before = snapshot(tree)
+    for command in ("status", "apply", "revert"):
+        one_line(cli(home, command, tree), "patches/0003-only-files.yaml", said)
+    assert snapshot(tree) == before
+
+
+def test_no_patches(home, tree):
+    shutil.rmtree(home / "patches")
+    one_line(cli(home, "status", tree), "patches", "no patch files")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs needs root in a sandbox that allows it")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_full_disk(home, small_disk):
+    tree = make_tree(small_disk / "tree")
+    before = snapshot(tree)
+    room = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    # From no room at all to room for all but the last page.
+    for left in range(0, 60 * 1024, 4096):
+        (small_disk / "ballast").write_bytes(b"x" * max(0, room - left))
+        done = cli(home, "apply", tree)
+        if done.returncode == 0:
+            assert left > 0
+            break
+        one_line(done, "No space left", "make room")
+        assert snapshot(tree) == before, left
+    else:
+        pytest.fail("never had enough room")
+
+
+def test_read_only_tree(home, small_disk):
+    tree = make_tree(small_disk / "tree")
+    before = snapshot(tree)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for command in ("apply", "revert"):
+        one_line(cli(home, command, tree), str(tree), "Read-only", "remount it writable")
+    assert cli(home, "status", tree).returncode == 1
+    assert snapshot(tree) == before
+
+
+@pytest.mark.parametrize("size", [0, 64, 200])
+def test_file_size_limit(home, tree, size):
+    """The full disk where nothing can be mounted: no file may grow beyond `size` bytes."""
+    before = snapshot(tree)
+    done = cli(home, "apply", tree, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    one_line(done, "File too large", "make room")
+    assert snapshot(tree) == before
+
+
+def test_folder_that_leads_out_of_the_tree(home, tree, tmp_path):
+    outside = tmp_path / "outside"
+    shutil.move(tree / "vllm/model_executor", outside)
+    (tree / "vllm/model_executor").symlink_to(outside)
+    before = snapshot(outside)
+    one_line(cli(home, "apply", tree), "leads out of the tree", str(outside))
+    assert snapshot(outside) == before
+
+
+def test_not_text(home, tree):
+    (tree / "vllm/alpha.py").write_bytes(b"\xff\xfe")
+    one_line(cli(home, "apply", tree), "vllm/alpha.py", "not UTF-8")
+
+
+def test_git_without_identity(home, tree, tmp_path):
+    env = {"HOME": str(tmp_path), "GIT_CONFIG_NOSYSTEM": "1", "PATH": os.environ["PATH"], "PYTHONPATH": str(home)}
+    import sys
+
+    command = [sys.executable, "-m", "vllm_quark", "format-patch", str(tree), "-o", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    one_line(done, "user.name", "git config --global")
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_folder_in_use(home, tree, tmp_path):
+    out = tmp_path / "out"
+    assert cli(home, "format-patch", tree, "-o", out).returncode == 0
+    one_line(cli(home, "format-patch", tree, "-o", out), "holds a series already")
+    Path(tmp_path / "file").write_text("")
+    one_line(cli(home, "format-patch", tree, "-o", tmp_path / "file"), "is not a folder")

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""format-patch and make-tree: what git makes of the series."""
+
+import shutil
+import subprocess
+
+import pytest
+from trees import RELEASE, ROOT, cli, visible
+
+
+def git(folder, *words) -> str:
+    command = ["git", "-c", "user.name=A Committer", "-c", "user.email=c@example.com", *words]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def without_git(tree) -> dict:
+    return {k: v for k, v in visible(tree).items() if not k.startswith(".git")}
+
+
+@pytest.fixture
+def author(monkeypatch, tmp_path):
+    (tmp_path / "gitconfig").write_text("[user]\n\tname = Ann Author\n\temail = ann@example.com\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+
+
+def commit_base(tree) -> None:
+    git(tree, "init", "-q")
+    git(tree, "add", "-A", "-f")
+    git(tree, "commit", "-q", "-m", "base")
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"], ids=["LF", "CRLF"])
+def test_git_am_gives_what_apply_gives(home, tree, tmp_path, author, line_end):
+    if line_end != "\n":
+        path = tree / "vllm/alpha.py"
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    applied = shutil.copytree(tree, tmp_path / "applied")
+    assert cli(home, "apply", applied).returncode == 0
+    commit_base(tree)
+    out = tmp_path / "out"
+    done = cli(home, "format-patch", tree, "-o", out)
+    assert done.returncode == 0 and "git am" in done.stdout, done.stderr
+    mails = sorted(out.iterdir())
+    assert [m.name[:4] for m in mails] == ["0001", "0002", "0003"]
+    git(tree, "am", "-q", "--keep-non-patch", "--keep-cr", *map(str, mails))
+    assert without_git(tree) == without_git(applied)
+    subjects = git(tree, "log", "--format=%s|%an|%ae|%b").split("\n\n")
+    assert "[Bugfix] Add a mapping to Alpha|Ann Author|ann@example.com" in "".join(subjects)
+    assert git(tree, "log", "--format=%b").count("Signed-off-by: Ann Author <ann@example.com>") == 3
+    assert '"status": "applied"' in cli(home, "status", tree, "--json", "--only", "0002").stdout
+    assert "nothing to write" in cli(home, "format-patch", tree, "-o", tmp_path / "more").stdout
+
+
+def test_the_real_release(unpacked, tmp_path, author):
+    """On the unpacked 0.21.0: apply, revert, and git am byte for byte like apply."""
+    before = visible(unpacked)
+    done = cli(ROOT, "apply", unpacked)
+    assert done.returncode == 0, done.stderr
+    assert cli(ROOT, "status", unpacked).returncode == 0
+    applied = visible(unpacked)
+    assert len(applied) > len(before)
+    assert cli(ROOT, "revert", unpacked).returncode == 0
+    assert visible(unpacked) == before and not (unpacked / ".vllm-quark").exists()
+
+    commit_base(unpacked)
+    assert cli(ROOT, "format-patch", unpacked, "-o", tmp_path / "out").returncode == 0
+    git(unpacked, "am", "-q", "-b", *map(str, sorted((tmp_path / "out").iterdir())))
+    assert without_git(unpacked) == {k: v for k, v in applied.items() if not k.startswith(".git")}
+
+
+def test_make_tree(tmp_path, author, real_series):
+    out = tmp_path / f"vllm-{RELEASE}"
+    done = cli(ROOT, "make-tree", RELEASE, "-o", out)
+    assert done.returncode == 0, done.stderr
+    for name in ("vllm", "csrc", "tests", "setup.py", "CMakeLists.txt", "requirements"):
+        assert (out / name).exists()
+    subjects = git(out, "log", "--reverse", "--format=%s").splitlines()
+    assert subjects == [f"vLLM {RELEASE}", *(p.subject for p in real_series.patches)]
+    assert git(out, "describe", "--tags", "--abbrev=0").strip() == f"v{RELEASE}"
+    assert not git(out, "status", "--porcelain", "-uall").strip()
+    assert cli(ROOT, "status", out).returncode == 0
+    again = cli(ROOT, "make-tree", RELEASE, "-o", out)
+    assert again.returncode == 2 and "exists already" in again.stderr
+
+
+def test_unknown_release(tmp_path, author):
+    done = cli(ROOT, "make-tree", "0.21.99", "-o", tmp_path / "out")
+    assert done.returncode == 2 and "no source distribution of vLLM 0.21.99" in done.stderr
+    assert not (tmp_path / "out").exists()

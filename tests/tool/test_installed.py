@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""The series on the installed vLLM 0.21.0, and the style of what it makes."""
+
+import difflib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from trees import RELEASE, ROOT, cli, snapshot, visible
+
+from vllm_quark.tree import Tree, find_installed
+
+
+def test_installed_vllm_is_found_without_importing_it():
+    code = "import sys; from vllm_quark.tree import *; print(find_installed()); assert 'vllm' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert Path(done.stdout.strip()) == find_installed()
+    assert Tree(find_installed()).version == RELEASE
+
+
+def test_apply_and_revert(installed):
+    site = find_installed()
+    before, cached = snapshot(installed), snapshot(site / "vllm/model_executor/layers/quantization/quark")
+    assert cli(ROOT, "apply", installed).returncode == 0
+    data = json.loads(cli(ROOT, "status", installed, "--json").stdout)
+    assert {p["status"] for p in data["patches"]} == {"applied"}
+    assert snapshot(site / "vllm/model_executor/layers/quantization/quark") == cached
+    assert cli(ROOT, "revert", installed).returncode == 0
+    assert snapshot(installed) == before
+
+
+def test_every_patch_applies_alone(installed, real_series):
+    for patch in real_series.patches:
+        before = snapshot(installed)
+        assert cli(ROOT, "apply", installed, "--only", patch.name).returncode == 0
+        changed = {k for k, v in visible(installed).items() if before.get(k) != v}
+        assert changed - {e.file for e in patch.edits} - set(patch.files) <= {str(Path(f).parent) for f in patch.files}
+        assert cli(ROOT, "revert", installed).returncode == 0
+        assert snapshot(installed) == before
+
+
+def test_style_is_vllms_own(unpacked, tmp_path):
+    """ruff with that release's settings; no trailing blanks; a diff that a reviewer would write."""
+    stock = shutil.copytree(unpacked, tmp_path / "stock")
+    assert cli(ROOT, "apply", unpacked).returncode == 0
+    before, after = visible(stock), visible(unpacked)
+    touched = sorted(k for k, v in after.items() if before.get(k) != v and v[0] == "file")
+    ruff = shutil.which("ruff", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    for words in (["check"], ["format", "--check"]):
+        done = subprocess.run([ruff, *words, "--no-cache", *touched], cwd=unpacked, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    for name in touched:
+        text = (unpacked / name).read_text()
+        assert not [line for line in text.splitlines() if line != line.rstrip()], name
+        compile(text, name, "exec")
+    changed = 0
+    for name in filter(before.__contains__, touched):
+        old, new = ((t / name).read_text().splitlines() for t in (stock, unpacked))
+        changed += sum(line[0] in "+-" for line in list(difflib.unified_diff(old, new, n=0))[2:])
+    assert 0 < changed < 100
+    for name in touched:
+        if name.startswith("tests/") or name not in before:
+            head = (unpacked / name).read_text().splitlines()
+            assert not head or head[0] == "# SPDX-License-Identifier: Apache-2.0", name
+
+
+@pytest.mark.parametrize("patches", ["stock", "0001"])
+def test_shadow(tmp_path, patches):
+    out = tmp_path / "shadow"
+    words = ["--stock"] if patches == "stock" else ["--only", patches]
+    assert cli(ROOT, "shadow", "-o", out, *words).returncode == 0
+    real = [p for p in (out / "vllm").rglob("*.py") if not p.is_symlink()]
+    assert [p.name for p in real] == ([] if patches == "stock" else ["step3p5.py"])
+    env = {**os.environ, "PYTHONPATH": str(out)}
+    code = "import importlib.util; print(importlib.util.find_spec('vllm').origin)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path, check=True
+    )
+    assert done.stdout.strip() == str(out / "vllm/__init__.py")

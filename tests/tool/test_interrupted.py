@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""Killed at every step, and many at once."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from trees import cli, make_tree, snapshot, visible
+
+from vllm_quark.series import Series
+from vllm_quark.tree import Tree
+
+EVENTS = ("open", "os.", "shutil.", "tempfile.", "pathlib.")
+
+
+def killed_at(step: int, root: Path, series: Series, action: str) -> bool:
+    """Run `action` in a child that dies at its `step`-th file operation in the tree; False: it ended before."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def watch(event: str, args: tuple) -> None:
+            nonlocal count
+            if event.startswith(EVENTS) and any(str(root) in str(a) for a in args):
+                count += 1
+                if count == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            sys.addaudithook(watch)
+            getattr(Tree(root), action)(series, series.select())
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, f"{action} failed before step {step}"
+    return os.WIFSIGNALED(status)
+
+
+def truthful(root: Path, series: Series, before: dict, after: dict) -> None:
+    """`status` says "applied" exactly of the patches whose files all lie there."""
+    now = visible(root)
+    files = {"0001-mapping": None, "0002-scale": ["vllm/model_executor/beta.py", "vllm/new/deep/gamma.py",
+                                                  "tests/test_gamma.py", "vllm/alpha.py"],
+             "0003-only-files": ["vllm/configs/c.json"]}  # fmt: skip
+    for verdict in Tree(root).status(series):
+        name = verdict.patch.name
+        if name not in files:
+            continue
+        wanted = files[name] or ["vllm/alpha.py"]
+        whole = all(now.get(f) == after[f] for f in wanted)
+        assert (verdict.status == "applied") == whole, (name, verdict)
+        assert verdict.status in ("applied", "applies"), (name, verdict)
+
+
+@pytest.mark.parametrize("action", ["apply", "revert"])
+@pytest.mark.parametrize("finish", ["apply", "revert"])
+def test_killed_at_every_step(tmp_path, series, action, finish):
+    model = make_tree(tmp_path / "model")
+    before = snapshot(model)
+    Tree(model).apply(series, series.select())
+    after = visible(model)
+    step = 0
+    while True:
+        step += 1
+        root = make_tree(tmp_path / f"{step}")
+        if action == "revert":
+            Tree(root).apply(series, series.select())
+        died = killed_at(step, root, series, action)
+        truthful(root, series, before, after)
+        getattr(Tree(root), finish)(series, series.select())
+        if finish == "apply":
+            assert visible(root) == after, step
+            Tree(root).revert(series, series.select())
+        assert snapshot(root) == before, step
+        if not died:
+            break
+    assert step > 25, "the kills did not reach the work"
+
+
+def start(home: Path, *words: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "vllm_quark", *map(str, words)]
+    env = {**os.environ, "PYTHONPATH": str(home)}
+    return subprocess.Popen(command, env=env, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_many_applies_at_once(home, tree, tmp_path):
+    whole = make_tree(tmp_path / "whole")
+    before = snapshot(tree)
+    cli(home, "apply", whole)
+    running = [start(home, "apply", tree) for _ in range(6)]
+    for r in running:
+        _, err = r.communicate(timeout=120)
+        assert r.returncode == 0, err
+    assert visible(tree) == visible(whole)
+    assert cli(home, "revert", tree).returncode == 0
+    assert snapshot(tree) == before
+
+
+def test_apply_and_revert_at_once(home, tree, tmp_path):
+    whole = make_tree(tmp_path / "whole")
+    before = snapshot(tree)
+    cli(home, "apply", whole)
+    running = [start(home, action, tree) for action in ["apply", "revert"] * 4]
+    for r in running:
+        _, err = r.communicate(timeout=120)
+        assert r.returncode == 0, err
+    assert visible(tree) in (before, visible(whole))
+    assert cli(home, "revert", tree).returncode == 0
+    assert snapshot(tree) == before

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""status, apply, revert on synthetic trees, through the command."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+from trees import ALPHA, BETA, BROUGHT, cli, make_tree, snapshot, visible
+
+GOOD_ALPHA = ALPHA.replace("    )\n", '    )\n\n    packed = {"a": ["b"]}\n').replace("empty(n)", "empty((n, 1))")
+
+
+def statuses(home, tree, *words) -> dict[str, str]:
+    done = cli(home, "status", tree, "--json", *words)
+    return {p["name"][:4]: p["status"] for p in json.loads(done.stdout)["patches"]}
+
+
+BEFORE = {"0001": "applies", "0002": "applies", "0003": "applies", "0004": "absent", "0005": "upstream"}
+AFTER = BEFORE | {"0001": "applied", "0002": "applied", "0003": "applied"}
+
+
+def test_apply_and_revert(home, tree):
+    before = snapshot(tree)
+    assert statuses(home, tree) == BEFORE
+    assert cli(home, "status", tree).returncode == 1
+    assert snapshot(tree) == before
+
+    done = cli(home, "apply", tree)
+    assert done.returncode == 0, done.stderr
+    assert statuses(home, tree) == AFTER
+    assert cli(home, "status", tree).returncode == 0
+    assert (tree / "vllm/alpha.py").read_text() == GOOD_ALPHA
+    assert (tree / "vllm/alpha.py").stat().st_mode & 0o777 == 0o755
+    assert (tree / "vllm/model_executor/beta.py").read_text() == BETA.replace("x > 1", "x > 2")
+    for file, text in BROUGHT.items():
+        assert (tree / file).read_text() == text
+
+    once = snapshot(tree)
+    assert cli(home, "apply", tree).returncode == 0
+    assert snapshot(tree) == once, "apply is idempotent"
+
+    done = cli(home, "revert", tree)
+    assert done.returncode == 0 and "reverted 0002-scale" in done.stdout
+    assert snapshot(tree) == before
+    assert "nothing to revert" in cli(home, "revert", tree).stdout
+
+
+def test_installed_package_takes_only_its_own_files(home, tmp_path):
+    site = make_tree(tmp_path / "site", source=False)
+    before = snapshot(site)
+    assert cli(home, "apply", site).returncode == 0
+    assert not (site / "tests").exists() and (site / "vllm/new/deep/gamma.py").exists()
+    assert statuses(home, site) == AFTER
+    assert cli(home, "revert", site).returncode == 0
+    assert snapshot(site) == before
+
+
+@pytest.mark.parametrize("order", [("0001", "0002"), ("0002", "0001")])
+def test_patches_one_by_one_make_the_same_tree(home, tree, tmp_path, order):
+    whole = make_tree(tmp_path / "whole")
+    cli(home, "apply", whole, "--until", "0002")
+    before = snapshot(tree)
+    for name in order:
+        assert cli(home, "apply", tree, "--only", name).returncode == 0
+    assert visible(tree) == visible(whole)
+    assert statuses(home, tree) == AFTER | {"0003": "applies"}
+
+    assert cli(home, "revert", tree, "--only", order[0]).returncode == 0
+    assert statuses(home, tree)[order[0]] == "applies"
+    assert statuses(home, tree)[order[1]] == "applied"
+    assert cli(home, "revert", tree).returncode == 0
+    assert snapshot(tree) == before
+
+
+def test_hard_links_and_links_stay_untouched(home, tree, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    os.link(tree / "vllm/alpha.py", cache / "alpha.py")
+    shutil.move(tree / "vllm/model_executor/beta.py", cache / "beta.py")
+    (tree / "vllm/model_executor/beta.py").symlink_to(cache / "beta.py")
+    before, cached = snapshot(tree), snapshot(cache)
+    assert cli(home, "apply", tree).returncode == 0
+    assert snapshot(cache) == cached, "the cache that files are linked to never changes"
+    assert not (tree / "vllm/model_executor/beta.py").is_symlink()
+    assert cli(home, "revert", tree).returncode == 0
+    assert snapshot(tree) == before
+
+
+def test_windows_line_ends_stay(home, tree):
+    for name in ("alpha.py", "model_executor/beta.py"):
+        path = tree / "vllm" / name
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    before = snapshot(tree)
+    assert cli(home, "apply", tree).returncode == 0
+    assert (tree / "vllm/alpha.py").read_bytes() == GOOD_ALPHA.replace("\n", "\r\n").encode()
+    assert cli(home, "revert", tree).returncode == 0
+    assert snapshot(tree) == before
+
+
+def test_other_edits_before_apply_stay(home, tree):
+    path = tree / "vllm/alpha.py"
+    path.write_text("# a fork's own line\n" + path.read_text())
+    before = snapshot(tree)
+    assert cli(home, "apply", tree).returncode == 0
+    assert path.read_text() == "# a fork's own line\n" + GOOD_ALPHA
+    assert cli(home, "revert", tree).returncode == 0
+    assert snapshot(tree) == before
+
+
+def test_reinstall_over_a_patched_tree(home, tree):
+    assert cli(home, "apply", tree).returncode == 0
+    newer = ALPHA.replace("class Alpha", "x = 1\n\n\nclass Alpha")
+    (tree / "vllm/alpha.py").write_text(newer)
+    (tree / "vllm/model_executor/beta.py").write_text(BETA)
+    assert statuses(home, tree) == BEFORE | {"0003": "applied"}
+    assert cli(home, "apply", tree).returncode == 0
+    assert statuses(home, tree) == AFTER
+    assert cli(home, "revert", tree).returncode == 0
+    assert (tree / "vllm/alpha.py").read_text() == newer
+
+
+def test_deleted_file_comes_back(home, tree):
+    assert cli(home, "apply", tree).returncode == 0
+    (tree / "vllm/configs/c.json").unlink()
+    assert statuses(home, tree)["0003"] == "applies"
+    assert cli(home, "apply", tree).returncode == 0
+    assert statuses(home, tree) == AFTER
+
+
+def test_folders_made_go_unless_used(home, tree):
+    assert cli(home, "apply", tree).returncode == 0
+    (tree / "vllm/new/deep/__pycache__").mkdir()
+    (tree / "vllm/new/deep/__pycache__/gamma.cpython-311.pyc").write_bytes(b"x")
+    (tree / "vllm/configs/mine.json").write_text("mine")
+    assert cli(home, "revert", tree).returncode == 0
+    assert not (tree / "vllm/new").exists()
+    assert [p.name for p in (tree / "vllm/configs").iterdir()] == ["mine.json"]
+
+
+def test_git_does_not_see_the_record(home, tree):
+    subprocess.run(["git", "init", "-q", tree], check=True)
+    assert cli(home, "apply", tree).returncode == 0
+    seen = subprocess.run(["git", "-C", tree, "status", "--short", "-uall"], capture_output=True, text=True, check=True)
+    assert ".vllm-quark" not in seen.stdout
+
+
+def test_json(home, tree):
+    data = json.loads(cli(home, "apply", tree, "--json").stdout)
+    assert data["version"] == "9.9" and data["tree"] == str(tree)
+    assert {p["name"][:4]: p["status"] for p in data["patches"]} == AFTER
+    data = json.loads(cli(home, "revert", tree, "--json").stdout)
+    assert data["reverted"] == ["0001-mapping", "0002-scale", "0003-only-files"]

@@ -7,7 +7,6 @@ NANO := examples/step3p5-nano
 CKPTS := build/ckpts
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
-export UV_LINK_MODE ?= copy
 
 .PHONY: env quark-env demo test test-gpu ckpts tree lint lock clean
 

@@ -13,27 +13,29 @@ export VLLM_NO_USAGE_STATS := 1
 env: .venv/.made
 .venv/.made: requirements/cpu.txt requirements/cpu-override.txt setup.py
 	@echo "set-up: vLLM $(RELEASE) for CPU into .venv"
-	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check uv
-	$(UV) pip install -q --python $(BIN)/python --override requirements/cpu-override.txt -r requirements/cpu.txt
-	$(UV) pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check uv 2> .venv/pip.log || (cat .venv/pip.log; exit 1)
+	@$(UV) pip install -q --python $(BIN)/python --override requirements/cpu-override.txt -r requirements/cpu.txt
+	@$(UV) pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@echo "set-up: compiling bytecode (each engine starts twice as fast)"
-	$(BIN)/python -m compileall -q -j 0 .venv/lib > build-compile.log 2>&1 || true; rm -f build-compile.log
+	@$(BIN)/python -m compileall -q -j 0 .venv/lib > .venv/compile.log 2>&1 || true
 	@touch $@
 
 quark-env: build/quark-env/.made
 build/quark-env/.made: requirements/quark.txt | env
 	@echo "set-up: AMD Quark into build/quark-env"
 	@mkdir -p build
-	$(UV) venv -q --clear --python $(BIN)/python build/quark-env
-	$(UV) pip install -q --python build/quark-env/bin/python -r requirements/quark.txt
+	@$(UV) venv -q --clear --python $(BIN)/python build/quark-env
+	@$(UV) pip install -q --python build/quark-env/bin/python -r requirements/quark.txt
 	@touch $@
 
 demo: env quark-env
-	$(BIN)/python $(NANO)/demo.py
+	@$(BIN)/python $(NANO)/demo.py
 
-test: env quark-env
-	$(BIN)/python -m pytest -q tests
+test: env quark-env lint
+	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
+	PYTHONPATH=$(CURDIR)/build/shadow $(BIN)/python -m pytest -q tests/quantization
+	$(BIN)/python -m pytest -q tests/tool tests/e2e
 
 # With the vLLM of the active Python (CUDA or ROCm), see requirements/cuda.in.
 test-gpu:
@@ -46,7 +48,7 @@ tree: env
 	$(BIN)/vllm-quark make-tree $(RELEASE) -o build/vllm-$(RELEASE)
 
 lint: env
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .
 
 lock: env
 	cd requirements && for f in cpu quark; do \

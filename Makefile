@@ -39,7 +39,8 @@ test: env quark-env lint
 
 # With the vLLM of the active Python (CUDA or ROCm), see requirements/cuda.in.
 test-gpu:
-	python3 -m pytest -q -m "not engine" tests/quantization/quark
+	@rm -rf build/shadow-gpu && python3 -m vllm_quark shadow -o build/shadow-gpu
+	PYTHONPATH=$(CURDIR)/build/shadow-gpu:$$PYTHONPATH python3 -m pytest -q tests/quantization
 
 ckpts: env quark-env
 	$(BIN)/python $(NANO)/lab.py $(CKPTS)

@@ -29,6 +29,7 @@ ENGINE = {  # name of the vLLM: checkpoints
     "0001 only": ["quark", "compressed-tensors"],
     "series": ["quark", "stacked", "quark-all", "stacked-all", "compressed-tensors", "compressed-tensors-all"],
 }
+TRITON = ("series, Triton linear", "quark-all")
 LAYERS = ["stock", "without 0001", "without 0002", "without 0003", "series"]
 
 
@@ -60,10 +61,10 @@ def main() -> int:
     trees = {n: shadow(temp / n.replace(" ", "-"), patches(n, every)) for n in {*ENGINE, *LAYERS}}
     judge = Judge(stdlib=args.stdlib)
 
-    def engine(name: str, ckpt: str) -> Result | str:
+    def engine(name: str, ckpt: str, **env: str) -> Result | str:
         try:
-            out = args.out / f"{trees[name].name}-{ckpt}.json"
-            return judge.run(args.ckpts.absolute() / ckpt, trees[name], out)
+            out = args.out / f"{trees[name].name}-{ckpt}{'-triton' if env else ''}.json"
+            return judge.run(args.ckpts.absolute() / ckpt, trees[name], out, **env)
         except LabError as e:
             return str(e).splitlines()[-1][:160]
 
@@ -82,6 +83,8 @@ def main() -> int:
         for name, ckpts in ENGINE.items():
             for ckpt in ckpts:
                 runs[name, ckpt] = pool.submit(engine, name, ckpt)
+        disabled = "CutlassInt8ScaledMMLinearKernel"
+        runs[TRITON] = pool.submit(engine, "series", TRITON[1], VLLM_DISABLED_KERNELS=disabled)
         tests = {name: pool.submit(layers, name) for name in LAYERS}
         emulated = {c: judge.emulate(args.ckpts / c) for c in ("quark", "quark-all")}
     table = {"reference BF16": vars(judge.reference), **{f"emulation {c}": vars(r) for c, r in emulated.items()}}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vllm_quark.patches import Patch, QuarkError
 from vllm_quark.series import Series
-from vllm_quark.tree import Tree, TreeError
+from vllm_quark.tree import Tree
 
 _EXACT = ["-c", "core.autocrlf=false", "-c", "core.safecrlf=false", "-c", "core.fileMode=true",
           "-c", "commit.gpgSign=false", "-c", "core.hooksPath=/dev/null"]  # fmt: skip
@@ -43,23 +43,6 @@ def commit(repository: Path, patch: Patch) -> None:
     git(repository, "commit", "-q", "--no-verify", "-s", "-F", "-", stdin=patch.message)
 
 
-def steps(tree: Tree, series: Series, patches: list[Patch]) -> list[tuple[Patch, dict[str, bytes]]]:
-    """(patch, new content of its files) for each of `patches` that applies, one on top of the other.
-
-    Raises TreeError for a conflict.
-    """
-    text: dict[str, bytes | None] = {}
-    result = []
-    for patch in patches:
-        outcome, detail, changed = tree.judge(series, patch, text)
-        if outcome == "conflict":
-            raise TreeError(f"{patch.name}: conflict: {detail}: nothing was written")
-        if outcome == "applies":
-            text.update(changed)
-            result.append((patch, changed))
-    return result
-
-
 def format_patch(tree: Tree, series: Series, patches: list[Patch], out: Path) -> list[Path]:
     """Write the patches that apply to `tree` as a `git am` series into `out`; the files, in order.
 
@@ -67,7 +50,7 @@ def format_patch(tree: Tree, series: Series, patches: list[Patch], out: Path) ->
     NNNN-*.patch files in `out` are an error, as they would be taken for part of the series.
     """
     name, mail = identity(tree.root)
-    todo = steps(tree, series, patches)
+    todo = tree.steps(series, patches, {})
     if out.exists() and not out.is_dir():
         raise QuarkError(f"{out}: is not a folder: name another with -o")
     if any(out.glob("[0-9][0-9][0-9][0-9]-*.patch")):

@@ -8,7 +8,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from vllm_quark.commits import commit, git, identity, steps
+from vllm_quark.commits import commit, git, identity
 from vllm_quark.patches import Patch, QuarkError
 from vllm_quark.series import Series
 from vllm_quark.tree import Tree
@@ -68,7 +68,7 @@ def make_tree(version: str, series: Series, patches: list[Patch], out: Path, cac
         git(root, "commit", "-q", "--no-verify", "-m", f"vLLM {version}\n\nThe release's source distribution.")
         git(root, "tag", "-a", f"v{version}", "-m", f"vLLM {version}")
         done = []
-        for patch, changed in steps(Tree(root), series, patches):
+        for patch, changed in Tree(root).steps(series, patches, {}):
             for file, data in changed.items():
                 (root / file).parent.mkdir(parents=True, exist_ok=True)
                 (root / file).write_bytes(data)

@@ -458,21 +458,8 @@ class Tree:
         """
         with self._locked():
             record = self._load()
-            start = self._start(series, record)
-            text = dict(start)
-            wanted_names = {p.name for p in patches} | set(record.applied)
-            applied, wanted = [], dict(start)
-            for patch in series.patches:
-                if patch.name not in wanted_names:
-                    continue
-                outcome, detail, changed = self.judge(series, patch, text)
-                if outcome == "conflict":
-                    raise TreeError(f"{patch.name}: conflict: {detail}: nothing was changed")
-                if outcome == "applies":
-                    applied.append(patch.name)
-                    text.update(changed)
-                    wanted.update(changed)
-            self._become(record, wanted, applied)
+            names = {p.name for p in patches} | set(record.applied)
+            self._replay(series, names, record)
             after = self.status(series, patches)
             if after and all(v.status == "absent" for v in after):
                 raise TreeError(
@@ -496,18 +483,33 @@ class Tree:
                         "it) and revert again, or reinstall vLLM"
                     )
             gone = [p.name for p in patches if p.name in record.applied]
-            # A patch that a newer vllm-quark no longer has can only go with all the others.
-            stay = [n for n in record.applied if n not in gone and n in {p.name for p in series.patches}]
-            text = self._start(series, record)
-            wanted, applied = dict(text), []
-            for patch in series.patches:
-                if patch.name in stay:
-                    outcome, detail, changed = self.judge(series, patch, text)
-                    if outcome == "conflict":
-                        raise TreeError(f"{patch.name}: conflict: {detail}: nothing was changed")
-                    if outcome == "applies":
-                        applied.append(patch.name)
-                        text.update(changed)
-                        wanted.update(changed)
-            self._become(record, wanted, applied)
+            # A patch that a newer vllm-quark no longer has goes, too.
+            self._replay(series, set(record.applied) - set(gone), record)
             return gone
+
+    def _replay(self, series: Series, names: set[str], record: _Record) -> None:
+        """Make the tree what it was before us, with the patches `names` on top in series order."""
+        start = self._start(series, record)
+        done = self.steps(series, [p for p in series.patches if p.name in names], dict(start))
+        wanted = dict(start)
+        for _, changed in done:
+            wanted.update(changed)
+        self._become(record, wanted, [patch.name for patch, _ in done])
+
+    def steps(
+        self, series: Series, patches: list[Patch], text: dict[str, bytes | None]
+    ) -> list[tuple[Patch, dict[str, bytes]]]:
+        """(patch, new content of its files) for each of `patches` that applies, one on top of the other.
+
+        `text` holds contents that differ from those on disk, and is brought up to date. Raises
+        TreeError for a conflict, naming file and anchor.
+        """
+        done = []
+        for patch in patches:
+            outcome, detail, changed = self.judge(series, patch, text)
+            if outcome == "conflict":
+                raise TreeError(f"{patch.name}: conflict: {detail}: nothing was changed")
+            if outcome == "applies":
+                text.update(changed)
+                done.append((patch, changed))
+        return done

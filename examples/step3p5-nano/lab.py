@@ -102,12 +102,12 @@ class Judge:
         greedy = generate(model, [BOS, *PROMPT.encode()], self.tokens)
         return Result(perplexity, (top == self.top).float().mean().item(), greedy, text_of(greedy))
 
-    def run(self, ckpt: Path, vllm: Path, out: Path, *flags: str) -> Result:
+    def run(self, ckpt: Path, vllm: Path, out: Path, *flags: str, **env: str) -> Result:
         """Serve `ckpt` with the vLLM in `vllm`; `out`: result file, its log beside it."""
         out.parent.mkdir(parents=True, exist_ok=True)
         out.unlink(missing_ok=True)
         call(out.with_suffix(".log"), sys.executable, "run.py", ckpt, "--out", out, "--windows", str(len(self.windows)),
-             "--tokens", str(self.tokens), *self.stdlib, *flags, PYTHONPATH=before(vllm))  # fmt: skip
+             "--tokens", str(self.tokens), *self.stdlib, *flags, PYTHONPATH=before(vllm), **env)  # fmt: skip
         data = json.loads(out.read_text())
         agreement = (torch.tensor(data["top"]) == self.top).float().mean().item()
         return Result(data["perplexity"], agreement, data["tokens"], data["text"])

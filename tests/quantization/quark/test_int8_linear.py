@@ -30,17 +30,25 @@ PACKED = {
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
 LAYOUTS = pytest.mark.parametrize("layout", ["N", "Nx1"])
-KERNELS = (
-    ["CutlassInt8ScaledMMLinearKernel", "TritonInt8ScaledMMLinearKernel"]
-    if current_platform.is_cuda()
-    else ["default"]
+needs_cuda = pytest.mark.skipif(
+    not current_platform.is_cuda(), reason="needs a CUDA device"
 )
+needs_gpu = pytest.mark.skipif(
+    not current_platform.is_cuda_alike(), reason="needs a CUDA or ROCm device"
+)
+CUTLASS = "CutlassInt8ScaledMMLinearKernel"
+TRITON = "TritonInt8ScaledMMLinearKernel"
+KERNELS = [
+    "default",
+    pytest.param(CUTLASS, marks=needs_cuda),
+    pytest.param(TRITON, marks=needs_gpu),
+]
 
 
 @pytest.fixture(autouse=True, params=KERNELS)
 def environment(request, monkeypatch):
-    if request.param == "TritonInt8ScaledMMLinearKernel":
-        monkeypatch.setenv("VLLM_DISABLED_KERNELS", "CutlassInt8ScaledMMLinearKernel")
+    if request.param == TRITON:
+        monkeypatch.setenv("VLLM_DISABLED_KERNELS", CUTLASS)
     torch.manual_seed(0)
     with vllm_environment():
         yield request.param

@@ -7,6 +7,7 @@ Scales come per expert as [N] or [N, 1]; a stacked checkpoint's [E, N] or
 """
 
 import importlib.util
+import itertools
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ needs_kernel = pytest.mark.skipif(
     current_platform.is_cpu() and importlib.util.find_spec(CPU_EXPERTS) is None,
     reason="this vLLM has no INT8 experts for CPU",
 )
+layer_ids = itertools.count()
 LAYOUTS = pytest.mark.parametrize("layout", ["N", "Nx1"])
 
 
@@ -52,8 +54,8 @@ def experts():
     }
 
 
-def load(experts, layout: str, stacked: bool = False, activation: str = "silu"):
-    layer = FusedMoE(
+def make(activation: str = "silu") -> FusedMoE:
+    return FusedMoE(
         num_experts=E,
         top_k=TOP_K,
         hidden_size=K,
@@ -62,16 +64,27 @@ def load(experts, layout: str, stacked: bool = False, activation: str = "silu"):
         renormalize=True,
         quant_config=quark_config(),
         activation=activation,
-        prefix=f"model.layers.{FusedMoE._next_moe_layer_id}.moe.experts",
+        prefix=f"model.layers.{next(layer_ids)}.moe.experts",
     )
+
+
+def load(
+    experts,
+    layout: str,
+    stacked: bool = False,
+    activation: str = "silu",
+    kinds: tuple[str, ...] = ("weight", "weight_scale"),
+):
+    layer = make(activation)
     for shard_id, (weight, scale) in experts.items():
         stem = "w2" if shard_id == "w2" else "w13"
         if layout == "Nx1":
             scale = scale.unsqueeze(-1)
+        tensors = {"weight": weight, "weight_scale": scale}
         for e in range(E):
-            for kind, tensor in (("weight", weight), ("weight_scale", scale)):
+            for kind in kinds:
                 # A slice of a stacked tensor is a view, a tensor per expert is not.
-                part = tensor[e] if stacked else tensor[e].clone()
+                part = tensors[kind][e] if stacked else tensors[kind][e].clone()
                 param = getattr(layer, f"{stem}_{kind}")
                 param.weight_loader(
                     param, part, f"{stem}_{kind}", shard_id=shard_id, expert_id=e
@@ -103,22 +116,7 @@ def reference(experts, x, weights, ids, rank: int = 0, tp: int = 1, **kwargs):
 def test_scales_reach_the_kernels_layout(experts, layout, tp):
     for rank in range(tp):
         with shard(rank, tp):
-            layer = FusedMoE(
-                num_experts=E,
-                top_k=TOP_K,
-                hidden_size=K,
-                intermediate_size=I,
-                params_dtype=DTYPE,
-                quant_config=quark_config(),
-                prefix=f"model.layers.{FusedMoE._next_moe_layer_id}.moe.experts",
-            )
-        for shard_id, (_, scale) in experts.items():
-            name = "w2_weight_scale" if shard_id == "w2" else "w13_weight_scale"
-            param = getattr(layer, name)
-            for e in range(E):
-                part = scale[e].unsqueeze(-1) if layout == "Nx1" else scale[e]
-                param.weight_loader(param, part, name, shard_id=shard_id, expert_id=e)
-        layer.quant_method.process_weights_after_loading(layer)
+            layer = load(experts, layout, kinds=("weight_scale",))
         s13 = [experts[k][1].chunk(tp, 1)[rank] for k in ("w1", "w3")]
         assert layer.w13_weight_scale.shape == (E, 2 * I // tp, 1)
         assert layer.w2_weight_scale.shape == (E, K, 1)

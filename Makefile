@@ -23,6 +23,7 @@ env: .venv/.made
 
 quark-env: build/quark-env/.made
 build/quark-env/.made: requirements/quark.txt | env
+	@command -v c++ > /dev/null || { echo "AMD Quark compiles an extension: install a C++ compiler (Debian: apt-get install g++)"; exit 1; }
 	@echo "set-up: AMD Quark into build/quark-env"
 	@mkdir -p build
 	@$(UV) venv -q --clear --python $(BIN)/python build/quark-env

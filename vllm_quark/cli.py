@@ -73,12 +73,14 @@ def _show(tree: Tree, verdicts: list[Verdict], as_json: bool) -> None:
         rows = [{"name": v.patch.name, "status": v.status, "detail": v.detail} for v in verdicts]
         print(json.dumps({"tree": str(tree.root), "version": tree.version, "patches": rows}, indent=1))
         return
-    table = Table(title=f"vLLM {tree.version} in {escape(str(tree.root))}", title_justify="left")
+    table = Table()
     for name in ("patch", "status", "detail"):
         table.add_column(name, overflow="fold")
     for v in verdicts:
         table.add_row(v.patch.name, f"[{STYLE[v.status]}]{v.status}[/]", escape(v.detail))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(f"vLLM {escape(tree.version)} in {escape(str(tree.root))}", soft_wrap=True, highlight=False)
+    console.print(table)
 
 
 @app.command()

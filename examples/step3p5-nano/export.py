@@ -39,6 +39,9 @@ def main() -> int:
     except ImportError as e:
         print(f"export: {e}: run in Quark's environment (make quark-env)", file=sys.stderr)
         return 2
+    except RuntimeError as e:
+        print(f"export: {e} It wants a C++ compiler and ninja on PATH (Debian: apt-get install g++)", file=sys.stderr)
+        return 2
     logging.disable(logging.WARNING)
     weight = Int8PerChannelSpec(
         symmetric=True, scale_type="float", round_method="half_even", ch_axis=0, is_dynamic=False

@@ -57,7 +57,9 @@ def export(out: Path, all_linear: bool = False) -> Path:
     made = out / "config.json"
     if not made.exists() or made.stat().st_mtime < max(s.stat().st_mtime for s in sources):
         flags = ["--all-linear"] if all_linear else []
-        call(out.with_suffix(".log"), QUARK_PYTHON, "export.py", HERE, out, *flags)
+        # Quark compiles an extension when first imported, with the ninja of its own environment.
+        path = os.pathsep.join([str(QUARK_PYTHON.parent), os.environ["PATH"]])
+        call(out.with_suffix(".log"), QUARK_PYTHON, "export.py", HERE, out, *flags, PATH=path)
         made.touch()
     return out
 

@@ -190,26 +190,42 @@ class Tree:
     def status(self, series: Series, patches: Iterable[Patch] | None = None) -> list[Verdict]:
         """What each patch is in this tree, as its files lie there now, in series order."""
         record = self._load()
-        text: dict[str, bytes | None] = {}
+        old = self._outdated(series, record)
+        # A file that an older version of us brought is no conflict.
+        text: dict[str, bytes | None] = {
+            f: series.content(f) for p in series.patches for f in self.brings(p) if f in old
+        }
         verdicts = []
         for patch in patches if patches is not None else series.patches:
             outcome, detail, changed = self.judge(series, patch, text)
             text.update(changed)
-            if outcome == "present":
-                brought = self.brings(patch)
-                if patch.name in record.applied:
-                    gone = [f for f in brought if text.get(f) is None]
-                    outcome, detail = ("applies", f"{gone[0]}: missing, apply finishes") if gone else ("applied", "")
-                    touched = [e.file for e in patch.edits] + brought
-                    odd = [f for f in touched if f in record.files and self._state(record, f) == "changed"]
-                    if odd and outcome == "applied":
-                        detail = f"{odd[0]}: changed since"
-                elif brought and detail != "files":
-                    outcome, detail = "applied", "by commit"
+            brought = self.brings(patch)
+            if outcome == "present" and patch.name in record.applied:
+                touched = [e.file for e in patch.edits] + brought
+                gone = [f for f in brought if text.get(f) is None]
+                odd = [f for f in touched if f in record.files and self._state(record, f) == "changed"]
+                if gone:
+                    outcome, detail = "applies", f"{gone[0]}: missing, apply finishes"
+                elif old.intersection(touched):
+                    outcome, detail = "applies", "from another version of vllm-quark, apply renews it"
                 else:
-                    outcome, detail = "upstream", ""
+                    outcome, detail = "applied", f"{odd[0]}: changed since" if odd else ""
+            elif outcome == "present" and brought and detail != "files":
+                outcome, detail = "applied", "by commit"
+            elif outcome == "present":
+                outcome, detail = "upstream", ""
             verdicts.append(Verdict(patch, outcome, detail))
         return verdicts
+
+    def _outdated(self, series: Series, record: _Record) -> set[str]:
+        """Files that are our doing, but not what `series` would make of them today."""
+        try:
+            text = self._start(series, record)
+            self.steps(series, [p for p in series.patches if p.name in record.applied], text)
+        except QuarkError:
+            return set()  # changed since: said file by file
+        settled = (f for f, known in record.files.items() if known.ours == [_digest(self.read(f))])
+        return {f for f in settled if text[f] != self.read(f)}
 
     # The record
 

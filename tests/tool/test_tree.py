@@ -8,7 +8,7 @@ import shutil
 import subprocess
 
 import pytest
-from trees import ALPHA, BETA, BROUGHT, cli, make_tree, snapshot, visible
+from trees import ALPHA, BETA, BROUGHT, cli, make_tree, snapshot, visible, write
 
 GOOD_ALPHA = ALPHA.replace("    )\n", '    )\n\n    packed = {"a": ["b"]}\n').replace("empty(n)", "empty((n, 1))")
 
@@ -120,6 +120,25 @@ def test_reinstall_over_a_patched_tree(home, tree):
     assert statuses(home, tree) == AFTER
     assert cli(home, "revert", tree).returncode == 0
     assert (tree / "vllm/alpha.py").read_text() == newer
+
+
+def test_newer_version_of_the_series(home, tree):
+    """What an older vllm-quark wrote is said to be old, renewed by apply, and reverted to the same original."""
+    before = snapshot(tree)
+    assert cli(home, "apply", tree).returncode == 0
+    write(home, {"vllm/configs/c.json": "{2}\n"})
+    patch = home / "patches/0001-mapping.yaml"
+    patch.write_text(patch.read_text().replace('packed = {"a": ["b"]}', 'packed = {"a": ["c"]}'))
+    assert statuses(home, tree) == AFTER | {"0001": "applies", "0002": "applies", "0003": "applies"}
+    assert cli(home, "apply", tree).returncode == 0
+    assert statuses(home, tree) == AFTER
+    assert (tree / "vllm/configs/c.json").read_text() == "{2}\n"
+    assert '"c"' in (tree / "vllm/alpha.py").read_text()
+    (home / "patches/0003-only-files.yaml").unlink()
+    assert cli(home, "apply", tree).returncode == 0
+    assert not (tree / "vllm/configs").exists()
+    assert cli(home, "revert", tree).returncode == 0
+    assert snapshot(tree) == before
 
 
 def test_deleted_file_comes_back(home, tree):

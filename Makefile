@@ -35,13 +35,13 @@ demo: env quark-env
 
 test: env quark-env lint
 	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
-	PYTHONPATH=$(CURDIR)/build/shadow $(BIN)/python -m pytest -q tests/quantization
+	PYTHONPATH=$(CURDIR)/build/shadow $(BIN)/python -m pytest -q tests/quantization tests/entrypoints
 	$(BIN)/python -m pytest -q tests/tool tests/e2e
 
 # With the vLLM of the active Python (CUDA or ROCm), see requirements/cuda.in.
 test-gpu:
 	@rm -rf build/shadow-gpu && python3 -m vllm_quark shadow -o build/shadow-gpu
-	PYTHONPATH=$(CURDIR)/build/shadow-gpu:$$PYTHONPATH python3 -m pytest -q tests/quantization
+	PYTHONPATH=$(CURDIR)/build/shadow-gpu:$$PYTHONPATH python3 -m pytest -q tests/quantization tests/entrypoints
 
 ckpts: env quark-env
 	$(BIN)/python $(NANO)/lab.py $(CKPTS)

@@ -76,6 +76,13 @@ def _without_blank_ends(new: str, old: str) -> str:
     return "\n".join("" if not line.strip() and line not in kept else line for line in new.split("\n"))
 
 
+def _whole_line(raw: bytes, start: int, end: int) -> tuple[int, int]:
+    """The span widened to its line with the line's end, where nothing else stands there."""
+    head = raw.rfind(b"\n", 0, start) + 1
+    tail = raw.find(b"\n", end) + 1 or len(raw)
+    return (head, tail) if not (raw[head:start] + raw[end:tail]).strip() else (start, end)
+
+
 def edit(source: str, rules: FileEdit) -> Edited:
     """Apply `rules` to `source`.
 
@@ -97,8 +104,10 @@ def edit(source: str, rules: FileEdit) -> Edited:
             return Edited(Outcome.CONFLICT, source, f"{rules.file}: {rewrite.anchor}: {how}")
         match = matches[0]
         at = match["replacementOffsets"]
-        old = raw[at["start"] : at["end"]].decode()
-        changes.append((at["start"], at["end"], _without_blank_ends(match["replacement"], old)))
+        start, end = at["start"], at["end"]
+        if not match["replacement"]:
+            start, end = _whole_line(raw, start, end)
+        changes.append((start, end, _without_blank_ends(match["replacement"], raw[start:end].decode())))
     changes.sort(reverse=True)
     for (later, _, _), (_, end, _) in zip(changes, changes[1:], strict=False):
         if end > later:

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """`vllm serve` with the series, and its OpenAI-compatible API."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -40,11 +41,12 @@ def server(ckpts, vllm, tmp_path):
             pytest.fail("did not start: " + (tmp_path / "log").read_text()[-3000:])
         yield url
     finally:
-        os.killpg(process.pid, signal.SIGINT)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.engine

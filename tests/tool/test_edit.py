@@ -61,6 +61,14 @@ def test_inserted_lines_are_indented_and_have_no_trailing_blanks():
     assert not any(line != line.rstrip() for line in done.text.splitlines())
 
 
+def test_an_empty_fix_takes_the_line_along():
+    rule = {"pattern": "import os"}
+    done = edit("import os\nimport sys\n\nold(sys)\n", rules((rule, ""), OLD))
+    assert done.text == "import sys\n\nnew(sys)\n"
+    beside = edit("import os  # why\nold(1)\n", rules((rule, ""), OLD))
+    assert beside.text == "  # why\nnew(1)\n"
+
+
 def test_blank_lines_of_the_source_stay():
     source = 'x = """\n    \n"""\nold(1)\n'
     rule = ({"pattern": "$S", "kind": "module"}, "$S\nnew(1)")

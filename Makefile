@@ -5,6 +5,8 @@ BIN := .venv/bin
 UV := $(BIN)/uv
 NANO := examples/step3p5-nano
 CKPTS := build/ckpts
+# At a terminal the downloads show their progress.
+QUIET := $(shell [ -t 2 ] || echo -q)
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
@@ -13,10 +15,12 @@ export VLLM_NO_USAGE_STATS := 1
 env: .venv/.made
 .venv/.made: requirements/cpu.txt requirements/cpu-override.txt setup.py
 	@echo "set-up: vLLM $(RELEASE) for CPU into .venv"
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info[:2] != (3, 11))" || \
+	  { echo "$(PYTHON) is not Python 3.11: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv 2> .venv/pip.log || (cat .venv/pip.log; exit 1)
-	@$(UV) pip install -q --python $(BIN)/python --override requirements/cpu-override.txt -r requirements/cpu.txt
-	@$(UV) pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@$(UV) pip install $(QUIET) --python $(BIN)/python --override requirements/cpu-override.txt -r requirements/cpu.txt
+	@$(UV) pip install $(QUIET) --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@echo "set-up: compiling bytecode (each engine starts twice as fast)"
 	@$(BIN)/python -m compileall -q -j 0 .venv/lib > .venv/compile.log 2>&1 || true
 	@touch $@
@@ -27,7 +31,7 @@ build/quark-env/.made: requirements/quark.txt | env
 	@echo "set-up: AMD Quark into build/quark-env"
 	@mkdir -p build
 	@$(UV) venv -q --clear --python $(BIN)/python build/quark-env
-	@$(UV) pip install -q --python build/quark-env/bin/python -r requirements/quark.txt
+	@$(UV) pip install $(QUIET) --python build/quark-env/bin/python -r requirements/quark.txt
 	@touch $@
 
 demo: env quark-env

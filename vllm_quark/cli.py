@@ -3,6 +3,7 @@
 """The command `vllm-quark`. Exit codes: 0 nothing left to do, 1 something is, 2 bad tree or bad use."""
 
 import functools
+import importlib.metadata
 import json
 import sys
 from collections.abc import Callable
@@ -38,6 +39,24 @@ Only = Annotated[list[str], typer.Option("--only", metavar="NAME", help="this pa
 Until = Annotated[str | None, typer.Option("--until", metavar="NAME", help="the patches up to and with this one")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 OutFolder = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="folder to write")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        try:
+            print(f"vllm-quark {importlib.metadata.version('vllm-quark')}")
+        except importlib.metadata.PackageNotFoundError:
+            print("vllm-quark, not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="say it and exit")
+    ] = False,
+) -> None:
+    pass
 
 
 def _guard(command: Callable[..., int | None]) -> Callable[..., None]:

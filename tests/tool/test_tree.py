@@ -172,3 +172,8 @@ def test_json(home, tree):
     assert {p["name"][:4]: p["status"] for p in data["patches"]} == AFTER
     data = json.loads(cli(home, "revert", tree, "--json").stdout)
     assert data["reverted"] == ["0001-mapping", "0002-scale", "0003-only-files"]
+
+
+def test_version_and_help(home):
+    assert cli(home, "--version").stdout.startswith("vllm-quark")
+    assert "format-patch" in cli(home, "--help").stdout

@@ -15,7 +15,7 @@ OWN = {
     "0001": {"test_exclude.py"},
     "0002": {"test_int8_linear.py"},
     "0003": {"test_int8_moe.py"},
-    "0004": {"test_cpu_moe.py"},
+    "0004": {"test_cpu_routing.py"},
     "0005": {"test_cpu_moe.py"},
     "0006": {"test_cli_version.py"},
 }

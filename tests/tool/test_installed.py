@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """The series on the installed vLLM 0.21.0, and the style of what it makes."""
 
+import ast
 import difflib
 import json
 import os
@@ -42,6 +43,16 @@ def test_every_patch_applies_alone(installed, real_series):
         assert changed - {e.file for e in patch.edits} - set(patch.files) <= {str(Path(f).parent) for f in patch.files}
         assert cli(ROOT, "revert", installed).returncode == 0
         assert snapshot(installed) == before
+
+
+def test_what_a_patch_brings_stands_alone(real_series):
+    """A cherry-picked patch has all that its tests import from beside them."""
+    for patch in real_series.patches:
+        for file in patch.files:
+            for node in ast.walk(ast.parse(real_series.content(file))) if file.endswith(".py") else ():
+                if isinstance(node, ast.ImportFrom) and node.level == 1:
+                    beside = Path(file).parent / f"{node.module}.py"
+                    assert {str(beside), str(beside.with_name("__init__.py"))} <= set(patch.files), (patch.name, file)
 
 
 def test_style_is_vllms_own(unpacked, tmp_path):

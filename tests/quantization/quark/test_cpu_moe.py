@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Biased routing and INT8 experts on the CPU platform, against float64."""
+"""INT8 experts on the CPU platform, against float64."""
 
 import pytest
 import torch
 
-from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import (
-    fused_topk_bias,
-)
 from vllm.platforms import current_platform
 
 from .utils import (
@@ -79,30 +76,6 @@ def emulate(layer: Layer, x, weights, ids):
         layer.w13_input_scale,
         layer.w2_input_scale,
     )
-
-
-@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("renormalize", [True, False])
-def test_biased_routing(scoring, renormalize):
-    logits = torch.randn(50, E, dtype=torch.float32)
-    bias = torch.randn(E, dtype=torch.float32)
-    weights, ids = fused_topk_bias(
-        torch.randn(50, K),
-        logits,
-        scoring,
-        bias,
-        TOP_K,
-        renormalize,
-        routed_scaling_factor=3.0,
-    )
-    wide = logits.double()
-    scores = wide.sigmoid() if scoring == "sigmoid" else wide.softmax(-1)
-    chosen = (scores + bias.double()).topk(TOP_K).indices
-    assert torch.equal(ids.long().sort(-1).values, chosen.sort(-1).values)
-    expected = scores.gather(1, ids.long())
-    if renormalize:
-        expected = expected / expected.sum(-1, keepdim=True)
-    torch.testing.assert_close(weights.double(), 3.0 * expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "swigluoai", "swiglustep"])

@@ -1,32 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
-"""The tests that travel with the series: red where a patch is missing, in the tests that belong to it."""
+"""The tests that travel with the series: red where their patch is missing, green where it stands alone."""
 
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from lab import ROOT, before
 
-TESTS = ["tests/quantization", "tests/entrypoints"]
-OWN = {
-    "0001": {"test_exclude.py"},
-    "0002": {"test_int8_linear.py"},
-    "0003": {"test_int8_moe.py"},
-    "0004": {"test_cpu_routing.py"},
-    "0005": {"test_cpu_moe.py"},
-    "0006": {"test_cli_version.py"},
-}
+from vllm_quark.series import load_series
+
+PATCHES = pytest.mark.parametrize("patch", load_series(ROOT).patches, ids=lambda p: p.name[:4])
 
 
-@pytest.mark.parametrize("patch", OWN)
-def test_red_without(patch, without, tmp_path):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
-    env = {**os.environ, "PYTHONPATH": before(without(patch))}
+def run(vllm, *tests: str) -> tuple[int, str]:
+    """(exit code, output) of pytest over `tests` with the vLLM in `vllm`."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    env = {**os.environ, "PYTHONPATH": before(vllm)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-    failed = set(re.findall(r"^FAILED \S*/(\w+\.py)::", done.stdout, re.M))
-    assert done.returncode == 1, done.stdout[-3000:]
-    assert failed == OWN[patch], done.stdout[-3000:]
-    assert re.search(r"\d+ passed", done.stdout)
+    return done.returncode, done.stdout[-5000:]
+
+
+def brought(patch) -> list[str]:
+    return [f for f in patch.files if Path(f).name.startswith("test_")]
+
+
+@PATCHES
+def test_red_without(patch, without):
+    code, said = run(without(patch.name[:4]), *brought(patch))
+    assert code == 1 and re.search(r"\d+ failed", said), said
+
+
+@PATCHES
+def test_green_alone(patch, vllm):
+    """Cherry-picked, a patch passes the tests it brings."""
+    code, said = run(vllm([patch.name[:4]]), *brought(patch))
+    assert code == 0 and re.search(r"\d+ passed", said), said

@@ -3,12 +3,13 @@
 """The nano model through vLLM's engine on CPU: stock, ablations, series."""
 
 import math
+import shutil
 
 import pytest
 import torch
 from lab import CPU_PATCHES, HERE, LabError
 from model import evaluate, load
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from text import held_out_windows
 
 RIGHT, GARBAGE = 0.02, 3.0
@@ -51,6 +52,7 @@ def test_layouts_hold_the_same_numbers(ckpts, judge):
 def test_stock_does_not_run_on_cpu(ckpts, judge, vllm, tmp_path):
     with pytest.raises(LabError):
         judge.run(ckpts["quark"], vllm([]), tmp_path / "r.json")
+    assert "'_moe_C' object has no attribute 'topk_sigmoid'" in (tmp_path / "r.log").read_text()
 
 
 @pytest.mark.engine
@@ -82,10 +84,6 @@ def test_ablation_of_both_layout_fixes(ckpts, judge, without, tmp_path):
 @pytest.fixture
 def two_dimensional(ckpts, tmp_path):
     """Quark's export with every scale as [N, 1]."""
-    import shutil
-
-    from safetensors.torch import save_file
-
     out = shutil.copytree(ckpts["quark-all"], tmp_path / "two-dimensional")
     tensors = load_file(out / "model.safetensors")
     tensors = {k: v.unsqueeze(-1) if k.endswith("weight_scale") else v for k, v in tensors.items()}
@@ -95,13 +93,16 @@ def two_dimensional(ckpts, tmp_path):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("missing", [None, "0002", "0003"])
-def test_two_dimensional_scales(missing, two_dimensional, judge, vllm, without, tmp_path):
+@pytest.mark.parametrize(
+    ("missing", "said"), [(None, ""), ("0002", "AssertionError"), ("0003", "doesn't match the broadcast shape")]
+)
+def test_two_dimensional_scales(missing, said, two_dimensional, judge, vllm, without, tmp_path):
     if missing is None:
         assert_right(judge.run(two_dimensional, vllm(), tmp_path / "r.json"), judge.reference)
     else:
         with pytest.raises(LabError):
             judge.run(two_dimensional, without(missing), tmp_path / "r.json")
+        assert said in (tmp_path / "r.log").read_text()
 
 
 @pytest.mark.engine

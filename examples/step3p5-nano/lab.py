@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from model import Step3p5, evaluate, generate, load
+from model import evaluate, generate, load
 from run import PROMPT
 from text import BOS, held_out_windows, text_of
 
@@ -87,12 +87,12 @@ def before(vllm: Path) -> str:
 class Judge:
     """Held-out windows and what the float reference makes of them."""
 
-    def __init__(self, windows: int = 20, tokens: int = 48, stdlib: Path | None = None, model: Step3p5 | None = None):
+    def __init__(self, windows: int = 20, tokens: int = 48, stdlib: Path | None = None):
         self.stdlib = ["--stdlib", str(stdlib.absolute())] if stdlib else []
         every = held_out_windows(stdlib)
         self.windows = every[:: max(1, len(every) // windows)][:windows]
         self.tokens = tokens
-        model = model or load(HERE)
+        model = load(HERE)
         perplexity, self.top = evaluate(model, torch.tensor(self.windows))
         greedy = generate(model, [BOS, *PROMPT.encode()], tokens)
         self.reference = Result(perplexity, 1.0, greedy, text_of(greedy))

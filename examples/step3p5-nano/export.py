@@ -4,14 +4,15 @@
 
 Run in Quark's own environment (`make quark-env`):
 
-    python export.py SRC DST [--all-linear]
+    python export.py SRC DST [--all-linear] [--mtp]
 
 Attention, shared experts, router and lm_head stay BF16, as in the published Step-3.5 recipes;
---all-linear quantizes attention and shared experts too. Experts are written one by one: that is
+--all-linear quantizes attention and shared experts too, --mtp the MTP layers' attention and MLP. Experts are written one by one: that is
 what Quark does with stacked tensors.
 """
 
 import argparse
+import json
 import logging
 import os
 import shutil
@@ -19,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-KEEP = ["*lm_head", "*moe.gate"]
+KEEP = ["*lm_head", "*moe.gate", "*eh_proj", "*shared_head.output"]
 KEEP_RECIPE = [*KEEP, "*self_attn*", "*share_expert*"]
 
 
@@ -28,6 +29,7 @@ def main() -> int:
     ap.add_argument("src", type=Path)
     ap.add_argument("dst", type=Path)
     ap.add_argument("--all-linear", action="store_true", help="quantize attention and shared experts too")
+    ap.add_argument("--mtp", action="store_true", help="quantize the MTP layers too")
     args = ap.parse_args()
     if not (args.src / "config.json").is_file():
         print(f"export: {args.src} has no config.json: name a checkpoint folder", file=sys.stderr)
@@ -50,9 +52,19 @@ def main() -> int:
     tokens = Int8PerChannelSpec(
         symmetric=True, scale_type="float", round_method="half_even", ch_axis=1, is_dynamic=True
     ).to_quantization_spec()
+    exclude = list(KEEP if args.all_linear else KEEP_RECIPE)
+    model = json.loads((args.src / "config.json").read_text())
+    mtp = [model["num_hidden_layers"] + i for i in range(model.get("num_nextn_predict_layers", 0))]
+    if args.mtp:
+        # Attention and MLP of the MTP layers only: a recipe that keeps "*self_attn*" would keep theirs as well.
+        exclude = [e for e in exclude if "self_attn" not in e]
+        if not args.all_linear:
+            exclude += [f"*layers.{i}.self_attn*" for i in range(model["num_hidden_layers"])]
+    else:
+        exclude += [f"*layers.{i}.*" for i in mtp]
     config = QConfig(
         global_quant_config=QLayerConfig(weight=weight, input_tensors=tokens),
-        exclude=KEEP if args.all_linear else KEEP_RECIPE,
+        exclude=exclude,
     )
 
     class SplitExperts(SplitFusedExperts):

@@ -49,14 +49,13 @@ def call(log: Path, *words: str | Path, **env: str) -> None:
         raise LabError(f"{' '.join(str(w) for w in words[1:3])} failed ({log}):\n" + "\n".join(last))
 
 
-def export(out: Path, all_linear: bool = False) -> Path:
-    """The nano model as AMD Quark exports it (made once for each source)."""
+def export(out: Path, *flags: str) -> Path:
+    """The nano model as AMD Quark exports it (made once for each source); `flags` of export.py."""
     if not QUARK_PYTHON.exists():
         raise LabError("AMD Quark's environment is missing: make quark-env")
     sources = [HERE / "model.safetensors", HERE / "export.py", HERE / "config.json", Path(QUARK_PYTHON)]
     made = out / "config.json"
     if not made.exists() or made.stat().st_mtime < max(s.stat().st_mtime for s in sources):
-        flags = ["--all-linear"] if all_linear else []
         # Quark compiles an extension when first imported, with the ninja of its own environment.
         path = os.pathsep.join([str(QUARK_PYTHON.parent), os.environ["PATH"]])
         call(out.with_suffix(".log"), QUARK_PYTHON, "export.py", HERE, out, *flags, PATH=path)
@@ -118,8 +117,9 @@ class Judge:
 def checkpoints(out: Path) -> dict[str, Path]:
     """Every export and layout below `out`, by name."""
     made = {}
-    for name, all_linear in (("", False), ("-all", True)):
-        made[f"quark{name}"] = src = export(out / f"quark{name}", all_linear)
+    made["quark-mtp"] = export(out / "quark-mtp", "--mtp")
+    for name, flags in (("", []), ("-all", ["--all-linear"])):
+        made[f"quark{name}"] = src = export(out / f"quark{name}", *flags)
         for layout in ("stacked", "compressed-tensors"):
             made[f"{layout}{name}"] = convert(layout, src, out / f"{layout}{name}")
     return made

@@ -207,6 +207,28 @@ class Layer(nn.Module):
         return x + (self.moe(y) + self.share_expert(y) if hasattr(self, "moe") else self.mlp(y))
 
 
+class SharedHead(nn.Module):
+    def __init__(self, cfg: dict, output: Linear):
+        super().__init__()
+        self.norm = Norm(cfg["hidden_size"], cfg["rms_norm_eps"])
+        self.output = output
+
+
+class MTPLayer(Layer):
+    """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, 2.2): one more decoder layer that sees
+    the hidden states [B, T, H] before it and the embeddings [B, T, H] of the token after each."""
+
+    def __init__(self, cfg: dict, index: int, output: Linear):
+        super().__init__(cfg, index)
+        hidden, eps = cfg["hidden_size"], cfg["rms_norm_eps"]
+        self.enorm, self.hnorm = Norm(hidden, eps), Norm(hidden, eps)
+        self.eh_proj = Linear(2 * hidden, hidden)
+        self.shared_head = SharedHead(cfg, output)
+
+    def forward(self, hidden: Tensor, embeds: Tensor) -> Tensor:
+        return super().forward(self.eh_proj(torch.cat((self.enorm(embeds), self.hnorm(hidden)), -1)))
+
+
 class Step3p5(nn.Module):
     """Logits [B, T, V] from token ids [B, T]; `cfg` is config.json as a dict."""
 
@@ -215,15 +237,33 @@ class Step3p5(nn.Module):
         self.cfg = cfg
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(cfg["vocab_size"], cfg["hidden_size"])
-        self.model.layers = nn.ModuleList(Layer(cfg, i) for i in range(cfg["num_hidden_layers"]))
-        self.model.norm = Norm(cfg["hidden_size"], cfg["rms_norm_eps"])
+        self.depth = cfg["num_hidden_layers"]
         self.lm_head = Linear(cfg["hidden_size"], cfg["vocab_size"])
+        self.model.layers = nn.ModuleList(Layer(cfg, i) for i in range(self.depth))
+        # The heads of the MTP layers are the model's own, written once a layer as Step-3.5 does.
+        self.model.layers.extend(
+            MTPLayer(cfg, self.depth + i, self.lm_head) for i in range(cfg.get("num_nextn_predict_layers", 0))
+        )
+        self.model.norm = Norm(cfg["hidden_size"], cfg["rms_norm_eps"])
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        x = self.model.embed_tokens(ids)
+        for layer in self.model.layers[: self.depth]:
+            x = layer(x)
+        return x
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.model.embed_tokens(ids)
-        for layer in self.model.layers:
-            x = layer(x)
-        return self.lm_head(self.model.norm(x))
+        return self.lm_head(self.model.norm(self.hidden(ids)))
+
+    def all_logits(self, ids: Tensor) -> list[Tensor]:
+        """The model's logits [B, T, V], then each MTP layer's: layer k's [B, T - k - 1, V] at t
+        foretell token t + k + 2."""
+        x = self.hidden(ids)
+        logits = [self.lm_head(self.model.norm(x))]
+        for k, layer in enumerate(self.model.layers[self.depth :]):
+            x = layer(x[:, :-1], self.model.embed_tokens(ids[:, k + 1 :]))
+            logits.append(layer.shared_head.output(layer.shared_head.norm(x)))
+        return logits
 
 
 def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> Step3p5:
@@ -268,6 +308,16 @@ def evaluate(model: Step3p5, windows: Tensor) -> tuple[float, Tensor]:
         loss += F.cross_entropy(logits.flatten(0, 1).double(), ids[:, 1:].flatten(), reduction="sum").item()
         top.append(logits.argmax(-1))
     return math.exp(loss / windows[:, 1:].numel()), torch.cat(top)
+
+
+@torch.inference_mode()
+def acceptance(model: Step3p5, windows: Tensor) -> float:
+    """Share of positions of `windows` [B, T] where the first MTP layer's best token is the model's own next one."""
+    same = []
+    for ids in windows.split(8):
+        main, draft, *_ = model.all_logits(ids)
+        same.append(draft.argmax(-1) == main[:, 1:].argmax(-1))
+    return torch.cat(same).float().mean().item()
 
 
 @torch.inference_mode()

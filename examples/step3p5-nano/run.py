@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """Serve a nano checkpoint with the vLLM on PYTHONPATH and judge it on held-out text.
 
-    python run.py CKPT --out RESULT.json [--windows 20] [--tokens 48] [--tp 1]
+    python run.py CKPT --out RESULT.json [--windows 20] [--tokens 48] [--tp 1] [--pp 1] [--ep] [--speculate 1]
 
 Writes perplexity per byte, the top-1 token at every position and a greedy continuation. NaN logits
 make the perplexity infinite: that, too, is a result.
@@ -25,6 +25,12 @@ from text import BOS, held_out_windows, text_of  # noqa: E402
 PROMPT = "class Stack:\n    def __init__(self"
 
 
+def counters(llm) -> tuple[float, float]:
+    """Draft tokens proposed and accepted so far."""
+    found = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    return tuple(found.get(f"vllm:spec_decode_num_{kind}_tokens", 0) for kind in ("draft", "accepted"))
+
+
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("ckpt")
@@ -34,6 +40,9 @@ def main() -> None:
     ap.add_argument("--dtype", default="bfloat16")
     ap.add_argument("--tp", type=int, default=1)
     ap.add_argument("--stdlib", type=Path, default=None, help="folder with the library's sources")
+    ap.add_argument("--pp", type=int, default=1)
+    ap.add_argument("--ep", action="store_true", help="expert parallel over the tensor-parallel ranks")
+    ap.add_argument("--speculate", type=int, default=0, help="tokens that the MTP layers draft at a time")
     ap.add_argument("--compile", action="store_true", help="with torch.compile instead of eager")
     args = ap.parse_args()
     import torch
@@ -41,9 +50,12 @@ def main() -> None:
 
     # On a GPU a fixed, small cache: runs beside each other do not disturb each other's profiling.
     memory = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30} if torch.cuda.is_available() else {}
+    if args.speculate:
+        memory["speculative_config"] = {"method": "mtp", "num_speculative_tokens": args.speculate}
     start = time.time()
     llm = LLM(args.ckpt, dtype=args.dtype, enforce_eager=not args.compile, max_model_len=1024, max_num_seqs=8,
-              tensor_parallel_size=args.tp, seed=0, **memory)  # fmt: skip
+              tensor_parallel_size=args.tp, pipeline_parallel_size=args.pp, enable_expert_parallel=args.ep, seed=0,
+              disable_log_stats=False, **memory)  # fmt: skip
     loaded = time.time() - start
     windows = held_out_windows(args.stdlib)
     windows = windows[:: max(1, len(windows) // args.windows)][: args.windows]
@@ -60,12 +72,20 @@ def main() -> None:
     greedy = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True, logprobs=1)
     prompt = [BOS, *PROMPT.encode()]
     out = llm.generate([TokensPrompt(prompt_token_ids=prompt)], greedy, use_tqdm=False)[0].outputs[0]
+    # Greedy continuations of the windows' first halves: many prompts, so that an acceptance rate says something.
+    halves = [TokensPrompt(prompt_token_ids=w[: len(w) // 2]) for w in windows]
+    before = counters(llm)
+    more = llm.generate(halves, SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True), use_tqdm=False)
+    drafted, accepted = (a - b for a, b in zip(counters(llm), before, strict=True))
     result = {
         "ckpt": args.ckpt,
         "perplexity": math.exp(min(loss / count, 700)) if not bad else None,
         "nan_positions": bad,
         "top": top,
         "tokens": list(out.token_ids),
+        "continuations": [list(o.outputs[0].token_ids) for o in more],
+        "drafted": drafted,
+        "accepted": accepted,
         "text": text_of(list(out.token_ids)),
         "load_s": loaded,
         "total_s": time.time() - start,

@@ -146,8 +146,9 @@ def test_zero_points_load(layout):
     layer = ColumnParallelLinear(
         K, 64, bias=False, quant_config=quark_config(), prefix="up_proj"
     )
-    zero_point = torch.arange(64, dtype=torch.int8)
+    zero_point = torch.zeros(64, dtype=torch.int8)
     param = layer.weight_zero_point
+    param.data.fill_(7)
     param.weight_loader(param, stored(zero_point, layout))
     assert param.shape == (64, 1)
     assert torch.equal(param.flatten(), zero_point)

@@ -17,8 +17,10 @@ from vllm.platforms import current_platform
 
 from .utils import (
     DTYPE,
+    apply_experts,
     assert_close,
     emulate_moe,
+    experts_of,
     quark_config,
     random_input,
     random_weight,
@@ -54,8 +56,8 @@ def experts():
     }
 
 
-def make(activation: str = "silu") -> FusedMoE:
-    return FusedMoE(
+def make(activation: str = "silu") -> torch.nn.Module:
+    layer = FusedMoE(
         num_experts=E,
         top_k=TOP_K,
         hidden_size=K,
@@ -66,6 +68,7 @@ def make(activation: str = "silu") -> FusedMoE:
         activation=activation,
         prefix=f"model.layers.{next(layer_ids)}.moe.experts",
     )
+    return experts_of(layer)
 
 
 def load(
@@ -73,7 +76,6 @@ def load(
     layout: str,
     stacked: bool = False,
     activation: str = "silu",
-    kinds: tuple[str, ...] = ("weight", "weight_scale"),
 ):
     layer = make(activation)
     for shard_id, (weight, scale) in experts.items():
@@ -82,7 +84,7 @@ def load(
             scale = scale.unsqueeze(-1)
         tensors = {"weight": weight, "weight_scale": scale}
         for e in range(E):
-            for kind in kinds:
+            for kind in tensors:
                 # A slice of a stacked tensor is a view, a tensor per expert is not.
                 part = tensors[kind][e] if stacked else tensors[kind][e].clone()
                 param = getattr(layer, f"{stem}_{kind}")
@@ -99,8 +101,7 @@ def routing(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def run(layer, x, weights, ids) -> torch.Tensor:
-    layer.ensure_moe_quant_config_init()
-    return layer.quant_method.apply(layer, x.clone(), weights, ids, None)
+    return apply_experts(layer, x, weights, ids)
 
 
 def reference(experts, x, weights, ids, rank: int = 0, tp: int = 1, **kwargs):
@@ -116,7 +117,7 @@ def reference(experts, x, weights, ids, rank: int = 0, tp: int = 1, **kwargs):
 def test_scales_reach_the_kernels_layout(experts, layout, tp):
     for rank in range(tp):
         with shard(rank, tp):
-            layer = load(experts, layout, kinds=("weight_scale",))
+            layer = load(experts, layout)
         s13 = [experts[k][1].chunk(tp, 1)[rank] for k in ("w1", "w3")]
         assert layer.w13_weight_scale.shape == (E, 2 * I // tp, 1)
         assert layer.w2_weight_scale.shape == (E, K, 1)
@@ -126,8 +127,7 @@ def test_scales_reach_the_kernels_layout(experts, layout, tp):
 
 def test_config_quantizes_per_token(experts):
     layer = load(experts, "N")
-    layer.ensure_moe_quant_config_init()
-    config = layer.moe_quant_config
+    config = layer.quant_method.get_fused_moe_quant_config(layer)
     assert config.use_int8_w8a8 and config.per_act_token_quant
     assert config.w1_scale.dim() == config.w2_scale.dim() == 3
 

@@ -7,6 +7,7 @@ float64 as the checkpoint's numbers say.
 """
 
 import contextlib
+import inspect
 import os
 import tempfile
 from collections.abc import Iterator
@@ -111,6 +112,26 @@ def quark_config(
     )
     config.packed_modules_mapping = packed or {}
     return config
+
+
+def experts_of(layer: torch.nn.Module) -> torch.nn.Module:
+    """The module that holds the experts' weights, in any release."""
+    return getattr(layer, "routed_experts", layer)
+
+
+def apply_experts(
+    layer: torch.nn.Module,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+) -> torch.Tensor:
+    """[T, K] through the experts of `layer` (see experts_of), in any release."""
+    for ensure in ("ensure_moe_quant_config_init", "_ensure_moe_quant_config_init"):
+        if hasattr(layer, ensure):
+            getattr(layer, ensure)()
+    apply = layer.quant_method.apply
+    more = len(inspect.signature(apply).parameters) - 4
+    return apply(layer, x.clone(), weights, ids, *[None] * more)
 
 
 def random_weight(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:

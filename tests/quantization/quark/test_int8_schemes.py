@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Every INT8 W8A8 scheme that AMD Quark exports is served as its numbers say, or
+refused by the layer's name; names in `exclude` and `layer_quant_config`."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.platforms import current_platform
+
+from . import checkpoints as ck
+from .utils import vllm_environment
+
+CUTLASS = "CutlassInt8ScaledMMLinearKernel"
+TRITON = "TritonInt8ScaledMMLinearKernel"
+needs_cuda = pytest.mark.skipif(
+    not current_platform.is_cuda(), reason="needs a CUDA device"
+)
+KERNELS = ["default", pytest.param(TRITON, marks=needs_cuda)]
+
+
+@pytest.fixture(scope="module")
+def one_environment():
+    with vllm_environment() as config:
+        yield config
+
+
+@pytest.fixture(autouse=True)
+def environment(one_environment):
+    torch.set_default_dtype(torch.float32)
+    with torch.device("cpu"):
+        yield one_environment
+    one_environment.quant_config = None
+    one_environment.load_config.load_format = "auto"
+    one_environment.parallel_config.enable_expert_parallel = False
+
+
+def case_of(kind: str, activation: str = "token_sym") -> ck.Checkpoint:
+    generator = torch.Generator().manual_seed(0)
+    case = ck.Case(kind, activation=activation)
+    return ck.make(case, ck.inputs_for(case, 9, generator), generator)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "scheme", list(itertools.product(ck.WEIGHTS, ck.ACTIVATIONS)), ids="-".join
+)
+@pytest.mark.parametrize("kind", ck.LINEAR + ck.EXPERTS)
+def test_scheme(kind, scheme, dtype, kernel, monkeypatch):
+    if kernel != "default":
+        if kind in ck.EXPERTS:
+            pytest.skip("experts have one kernel")
+        monkeypatch.setenv("VLLM_DISABLED_KERNELS", CUTLASS)
+    weight, activation = scheme
+    cell = ck.serve_case(ck.Case(kind, weight, activation, dtype))
+    allowed = {"right"}
+    if (
+        activation == "tensor_dynamic"
+        or activation != "token_sym"
+        and kind in ck.EXPERTS
+        or activation.endswith("asym")
+        and kernel == TRITON
+    ):
+        allowed.add("per token")
+    assert cell.status in allowed, cell
+
+
+@pytest.mark.parametrize("kind", ck.EXPERTS)
+def test_changed_schemes_are_said_once(kind, caplog_vllm):
+    checkpoint = case_of(kind, "static_asym")
+    config = ck.quark_config(checkpoint)
+    torch.set_default_dtype(torch.bfloat16)
+    ck.build(checkpoint, config)
+    other = case_of(kind, "static_asym")
+    ck.build(other, config)
+    said = [r for r in caplog_vllm.records if "are served with" in r.getMessage()]
+    assert len(said) == 1
+    assert "static per-tensor asymmetric" in said[0].getMessage()
+    assert "dynamic per-token symmetric" in said[0].getMessage()
+
+
+# What exports say of one layer, and how many of its projections that excludes.
+EXCLUDES = {
+    "names": (["{n}self_attn.q_proj", "{n}self_attn.k_proj", "{n}self_attn.v_proj"], 3),
+    "bare": (["{b}self_attn.q_proj", "{b}self_attn.k_proj", "{b}self_attn.v_proj"], 3),
+    "glob": (["*self_attn*"], 3),
+    "glob with a number": (["*layers.?*.self_attn.[qkv]_proj"], 3),
+    "regex": ([r"re:.*self_attn\..*"], 3),
+    "anchored regex": [[r"re:^layers\.\d+\.self_attn"], 3],
+    "vLLM's name": (["{n}self_attn.qkv_proj"], 3),
+    "other layers": (["model.layers.999.self_attn.q_proj", "*mlp*"], 0),
+    "none": ([], 0),
+    "one": (["{n}self_attn.q_proj"], 1),
+    "glob of one": (["*v_proj"], 1),
+}
+
+
+@pytest.mark.parametrize("how", EXCLUDES)
+def test_exclude_of_fused_projections(how):
+    checkpoint = case_of("qkv")
+    stem = checkpoint.prefix.removesuffix("self_attn.qkv_proj")
+    entries, count = EXCLUDES[how]
+    bare = stem.removeprefix("model.")
+    checkpoint.config["exclude"] = [e.format(n=stem, b=bare) for e in entries]
+    if count in (0, 3):
+        layer = ck.build(checkpoint)
+        excluded = isinstance(layer.quant_method, UnquantizedLinearMethod)
+        assert excluded == (count == 3)
+    else:
+        with pytest.raises(ValueError, match=rf"{checkpoint.prefix}: .*excluded"):
+            ck.build(checkpoint)
+
+
+EXPERT_EXCLUDES = {
+    "every name": ([f"{{n}}.{e}.{p}_proj" for e in range(ck.E) for p in
+                    ("gate", "up", "down")], True),
+    "stacked names": (["{s}.gate_proj", "{s}.up_proj", "{s}.down_proj"], True),
+    "vLLM's name": (["{n}"], True),
+    "glob": (["*.experts.*"], True),
+    "regex": ([r"re:.*\.moe\..*"], True),
+    "Mixtral's names": (["*.experts.*.w1", "*.experts.*.w2", "*.experts.*.w3"], True),
+    "one expert": (["{n}.3.gate_proj", "{n}.3.up_proj", "{n}.3.down_proj"], None),
+    "one projection": (["*.down_proj"], None),
+    "one stacked tensor": (["{s}.up_proj"], None),
+    "other layers": (["model.layers.999.moe.experts.0.gate_proj"], False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", EXPERT_EXCLUDES)
+def test_exclude_of_experts(how):
+    checkpoint = case_of("moe_per_expert")
+    entries, excluded = EXPERT_EXCLUDES[how]
+    stem = checkpoint.prefix.removesuffix(".experts")
+    names = [e.format(n=checkpoint.prefix, s=stem) for e in entries]
+    checkpoint.config["exclude"] = names
+    if excluded is None:
+        with pytest.raises(ValueError, match=rf"{checkpoint.prefix}: .*excluded"):
+            ck.build(checkpoint)
+    else:
+        layer = ck.build(checkpoint)
+        assert layer.w13_weight.is_floating_point() == excluded
+
+
+def test_names_before_and_after_the_models_mapper():
+    mapper = WeightsMapper(orig_to_new_substr={".share_expert.": ".moe.share_expert."})
+    for written in ("model.layers.5.share_expert", "model.layers.5.moe.share_expert"):
+        checkpoint = case_of("plain")
+        checkpoint.config["exclude"] = [f"{written}.up_proj"]
+        checkpoint.prefix = "model.layers.5.moe.share_expert.up_proj"
+        config = ck.quark_config(checkpoint)
+        config.apply_vllm_mapper(mapper)
+        layer = ck.build(checkpoint, config)
+        assert isinstance(layer.quant_method, UnquantizedLinearMethod)
+
+
+def test_names_of_mtp_blocks():
+    checkpoint = case_of("plain")
+    checkpoint.config["exclude"] = ["model.layers.45.mlp.up_proj"]
+    checkpoint.prefix = "model.layers.45.mtp_block.mlp.up_proj"
+    layer = ck.build(checkpoint)
+    assert isinstance(layer.quant_method, UnquantizedLinearMethod)
+
+
+@pytest.mark.parametrize("name", ["{q}", "*q_proj", "re:.*q_proj$"])
+def test_layer_config_of_one_shard_is_refused(name):
+    checkpoint = case_of("qkv")
+    other = copy.deepcopy(checkpoint.config["global_quant_config"])
+    other["weight"]["qscheme"] = "per_tensor"
+    q_proj = next(iter(checkpoint.modules))
+    checkpoint.config["layer_quant_config"] = {name.format(q=q_proj): other}
+    with pytest.raises(ValueError, match=f"{checkpoint.prefix}: .*per_tensor"):
+        ck.build(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["{n}.3.gate_proj", "*experts*down_proj", "{n}.?.w1"])
+def test_layer_config_of_some_experts_is_refused(name):
+    checkpoint = case_of("moe_per_expert")
+    other = copy.deepcopy(checkpoint.config["global_quant_config"])
+    other["weight"]["qscheme"] = "per_tensor"
+    name = name.format(n=checkpoint.prefix)
+    checkpoint.config["layer_quant_config"] = {name: other}
+    with pytest.raises(ValueError, match=f"{checkpoint.prefix}: .*per_tensor"):
+        ck.build(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["*.experts.*", "*_proj"])
+def test_layer_config_of_all_experts_is_theirs(name):
+    checkpoint = case_of("moe_per_expert")
+    other = copy.deepcopy(checkpoint.config["global_quant_config"])
+    checkpoint.config["global_quant_config"]["weight"]["dtype"] = "fp8_e4m3"
+    checkpoint.config["layer_quant_config"] = {name: other}
+    assert ck.build(checkpoint).w13_weight.dtype == torch.int8
+
+
+REFUSED = {
+    "asymmetric weights": ({"weight": {"symmetric": False}}, "symmetric"),
+    "weights per group": ({"weight": {"qscheme": "per_group"}}, "per_group"),
+    "weights per input": ({"weight": {"ch_axis": 1}}, "axis 1"),
+    "dynamic weights": ({"weight": {"is_dynamic": True}}, "dynamically"),
+    "weights only": ({"input_tensors": None}, "input_tensors"),
+    "INT8 on FP8": ({"input_tensors": {"dtype": "fp8_e4m3"}}, "fp8_e4m3"),
+    "INT8 on UINT8": ({"input_tensors": {"dtype": "uint8"}}, "uint8"),
+    "inputs per group": ({"input_tensors": {"qscheme": "per_group"}}, "per_group"),
+    "inputs per feature": ({"input_tensors": {"ch_axis": 2}}, "axis 2"),
+    "static tokens": ({"input_tensors": {"is_dynamic": False}}, "static"),
+    "unknown sign": ({"input_tensors": {"symmetric": None}}, "symmetric"),
+    "outputs": ({"output_tensors": {"dtype": "int8"}}, "output_tensors"),
+    "bias": ({"bias": {"dtype": "int32"}}, "bias"),
+}
+
+
+@pytest.mark.parametrize("kind", ["plain", "moe_per_expert"])
+@pytest.mark.parametrize("what", REFUSED)
+def test_schemes_without_a_kernel_are_refused_by_name(what, kind):
+    checkpoint = case_of(kind)
+    change, reason = REFUSED[what]
+    for part, values in change.items():
+        scheme = checkpoint.config["global_quant_config"]
+        if isinstance(values, dict) and scheme[part]:
+            scheme[part].update(values)
+        else:
+            scheme[part] = values
+    with pytest.raises(ValueError) as refusal:
+        ck.build(checkpoint)
+    assert checkpoint.prefix in str(refusal.value)
+    assert reason in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["export", "exclude", "layer_quant_config", "global_quant_config"]
+    + ["layer_type_quant_config"],
+)
+@pytest.mark.parametrize("value", ["missing", None, 3])
+def test_broken_config_keys(key, value):
+    checkpoint = case_of("plain")
+    if value == "missing":
+        del checkpoint.config[key]
+    else:
+        checkpoint.config[key] = value
+    if value == 3 or key in ("export", "global_quant_config"):
+        with pytest.raises(ValueError, match=f"quantization_config.{key}"):
+            ck.quark_config(checkpoint)
+    else:
+        assert ck.build(checkpoint).weight.dtype == torch.int8

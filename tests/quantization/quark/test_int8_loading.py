@@ -1,0 +1,376 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""INT8 checkpoints of AMD Quark that do not fill their layers are refused, with
+the name of the layer, shard or expert; shards of all kinds are filled."""
+
+import pytest
+import torch
+
+from vllm.model_executor.layers.quantization.quark import int8_loading
+
+from . import checkpoints as ck
+from .utils import shard, vllm_environment
+
+
+@pytest.fixture(scope="module")
+def one_environment():
+    with vllm_environment() as config:
+        yield config
+
+
+@pytest.fixture(autouse=True)
+def environment(one_environment):
+    torch.set_default_dtype(torch.float32)
+    with torch.device("cpu"):
+        yield one_environment
+    one_environment.quant_config = None
+    one_environment.load_config.load_format = "auto"
+    one_environment.parallel_config.enable_expert_parallel = False
+
+
+def setup(kind: str, activation: str = "token_sym", weight: str = "per_channel"):
+    generator = torch.Generator().manual_seed(0)
+    case = ck.Case(kind, weight, activation)
+    x = ck.inputs_for(case, 17, generator)
+    return ck.make(case, x, generator), x, ck.routing(17, generator)
+
+
+def name_in(checkpoint: ck.Checkpoint, ending: str) -> str:
+    return next(n for n in checkpoint.tensors if n.endswith(ending))
+
+
+# kind, tensor, what becomes of it, what the refusal names
+BROKEN = [
+    ("qkv", "k_proj.weight_scale", "drop", "k_proj.weight is int8, but"),
+    ("qkv", "k_proj.weight", "drop", "shard k: weight is not in"),
+    ("gate_up", "up_proj.weight_scale", "drop", "up_proj.weight is int8, but"),
+    ("row", "o_proj.weight_scale", "drop", "o_proj.weight is int8, but"),
+    (
+        "moe_per_expert",
+        "experts.3.up_proj.weight_scale",
+        "drop",
+        r"3.up_proj.weight is int8",
+    ),
+    ("moe_per_expert", "experts.0.gate_proj.weight", "drop", r"expert 0: gate_proj"),
+    ("moe_stacked", "down_proj.weight_scale", "drop", r"down_proj.weight is int8"),
+    ("plain", "weight_scale", float("nan"), "is nan"),
+    ("plain", "weight_scale", float("inf"), "is inf"),
+    ("plain", "weight_scale", -1.0, "is -1.0"),
+    ("plain", "weight_scale", 0.0, "is 0.0, but its weight is not 0"),
+    ("gate_up", "up_proj.weight_scale", float("nan"), "shard 1"),
+    (
+        "moe_per_expert",
+        "5.down_proj.weight_scale",
+        float("nan"),
+        r"expert 5: down_proj",
+    ),
+    ("moe_stacked", "up_proj.weight_scale", 0.0, r"expert 0: up_proj"),
+    ("plain", "weight", torch.bfloat16, "expected int8.*exclude"),
+    ("moe_per_expert", "2.up_proj.weight", torch.bfloat16, "expert 2.*exclude"),
+    ("plain", "weight_scale", torch.int32, "expected float32"),
+    ("plain", "weight", "cut", r"expected int8 \[192, 128\]"),
+    ("plain", "weight", "grow", r"expected int8 \[192, 128\]"),
+    ("qkv", "v_proj.weight_scale", "cut", r"shard v: weight_scale.*expected \[64\]"),
+    ("moe_per_expert", "1.gate_proj.weight_scale", "cut", r"expert 1.*expected \[64\]"),
+    ("moe_per_expert", "1.gate_proj.weight", "cut", r"expert 1.*\[64, 128\]"),
+]
+
+
+@pytest.mark.parametrize("kind,ending,change,named", BROKEN)
+def test_broken_tensors_are_refused_by_name(kind, ending, change, named):
+    checkpoint, x, routes = setup(kind)
+    name = name_in(checkpoint, ending)
+    tensor = checkpoint.tensors[name]
+    if change == "drop":
+        del checkpoint.tensors[name]
+    elif change == "cut":
+        checkpoint.tensors[name] = tensor[: len(tensor) // 2]
+    elif change == "grow":
+        checkpoint.tensors[name] = torch.cat([tensor, tensor])
+    elif isinstance(change, torch.dtype):
+        checkpoint.tensors[name] = tensor.to(change)
+    else:
+        tensor.view(-1)[7] = change
+    with pytest.raises(ValueError, match=named) as refusal:
+        ck.serve(checkpoint, x, routes)
+    assert checkpoint.prefix.rpartition(".")[0] in str(refusal.value)
+
+
+SHARDS = {
+    "plain": "up_proj: weight_scale",
+    "qkv": "qkv_proj: shard v: weight_scale",
+    "gate_up": "gate_up_proj: shard 1: weight_scale",
+    "moe_per_expert": r"experts: expert 7: down_proj \(w2\): weight_scale",
+}
+
+
+@pytest.mark.parametrize("kind", SHARDS)
+def test_scales_that_no_tensor_fills_are_named(kind):
+    """Without the look at the whole checkpoint, as for other loaders."""
+    checkpoint, _, _ = setup(kind)
+    last = [n for n in checkpoint.tensors if n.endswith("weight_scale")][-1]
+    del checkpoint.tensors[last]
+    torch.set_default_dtype(torch.bfloat16)
+    layer = ck.build(checkpoint)
+    ck.load(layer, checkpoint.tensors.items())
+    with pytest.raises(ValueError, match=SHARDS[kind]) as refusal:
+        ck.finish(layer)
+    assert "missing from `exclude`" in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", ["plain", "moe_per_expert"])
+def test_scales_filled_in_part_are_seen(kind):
+    """Also where a model's own loader goes past the parameter's."""
+    checkpoint, _, _ = setup(kind)
+    torch.set_default_dtype(torch.bfloat16)
+    layer = ck.build(checkpoint)
+    ck.load(layer, checkpoint.tensors.items())
+    name = "weight_scale" if kind == "plain" else "w2_weight_scale"
+    param = getattr(layer, name)
+    fresh = getattr(ck.build(setup(kind)[0]), name)
+    param.data.view(-1)[-3:] = fresh.data.view(-1)[-3:]
+    with pytest.raises(ValueError, match=f"{checkpoint.prefix}: .*was not loaded"):
+        ck.finish(layer)
+
+
+@pytest.mark.parametrize("kind", ck.LINEAR + ck.EXPERTS)
+def test_weight_zero_points(kind):
+    checkpoint, x, routes = setup(kind)
+    for name in [n for n in checkpoint.tensors if n.endswith("weight_scale")]:
+        zero = torch.zeros_like(checkpoint.tensors[name], dtype=torch.int8)
+        checkpoint.tensors[name.replace("scale", "zero_point")] = zero
+    expected = ck.reference(checkpoint, x, routes)
+    assert ck.is_right(ck.serve(checkpoint, x, routes), expected)
+    zero.view(-1)[3] = 1
+    with pytest.raises(ValueError, match="weight_zero_point is not 0"):
+        ck.serve(checkpoint, x, routes)
+
+
+@pytest.mark.parametrize("kind", ["plain", "moe_per_expert"])
+def test_zero_scales_of_zero_channels(kind):
+    checkpoint, x, routes = setup(kind)
+    for name in [n for n in checkpoint.tensors if n.endswith("weight_scale")]:
+        checkpoint.tensors[name][5] = 0
+        checkpoint.tensors[name.removesuffix("_scale")][5] = 0
+    expected = ck.reference(checkpoint, x, routes)
+    assert ck.is_right(ck.serve(checkpoint, x, routes), expected)
+
+
+@pytest.mark.parametrize("kind", ck.LINEAR + ck.EXPERTS)
+@pytest.mark.parametrize("form", ["[N, 1]", "[1, N]", "float16", "bfloat16"])
+def test_forms_of_scales(kind, form):
+    checkpoint, x, routes = setup(kind)
+    for name in [n for n in checkpoint.tensors if n.endswith("weight_scale")]:
+        scale = checkpoint.tensors[name]
+        axis = {"[N, 1]": -1, "[1, N]": -2}.get(form)
+        if axis:
+            scale = scale.unsqueeze(axis)
+        else:
+            scale = (scale * 100).to(getattr(torch, form))
+        checkpoint.tensors[name] = scale
+    expected = ck.reference(checkpoint, x, routes)
+    assert ck.is_right(ck.serve(checkpoint, x, routes), expected)
+
+
+@pytest.mark.parametrize("activation", ["static_sym", "static_asym"])
+def test_static_scales_that_differ_between_shards(activation):
+    checkpoint, x, routes = setup("qkv", activation)
+    name = name_in(checkpoint, "k_proj.input_scale")
+    checkpoint.tensors[name] = checkpoint.tensors[name] * 1.5
+    out = ck.serve(checkpoint, x, routes)
+    assert ck.is_right(out, ck.reference(checkpoint, x, routes, "token_sym"))
+
+
+@pytest.mark.parametrize("activation", ["static_sym", "static_asym"])
+@pytest.mark.parametrize("ending", ["input_scale", "q_proj.input_scale"])
+def test_missing_static_scales(activation, ending):
+    checkpoint, x, routes = setup("qkv", activation)
+    for name in [n for n in checkpoint.tensors if n.endswith(ending)]:
+        del checkpoint.tensors[name]
+    with pytest.raises(ValueError, match="shard q: input_scale is not in"):
+        ck.serve(checkpoint, x, routes)
+
+
+def test_int8_weights_of_an_excluded_layer():
+    checkpoint, x, routes = setup("plain")
+    checkpoint.config["exclude"] = ["*up_proj"]
+    with pytest.raises(ValueError, match="up_proj.weight is int8, but .* `exclude`"):
+        ck.serve(checkpoint, x, routes)
+
+
+@pytest.mark.parametrize("kind", ["qkv", "moe_per_expert"])
+def test_excluded_layers_are_filled(kind):
+    checkpoint, x, routes = setup(kind)
+    checkpoint.config["exclude"] = ["*_proj"]
+    for name, tensor in list(checkpoint.tensors.items()):
+        if name.endswith(".weight"):
+            checkpoint.tensors[name] = tensor.bfloat16() / 100
+        else:
+            del checkpoint.tensors[name]
+    ck.serve(checkpoint, x, routes)
+    del checkpoint.tensors[name_in(checkpoint, ".weight")]
+    with pytest.raises(ValueError, match="is not in the checkpoint, wholly or in part"):
+        ck.serve(checkpoint, x, routes)
+
+
+def test_names_that_come_twice():
+    checkpoint, x, routes = setup("plain")
+    again = [(n, t.clone()) for n, t in checkpoint.tensors.items()][:1]
+    with pytest.raises(ValueError, match="is in the checkpoint twice"):
+        ck.serve(checkpoint, x, routes, again)
+
+
+class _Loaded(torch.nn.Module):
+    """A norm, a layer, and a loader that says what it took."""
+
+    def __init__(self, checkpoint: ck.Checkpoint, config) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(8, bias=False)
+        self.layer = ck.build(checkpoint, config)
+
+    def load_weights(self, weights) -> set[str]:
+        seen = dict(weights)
+        ck.load(self.layer, seen.items())
+        return {"norm.weight"} & set(seen)
+
+
+def watched(checkpoint, environment, extra, quantization="quark"):
+    config = ck.quark_config(checkpoint)
+    environment.quant_config = config
+    model = _Loaded(checkpoint, config)
+    weights, check = int8_loading.watched_weights(
+        [*checkpoint.tensors.items(), *extra],
+        model,
+        ck.SimpleNamespace(quantization=quantization),
+    )
+    check(model.load_weights(weights))
+
+
+NORM = ("norm.weight", torch.ones(8))
+
+
+def test_parameters_that_are_not_quantized(environment):
+    checkpoint, _, _ = setup("plain")
+    watched(checkpoint, environment, [NORM])
+    with pytest.raises(ValueError, match="norm.weight is not in the checkpoint"):
+        watched(checkpoint, environment, [])
+    int8 = ("norm.weight", torch.ones(8, dtype=torch.int8))
+    with pytest.raises(ValueError, match="no norm.weight_scale"):
+        watched(checkpoint, environment, [int8])
+
+
+def test_int8_weights_without_a_config(environment):
+    checkpoint, _, _ = setup("plain")
+    with pytest.raises(ValueError, match="config.json names no quantization"):
+        watched(checkpoint, environment, [NORM], quantization=None)
+
+
+def test_other_quantizations_pass(environment):
+    checkpoint, _, _ = setup("plain")
+    watched(checkpoint, environment, [], quantization="fp8")
+
+
+def test_layers_of_other_pipeline_stages(environment, caplog_vllm):
+    """Their tensors pass by, and entries for them match."""
+    checkpoint, _, _ = setup("plain")
+    checkpoint.config["exclude"] = ["model.layers.999.mlp.up_proj"]
+    other = ("model.layers.999.mlp.up_proj.weight", torch.ones(2, 2).bfloat16())
+    int8 = torch.ones(2, 2, dtype=torch.int8)
+    others = [("model.layers.998.mlp.up_proj.weight", int8)]
+    others += [("model.layers.998.mlp.up_proj.weight_scale", torch.ones(2))]
+    watched(checkpoint, environment, [NORM, other, *others])
+    assert "matches no layer" not in caplog_vllm.text
+
+
+def test_entries_that_match_nothing_are_warned_about(environment, caplog_vllm):
+    checkpoint, _, _ = setup("plain")
+    checkpoint.config["exclude"] = ["*self_atn*", "norm"]
+    watched(checkpoint, environment, [NORM])
+    said = [r.getMessage() for r in caplog_vllm.records]
+    assert [m for m in said if "matches no layer" in m and "self_atn" in m]
+    assert not [m for m in said if "'norm'" in m]
+
+
+@pytest.mark.parametrize("kind", ["plain", "moe_per_expert"])
+def test_dummy_weights_are_not_checked(kind, environment):
+    checkpoint, _, _ = setup(kind)
+    environment.load_config.load_format = "dummy"
+    torch.set_default_dtype(torch.bfloat16)
+    layer = ck.build(checkpoint)
+    for param in layer.parameters():
+        if param.is_floating_point():
+            param.data.uniform_(-1e-3, 1e-3)
+    ck.finish(layer)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("weight", ck.WEIGHTS)
+@pytest.mark.parametrize("kind", ck.LINEAR)
+def test_tensor_parallel_linear(kind, weight, size):
+    """Each rank holds its part; at 4 ranks two share a KV head."""
+    checkpoint, x, routes = setup(kind, weight=weight)
+    expected = ck.reference(checkpoint, x, routes)
+    torch.set_default_dtype(torch.bfloat16)
+    parts, offset = [], 0
+    for n, _ in checkpoint.modules.values():
+        parts.append(expected[:, offset : offset + n])
+        offset += n
+    total = 0
+    for rank in range(size):
+        with shard(rank, size), torch.device(ck.DEVICE):
+            layer = ck.build(checkpoint)
+            ck.load(layer, checkpoint.tensors.items())
+            ck.finish(layer)
+        if kind == "row":
+            # Every rank quantizes its own part of a token.
+            part = x.chunk(size, -1)[rank].contiguous()
+            total = total + layer(part.to(ck.DEVICE))[0].cpu().double()
+            continue
+        mine = []
+        for i, part in enumerate(parts):
+            heads = 2 if kind == "qkv" and i else size
+            at = rank * heads // size
+            mine.append(part.chunk(min(heads, size), -1)[at])
+        out = layer(x.to(ck.DEVICE))[0].cpu()
+        assert ck.is_right(out, torch.cat(mine, -1)), (
+            rank,
+            ck.deviation(out, expected),
+        )
+    if kind == "row":
+        module = next(iter(checkpoint.modules))
+        w = ck._matrix(checkpoint, module, True).chunk(size, -1)
+        own = [ck.quantize(p, "token_sym") for p in x.chunk(size, -1)]
+        assert ck.is_right(total, sum(p @ m.t() for p, m in zip(own, w)))
+
+
+@pytest.mark.parametrize("weight", ck.WEIGHTS)
+@pytest.mark.parametrize("kind", ck.EXPERTS)
+def test_expert_parallel_experts(kind, weight, environment):
+    """Each rank holds half of the experts; the parts add up."""
+    checkpoint, x, routes = setup(kind, weight=weight)
+    expected = ck.reference(checkpoint, x, routes)
+    torch.set_default_dtype(torch.bfloat16)
+    environment.parallel_config.enable_expert_parallel = True
+    prefix, total = checkpoint.prefix, 0
+    for rank in range(2):
+        # One process holds both ranks' layers: they need names of their own.
+        with shard(rank, 2), torch.device(ck.DEVICE):
+            layer = ck.build(checkpoint)
+            assert layer.local_num_experts == ck.E // 2
+            ck.load(layer, checkpoint.tensors.items())
+            ck.finish(layer)
+        total = total + ck.run(layer, x, routes).double()
+        ck.forget(prefix)
+    assert ck.is_right(total, expected), ck.deviation(total, expected)
+
+
+def test_expert_parallel_names_the_missing_expert(environment):
+    checkpoint, _, _ = setup("moe_per_expert")
+    del checkpoint.tensors[name_in(checkpoint, "experts.6.up_proj.weight_scale")]
+    torch.set_default_dtype(torch.bfloat16)
+    environment.parallel_config.enable_expert_parallel = True
+    with shard(1, 2), torch.device(ck.DEVICE):
+        layer = ck.build(checkpoint)
+        ck.load(layer, checkpoint.tensors.items())
+        with pytest.raises(ValueError, match=r"expert 6: up_proj .* weight_scale"):
+            ck.finish(layer)

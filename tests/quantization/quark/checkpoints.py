@@ -303,7 +303,7 @@ def _unquantized_experts(
     layer: torch.nn.Module, x: torch.Tensor, routes: tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
     """float64 output of experts that were loaded in high precision."""
-    out = torch.zeros(x.shape, dtype=torch.float64)
+    out = torch.zeros(x.shape, dtype=torch.float64, device="cpu")
     for t, (weights, ids) in enumerate(zip(*routes)):
         for weight, e in zip(weights, ids):
             w13, w2 = (w[e].double().cpu() for w in (layer.w13_weight, layer.w2_weight))
@@ -434,9 +434,9 @@ def activation_of(config: dict[str, Any], module: str) -> str | None:
     sign = "sym" if inputs["symmetric"] else "asym"
     if sound and qscheme == "per_tensor":
         return "tensor_dynamic" if dynamic else f"static_{sign}"
-    if sound and qscheme == "per_channel" and dynamic:
-        if inputs.get("ch_axis") in (None, 0, 1):
-            return f"token_{sign}"
+    tokens = dynamic and inputs.get("ch_axis") in (None, 0, 1)
+    if sound and qscheme == "per_channel" and tokens:
+        return f"token_{sign}"
     raise MalformedError(f"{module}: scheme")
 
 

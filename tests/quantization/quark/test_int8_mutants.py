@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 import torch
 
+from vllm.platforms import current_platform
+
 from . import checkpoints as ck
 from .utils import vllm_environment
 
@@ -270,6 +272,9 @@ def table(count: int) -> list[Verdict]:
     return verdicts
 
 
+@pytest.mark.skipif(
+    not current_platform.is_cpu(), reason="looks at loaders, which are CPU code"
+)
 def test_mutants():
     with vllm_environment(), torch.device("cpu"):
         torch.set_default_dtype(torch.float32)
@@ -278,18 +283,6 @@ def test_mutants():
     assert not silent, silent[:5]
     outcomes = collections.Counter(v.outcome for v in verdicts)
     assert outcomes["right"] > COUNT / 10 and outcomes["refused"] > COUNT / 3
-
-
-@pytest.mark.parametrize("kind", ck.LINEAR + ck.EXPERTS)
-def test_the_generator_starts_from_right_checkpoints(kind):
-    with vllm_environment(), torch.device("cpu"):
-        torch.set_default_dtype(torch.float32)
-        case = ck.Case(kind)
-        generator = torch.Generator().manual_seed(0)
-        x = ck.inputs_for(case, 9, generator)
-        c = ck.make(case, x, generator)
-        routes = ck.routing(9, generator)
-        assert ck.is_right(ck.serve(c, x, routes), ck.reference(c, x, routes))
 
 
 if __name__ == "__main__":

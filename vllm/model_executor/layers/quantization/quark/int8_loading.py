@@ -18,6 +18,9 @@ from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
 from vllm.model_executor.layers.quantization.quark.int8_config import int8_layers
+from vllm.model_executor.layers.quantization.quark.int8_serving import (
+    quantize_per_token,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 logger = init_logger(__name__)
@@ -364,22 +367,12 @@ def check_linear(scheme: Any, layer: torch.nn.Module) -> None:
                     watch.refuse(0, kind, f"is {value.item()}: export again")
             different |= any(v != values[0] for v in values)
         if different:
-            _quantize_per_token(scheme, layer)
-
-
-def _quantize_per_token(scheme: Any, layer: torch.nn.Module) -> None:
-    logger.warning_once(
-        "Static input scales differ between the shards of fused INT8 layers (%s "
-        "first): these layers are served with dynamic per-token ones",
-        layer.prefix,
-    )
-    config = scheme.kernel.config
-    config.is_static_input_scheme = scheme.is_static_input_scheme = False
-    config.input_symmetric = scheme.input_symmetric = True
-    scheme.kernel = type(scheme.kernel)(config, scheme.kernel.layer_param_names)
-    for kind in ("input_scale", "input_zero_point"):
-        delattr(layer, kind)
-        layer.register_parameter(kind, None)
+            logger.warning_once(
+                "Static input scales differ between the shards of fused INT8 layers "
+                "(%s first): these layers are served with dynamic per-token ones",
+                layer.prefix,
+            )
+            quantize_per_token(scheme, layer)
 
 
 def watch_experts(layer: torch.nn.Module) -> None:

@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Routed INT8 experts of AMD Quark, whatever their scheme, on kernels that
-quantize activations per token and scale weights per channel."""
+"""INT8 layers of AMD Quark on kernels that know fewer schemes than Quark writes.
+
+Fused MoE kernels quantize activations per token and scale weights per channel;
+the Triton int8 linear kernel subtracts zero points after the product was rounded
+to the output's dtype, which leaves nothing of small tokens.
+"""
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import torch
+
+from vllm.logger import init_logger
+
+logger = init_logger(__name__)
 
 _INPUTS = ("w13_input_scale", "w2_input_scale")
 
@@ -66,3 +75,29 @@ def finish_experts(layer: torch.nn.Module) -> None:
         if hasattr(layer, name):
             delattr(layer, name)
         setattr(layer, name, None)
+
+
+def quantize_per_token(scheme: Any, layer: torch.nn.Module) -> None:
+    """Serve a QuarkW8A8Int8 layer with dynamic per-token symmetric activations.
+    Call it before the weights are processed."""
+    config = scheme.kernel.config
+    config.is_static_input_scheme = scheme.is_static_input_scheme = False
+    config.input_symmetric = scheme.input_symmetric = True
+    scheme.kernel = type(scheme.kernel)(config, scheme.kernel.layer_param_names)
+    for kind in ("input_scale", "input_zero_point"):
+        if hasattr(layer, kind):
+            delattr(layer, kind)
+        layer.register_parameter(kind, None)
+
+
+def finish_linear(scheme: Any, layer: torch.nn.Module) -> None:
+    """Give a QuarkW8A8Int8 layer activations that its kernel computes. Call it
+    before the weights are processed."""
+    kernel = type(scheme.kernel).__name__
+    if kernel == "TritonInt8ScaledMMLinearKernel" and not scheme.input_symmetric:
+        logger.warning_once(
+            "INT8 linear layers exported with asymmetric activations are served "
+            "with dynamic per-token symmetric ones: %s loses zero points in rounding",
+            kernel,
+        )
+        quantize_per_token(scheme, layer)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""Speculative decoding with the MTP layers, and tensor, expert and pipeline parallelism, of the nano model:
+the tables in docs/results.md.
+
+    PYTHONPATH=SITE python benchmarks/gpu_parallel.py --ckpts DIR [--stdlib DIR] [--out DIR]
+
+Compares greedy continuations, of the halves of the held-out windows, with one GPU's without speculation.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+NANO = ROOT / "examples/step3p5-nano"
+sys.path[:0] = [str(ROOT), str(NANO)]
+
+from lab import Judge, LabError, shadow  # noqa: E402
+from model import acceptance, load  # noqa: E402
+
+SPECULATE = [("bf16", n) for n in (0, 1, 3)] + [(c, n) for c in ("quark", "quark-mtp", "quark-all") for n in (0, 1, 3)]
+PARALLEL = {"tensor parallel 2": ["--tp", "2"], "expert parallel 2": ["--tp", "2", "--ep"],
+            "pipeline 2": ["--pp", "2"], "tensor parallel 4": ["--tp", "4"]}  # fmt: skip
+
+
+def main() -> int:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--ckpts", type=Path, required=True)
+    ap.add_argument("--stdlib", type=Path, default=None, help="folder with the held-out modules")
+    ap.add_argument("--out", type=Path, default=ROOT / "build/gpu-parallel")
+    ap.add_argument("--jobs", type=int, default=5)
+    args = ap.parse_args()
+    import torch
+    import vllm
+
+    gpus = torch.cuda.device_count()
+    print(f"{gpus} x {torch.cuda.get_device_name()}, vLLM {vllm.__version__}, torch {torch.__version__}", flush=True)
+    series = shadow(Path(tempfile.mkdtemp(prefix="vllm-quark-")) / "series", None)
+    judge = Judge(stdlib=args.stdlib)
+
+    def run(name: str, ckpt: str, *flags: str) -> dict:
+        folder = NANO if ckpt == "bf16" else args.ckpts.absolute() / ckpt
+        out = args.out / f"{ckpt}-{name.replace(' ', '-')}.json"
+        try:
+            judge.run(folder, series, out, *flags)
+        except LabError as e:
+            return {"error": str(e).splitlines()[-1][:160]}
+        return json.loads(out.read_text())
+
+    windows = torch.tensor(judge.windows)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = {(c, n): pool.submit(run, f"mtp {n}", c, "--speculate", str(n)) for c, n in SPECULATE}
+        wide = {
+            (c, name): pool.submit(run, name, c, *flags)
+            for name, flags in PARALLEL.items()
+            if int(flags[1]) <= gpus
+            for c in ("quark", "stacked", "quark-all")
+        }
+        wide |= {(c, "one GPU"): pool.submit(run, "one", c) for c in ("stacked",) if wide}
+        print(f"float reference: {acceptance(load(NANO), windows):.1%} of the first MTP layer's tokens agree")
+
+        def same(result: dict, one: dict) -> str:
+            pairs = list(zip(result["continuations"], one["continuations"], strict=True))
+            whole = sum(a == b for a, b in pairs)
+            tokens = sum(x == y for a, b in pairs for x, y in zip(a, b, strict=True))
+            return f"{whole} of {len(pairs)} texts, {tokens} of {sum(len(a) for a, _ in pairs)} tokens"
+
+        print("\n| checkpoint | drafted at a time | perplexity | accepted | same as without |\n|---|---|---|---|---|")
+        for (ckpt, count), future in runs.items():
+            r, one = future.result(), runs[ckpt, 0].result()
+            if "error" in r:
+                print(f"| {ckpt} | {count} | fails: {r['error']} | | |")
+                continue
+            rate = f"{r['accepted'] / r['drafted']:.1%} of {r['drafted']:.0f}" if r["drafted"] else ""
+            print(f"| {ckpt} | {count} | {r['perplexity']:.4f} | {rate} | {same(r, one)} |", flush=True)
+        if wide:
+            print("\n| checkpoint | how | perplexity | same as on one |\n|---|---|---|---|")
+        for (ckpt, name), future in wide.items():
+            r = future.result()
+            one = (wide if ckpt == "stacked" else runs)[ckpt, "one GPU" if ckpt == "stacked" else 0].result()
+            if "error" in r:
+                print(f"| {ckpt} | {name} | fails: {r['error']} | |")
+            else:
+                print(f"| {ckpt} | {name} | {r['perplexity']:.4f} | {same(r, one)} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

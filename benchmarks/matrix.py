@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""Which INT8 scheme is right, refused or garbage, on the vLLM that PYTHONPATH has first.
+
+    python benchmarks/matrix.py measure OUT.json     # every cell of this machine's kernels
+    python benchmarks/matrix.py table DIR DOC.md     # the page from all measurements below DIR
+
+A cell is a random checkpoint of one layer through QuarkConfig, vLLM's loaders and one kernel, against
+float64 (tests/quantization/quark/checkpoints.py): `right` within 1 % of the norm and 3 % for the worst
+token; `per token` the same, but for per-token activations instead of the checkpoint's; `refused` by the
+layer's name while loading; `stops` with any other error; else `garbage`. `make matrix` runs all of it.
+"""
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CUTLASS, TRITON = "CutlassInt8ScaledMMLinearKernel", "TritonInt8ScaledMMLinearKernel"
+ORDER = ("right", "per token", "refused", "stops", "garbage")
+
+
+def measure(out: Path) -> None:
+    sys.path.append(str(ROOT))
+    import torch
+    import vllm
+
+    from tests.quantization.quark import checkpoints as ck
+    from tests.quantization.quark.utils import DEVICE, vllm_environment
+
+    linear = {"CUTLASS": "", "Triton int8 linear": CUTLASS} if DEVICE == "cuda" else {"CPU": ""}
+    experts = {"fused-MoE Triton" if DEVICE == "cuda" else "CPU": ""}
+    cells = []
+    with vllm_environment(), torch.device("cpu"):
+        torch.set_default_dtype(torch.float32)
+        for kind in ck.LINEAR + ck.EXPERTS:
+            for kernel, disabled in (linear if kind in ck.LINEAR else experts).items():
+                os.environ["VLLM_DISABLED_KERNELS"] = disabled
+                for weight in ck.WEIGHTS:
+                    for activation in ck.ACTIVATIONS:
+                        for dtype in (torch.bfloat16, torch.float16):
+                            with contextlib.redirect_stdout(sys.stderr):
+                                cell = ck.serve_case(ck.Case(kind, weight, activation, dtype))
+                            cells.append(
+                                {"layer": kind, "kernel": kernel, "weight": weight, "activation": activation,
+                                 "dtype": str(dtype).removeprefix("torch."), "status": cell.status,
+                                 "error": round(cell.error, 5), "worst": round(cell.worst, 5), "detail": cell.detail}
+                            )  # fmt: skip
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    page = {"vllm": vllm.__version__, "torch": torch.__version__, "device": device,
+            "patched": (Path(vllm.__file__).parents[1] / ".vllm-quark").is_dir(), "cells": cells}  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = out.with_suffix(".new")
+    new.write_text(json.dumps(page, separators=(",", ":")).replace('{"layer"', '\n{"layer"') + "\n")
+    new.rename(out)
+    totals = collections.Counter(c["status"] for c in cells)
+    which = "patched" if page["patched"] else "stock"
+    print(f"{page['vllm']} {which} {device}:", ", ".join(f"{totals[s]} {s}" for s in ORDER if totals[s]))
+
+
+def _summary(cells: list[dict]) -> str:
+    totals = collections.Counter(c["status"] for c in cells)
+    worst = max((c["error"] for c in cells if c["status"] in ("right", "per token")), default=None)
+    words = [s if len(totals) == 1 else f"{totals[s]} {s}" for s in ORDER if totals[s]]
+    return ", ".join(words) + (f" ({worst:.4f})" if worst is not None and len(totals) == 1 else "")
+
+
+def table(folder: Path, doc: Path) -> None:
+    pages = [json.loads(f.read_text()) for f in sorted(folder.glob("*.json"))]
+    if not pages:
+        sys.exit(f"matrix: {folder}: no measurements: run `make matrix`")
+    text = [
+        "# Every INT8 W8A8 scheme, stock and patched",
+        "",
+        "Made by `make matrix` (CPU) and `benchmarks/matrix.py measure` on the GPU: do not edit. "
+        "What the words mean stands on top of [benchmarks/matrix.py](../benchmarks/matrix.py); each cell's error, "
+        "and what a refusal says, in [matrix/](matrix/). Behind a word: the largest error of its cells, over the norm. "
+        "`per token`: static, asymmetric and dynamic per-tensor activations served with per-token ones, said once in "
+        "the log. Columns join the layers plain, fused qkv, fused gate_up, row-parallel (experts: stacked and one by "
+        "one) and bfloat16, float16.",
+        "",
+    ]
+    runs = {(p["vllm"].split("+")[0], p["device"], p["patched"]): p for p in pages}
+    for base in sorted({k[0] for k in runs}):
+        text += [f"## vLLM {base}", ""]
+        for device in sorted({k[1] for k in runs if k[0] == base}):
+            both = [runs.get((base, device, patched)) for patched in (False, True)]
+            some = next(p for p in both if p)
+            text += [f"{device}, torch {some['torch']}. Cells: " + "; ".join(
+                f"{name} " + ", ".join(f"{n} {s}" for s in ORDER if (n := sum(c["status"] == s for c in p["cells"])))
+                for name, p in zip(("stock", "patched"), both, strict=True) if p) + ".", ""]  # fmt: skip
+            columns = list(dict.fromkeys((c["kernel"], c["layer"].startswith("moe")) for c in some["cells"]))
+            head = [f"{k}{', experts' if m and k == 'CPU' else ''}" for k, m in columns]
+            text += ["| weights | activations | | " + " | ".join(head) + " |", "|---" * (3 + len(head)) + "|"]
+            schemes = list(dict.fromkeys((c["weight"], c["activation"]) for c in some["cells"]))
+            for weight, activation in schemes:
+                for name, p in zip(("stock", "patched"), both, strict=True):
+                    if p is None:
+                        continue
+                    found = [
+                        _summary([c for c in p["cells"] if (c["weight"], c["activation"]) == (weight, activation)
+                                  and (c["kernel"], c["layer"].startswith("moe")) == column])
+                        for column in columns
+                    ]  # fmt: skip
+                    text.append(f"| {weight} | {activation} | {name} | " + " | ".join(found) + " |")
+            text.append("")
+    new = doc.with_suffix(".new")
+    new.write_text("\n".join(text))
+    new.rename(doc)
+    bad = [k for k, p in runs.items() if k[2] and any(c["status"] in ("garbage", "stops") for c in p["cells"])]
+    if bad:
+        sys.exit(f"matrix: patched columns with garbage: {bad}")
+
+
+def main() -> None:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sub = ap.add_subparsers(dest="what", required=True)
+    one = sub.add_parser("measure")
+    one.add_argument("out", type=Path)
+    two = sub.add_parser("table")
+    two.add_argument("folder", type=Path)
+    two.add_argument("doc", type=Path)
+    args = ap.parse_args()
+    if args.what == "measure":
+        measure(args.out)
+    else:
+        table(args.folder, args.doc)
+
+
+if __name__ == "__main__":
+    main()

@@ -23,23 +23,20 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples/step3p5-nano")]
 
 from lab import Judge, LabError, Result, before, shadow  # noqa: E402
 
-FIXES = ["0001", "0002", "0003"]
 ENGINE = {  # name of the vLLM: checkpoints
     "stock": ["quark", "stacked", "quark-all", "compressed-tensors"],
     "0001 only": ["quark", "compressed-tensors"],
     "series": ["quark", "stacked", "quark-all", "stacked-all", "compressed-tensors", "compressed-tensors-all"],
 }
 TRITON = ("series, Triton linear", "quark-all")
-LAYERS = ["stock", "without 0001", "without 0002", "without 0003", "series"]
+LAYERS = ["stock", "series"]
 
 
-def patches(name: str, every: list[str]) -> list[str] | None:
+def patches(name: str) -> list[str] | None:
     if name == "series":
         return None
     if name == "stock":
         return []
-    if name.startswith("without"):
-        return [p for p in every if p != name.split()[1]]
     return [name.split()[0]]
 
 
@@ -55,10 +52,9 @@ def main() -> int:
 
     print(f"{torch.cuda.get_device_name()}, vLLM {vllm.__version__}, torch {torch.__version__}, "
           f"triton {__import__('triton').__version__}, Python {sys.version.split()[0]}", flush=True)  # fmt: skip
-    every = [p.stem.split("-")[0] for p in sorted((ROOT / "patches").glob("*.yaml"))]
     args.out.mkdir(parents=True, exist_ok=True)
     temp = Path(tempfile.mkdtemp(prefix="vllm-quark-"))
-    trees = {n: shadow(temp / n.replace(" ", "-"), patches(n, every)) for n in {*ENGINE, *LAYERS}}
+    trees = {n: shadow(temp / n.replace(" ", "-"), patches(n)) for n in {*ENGINE, *LAYERS}}
     judge = Judge(stdlib=args.stdlib)
 
     def engine(name: str, ckpt: str, **env: str) -> Result | str:

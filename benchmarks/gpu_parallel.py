@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(NANO)]
 from lab import Judge, LabError, shadow  # noqa: E402
 from model import acceptance, load  # noqa: E402
 
-SPECULATE = [("bf16", n) for n in (0, 1, 3)] + [(c, n) for c in ("quark", "quark-mtp", "quark-all") for n in (0, 1, 3)]
+SPECULATE = ("bf16", "quark", "quark-mtp", "quark-all")
 PARALLEL = {"tensor parallel 2": ["--tp", "2"], "expert parallel 2": ["--tp", "2", "--ep"],
             "pipeline 2": ["--pp", "2"], "tensor parallel 4": ["--tp", "4"]}  # fmt: skip
 
@@ -33,6 +33,7 @@ def main() -> int:
     ap.add_argument("--stdlib", type=Path, default=None, help="folder with the held-out modules")
     ap.add_argument("--out", type=Path, default=ROOT / "build/gpu-parallel")
     ap.add_argument("--jobs", type=int, default=5)
+    ap.add_argument("--drafts", type=int, nargs="*", default=[0, 1], help="tokens drafted at a time")
     args = ap.parse_args()
     import torch
     import vllm
@@ -53,7 +54,7 @@ def main() -> int:
 
     windows = torch.tensor(judge.windows)
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = {(c, n): pool.submit(run, f"mtp {n}", c, "--speculate", str(n)) for c, n in SPECULATE}
+        runs = {(c, n): pool.submit(run, f"mtp {n}", c, "--speculate", str(n)) for c in SPECULATE for n in args.drafts}
         wide = {
             (c, name): pool.submit(run, name, c, *flags)
             for name, flags in PARALLEL.items()

@@ -67,6 +67,7 @@ class Patch(_Strict):
     subject: str = Field(min_length=1, pattern=r"^[^\n]+$")
     description: str = Field(min_length=1)
     upstream: Upstream | None = None
+    requires: list[str] = Field([], description="numbers of earlier patches that this one builds on")
     edits: list[FileEdit] = []
     files: list[TreePath] = []
 

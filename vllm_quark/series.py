@@ -21,7 +21,7 @@ class Series:
         return (self.home / file).read_bytes()
 
     def select(self, only: Iterable[str] = (), until: str | None = None) -> list[Patch]:
-        """The patches named in `only`, or those up to and with `until`, or all.
+        """The patches named in `only` with those they require, or those up to and with `until`, or all.
 
         A name is a file name without suffix or its number. Raises QuarkError for an unknown one.
         """
@@ -29,7 +29,12 @@ class Series:
         if only and until:
             raise QuarkError("--only and --until exclude each other")
         if only:
-            wanted = {self._find(n).name for n in only}
+            wanted: set[str] = set()
+            while only:
+                patch = self._find(only.pop())
+                if patch.name not in wanted:
+                    wanted.add(patch.name)
+                    only += patch.requires
             return [p for p in self.patches if p.name in wanted]
         if until:
             last = self._find(until).name
@@ -60,6 +65,9 @@ def load_series(folder: Path | None = None) -> Series:
         raise PatchError(f"{folder / 'patches'}: no patch files (NNNN-name.yaml)")
     series = Series(folder, tuple(read_patch(p) for p in paths))
     for path, patch in zip(paths, series.patches, strict=True):
+        for name in patch.requires:
+            if not any(p.name < patch.name and p.name.split("-")[0] == name for p in series.patches):
+                raise PatchError(f"{path}: requires '{name}', which is no earlier patch: mend the patch file")
         for file in patch.files:
             if not (folder / file).is_file():
                 raise PatchError(f"{path}: brings '{file}', which is not in {folder}: mend the patch file")

@@ -7,13 +7,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from lab import CPU_PATCHES, ROOT, Judge, LabError, Result, convert, export, shadow
+from lab import CPU_PATCHES, GARBAGE, RIGHT, ROOT, Judge, LabError, Result, convert, export, shadow
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 console = Console(width=None if sys.stdout.isatty() else 150)
-GARBAGE, RIGHT = 3.0, 0.02
 
 
 def main() -> int:

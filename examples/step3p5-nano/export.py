@@ -6,9 +6,9 @@ Run in Quark's own environment (`make quark-env`):
 
     python export.py SRC DST [--all-linear] [--mtp]
 
-Attention, shared experts, router and lm_head stay BF16, as in the published Step-3.5 recipes;
---all-linear quantizes attention and shared experts too, --mtp the MTP layers' attention and MLP. Experts are written one by one: that is
-what Quark does with stacked tensors.
+Attention, shared experts, router, lm_head and MTP layers stay BF16, as in the published Step-3.5
+recipes; --all-linear quantizes attention and shared experts too, --mtp the MTP layers' attention and
+MLP. Experts are written one by one: that is what Quark does with stacked tensors.
 """
 
 import argparse

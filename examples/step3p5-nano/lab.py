@@ -18,6 +18,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 QUARK_PYTHON = ROOT / "build/quark-env/bin/python"
 CPU_PATCHES = ["0004", "0005"]
+# Within 2 % of the reference's perplexity, or at least three times as large.
+RIGHT, GARBAGE = 0.02, 3.0
 
 
 class LabError(Exception):

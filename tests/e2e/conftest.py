@@ -2,14 +2,16 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """Checkpoints, patched vLLMs and the float reference, once for all engine tests."""
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
-from lab import ROOT, Judge, checkpoints, shadow
+from lab import ROOT, Judge, before, call, checkpoints, shadow
 
 from vllm_quark.series import load_series
 
-EVERY = [p.name[:4] for p in load_series(ROOT).patches]
+PATCHES = load_series(ROOT).patches
 
 
 @pytest.fixture(scope="session")
@@ -40,5 +42,29 @@ def vllm(tmp_path_factory):
 
 @pytest.fixture
 def without(vllm):
-    """`without("0002")`: the series less that patch."""
-    return lambda *names: vllm([n for n in EVERY if n not in names])
+    """`without("0002")`: the series less that patch and those that require it."""
+
+    def make(*names: str) -> Path:
+        gone = set(names)
+        for p in PATCHES:
+            if gone & set(p.requires):
+                gone.add(p.name[:4])
+        return vllm([p.name[:4] for p in PATCHES if p.name[:4] not in gone])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def in_process(vllm, tmp_path_factory):
+    """`in_process(jobs)`: run in_process.py over `jobs` with the series; the results, in order."""
+
+    def run(jobs: list[dict]) -> list[dict]:
+        folder = tmp_path_factory.mktemp("jobs")
+        for i, job in enumerate(jobs):
+            job["out"] = str(folder / f"{i}.json")
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        call(folder / "log", sys.executable, Path(__file__).with_name("in_process.py"), folder / "jobs.json",
+             PYTHONPATH=before(vllm()))  # fmt: skip
+        return [json.loads(Path(job["out"]).read_text()) for job in jobs]
+
+    return run

@@ -8,7 +8,8 @@ Run in Quark's environment:
 
 Writes OUT/{moe,dense}-{scheme}: the export, and expected.json with token ids [B, T] and log-probabilities
 [B, T, V] of a float32 model on Transformers' own modules whose quantized linear layers are W8A8 as the
-export's tensors say: static input scales and zero points (`exact`), experts with per-token ones (`served`).
+export's tensors say: static input scales and zero points (`exact`), experts with per-token ones (`served`),
+or give nothing (`blank`: how far off a broken layer is).
 """
 
 import json
@@ -22,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 SHAPE = {
     "vocab_size": 128, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.15,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.08,
     "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": "bfloat16",
 }  # fmt: skip
 SCHEMES = {  # weights, activations symmetric
@@ -75,6 +76,8 @@ class W8A8(torch.nn.Module):
         self.scale, self.zero = input_scale, input_zero_point
 
     def forward(self, x):
+        if self.scale is False:
+            return x @ self.weight.t() * 0
         if self.scale is None:
             s, z = x.abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127, 0
         else:
@@ -86,7 +89,7 @@ def expect(kind: str, out: Path) -> None:
     tensors = {k: v for f in out.glob("*.safetensors") for k, v in load_file(f).items()}
     ids = torch.randint(2, 128, (4, 48), generator=torch.Generator().manual_seed(1))
     page = {"ids": ids.tolist()}
-    for reading in ("exact", "served"):
+    for reading in ("exact", "served", "blank"):
         model = build(kind).float()
         with torch.no_grad():
             for name, module in list(model.named_modules()):
@@ -94,6 +97,7 @@ def expect(kind: str, out: Path) -> None:
                     module.weight.copy_(tensors[f"{name}.weight"].float())
             for name in [n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")]:
                 static = None if reading == "served" and ".experts." in name else tensors[f"{name}.input_scale"]
+                static = False if reading == "blank" else static
                 zero = tensors.get(f"{name}.input_zero_point")
                 parent, _, child = name.rpartition(".")
                 layer = W8A8(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], static, zero)

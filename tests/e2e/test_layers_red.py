@@ -19,8 +19,8 @@ PATCHES = pytest.mark.parametrize("patch", load_series(ROOT).patches, ids=lambda
 def run(vllm, *tests: str) -> tuple[int, str]:
     """(exit code, output) of pytest over `tests` with the vLLM in `vllm`."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    env = {**os.environ, "PYTHONPATH": before(vllm)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    env = {**os.environ, "PYTHONPATH": before(vllm), "VLLM_QUARK_MUTANTS": "200"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     return done.returncode, done.stdout[-5000:]
 
 

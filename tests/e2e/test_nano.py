@@ -2,17 +2,16 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """The nano model through vLLM's engine on CPU: stock, ablations, series."""
 
+import json
 import math
 import shutil
 
 import pytest
 import torch
-from lab import CPU_PATCHES, HERE, LabError
-from model import evaluate, load
+from lab import CPU_PATCHES, GARBAGE, HERE, RIGHT, LabError
+from model import acceptance, evaluate, load
 from safetensors.torch import load_file, save_file
 from text import held_out_windows
-
-RIGHT, GARBAGE = 0.02, 3.0
 
 
 def assert_right(result, reference) -> None:
@@ -28,11 +27,14 @@ def assert_garbage(result, reference) -> None:
 
 
 def test_the_model_is_trained():
-    """At most 4.0 perplexity per byte on all held-out windows; at most 8 MB of BF16."""
+    """At most 4.0 perplexity per byte on all held-out windows; at most 8 MB of BF16, less the MTP layers."""
     perplexity, _ = evaluate(load(HERE), torch.tensor(held_out_windows()))
     assert perplexity <= 4.0
-    assert (HERE / "model.safetensors").stat().st_size <= 8_000_000
-    kinds = {v.dtype for k, v in load_file(HERE / "model.safetensors").items() if not k.endswith("router_bias")}
+    tensors = load_file(HERE / "model.safetensors")
+    mtp = tuple(f"model.layers.{i}." for i in (8, 9, 10))
+    assert sum(v.nbytes for k, v in tensors.items() if not k.startswith(mtp)) <= 8_000_000
+    assert (HERE / "model.safetensors").stat().st_size <= 9_000_000
+    kinds = {v.dtype for k, v in tensors.items() if not k.endswith("router_bias")}
     assert kinds == {torch.bfloat16}
 
 
@@ -72,7 +74,13 @@ def test_with_the_series_it_is_right(layout, ckpts, judge, vllm, tmp_path):
 
 @pytest.mark.engine
 def test_ablation_0001(ckpts, judge, without, tmp_path):
-    assert_garbage(judge.run(ckpts["quark"], without("0001"), tmp_path / "r.json"), judge.reference)
+    """Garbage where nothing looks at the checkpoint; else refused, with the layer's name."""
+    result = judge.run(ckpts["quark"], without("0001", "0007"), tmp_path / "r.json")
+    assert_garbage(result, judge.reference)
+    with pytest.raises(LabError):
+        judge.run(ckpts["quark"], without("0001"), tmp_path / "s.json")
+    said = (tmp_path / "s.log").read_text()
+    assert "model.layers.0.self_attn.qkv_proj: shard" in said and "may be missing from `exclude`" in said
 
 
 @pytest.mark.engine
@@ -100,8 +108,9 @@ def test_two_dimensional_scales(missing, said, two_dimensional, judge, vllm, wit
     if missing is None:
         assert_right(judge.run(two_dimensional, vllm(), tmp_path / "r.json"), judge.reference)
     else:
+        # 0007 and 0008 read both layouts of scales too.
         with pytest.raises(LabError):
-            judge.run(two_dimensional, without(missing), tmp_path / "r.json")
+            judge.run(two_dimensional, without(missing, "0007"), tmp_path / "r.json")
         assert said in (tmp_path / "r.log").read_text()
 
 
@@ -109,3 +118,26 @@ def test_two_dimensional_scales(missing, said, two_dimensional, judge, vllm, wit
 def test_compiled(ckpts, judge, vllm, tmp_path):
     """With torch.compile, vLLM's default, the experts are one opaque operator."""
     assert_right(judge.run(ckpts["stacked"], vllm(), tmp_path / "r.json", "--compile"), judge.reference)
+
+
+@pytest.mark.engine
+def test_tensor_parallel(ckpts, judge, vllm, tmp_path):
+    """Two processes, half of each layer each: right, and the same text as one."""
+    result = judge.run(ckpts["quark-all"], vllm(), tmp_path / "r.json", "--tp", "2")
+    assert_right(result, judge.reference)
+    assert result.text[:20] == judge.run(ckpts["quark-all"], vllm(), tmp_path / "s.json").text[:20]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("ckpt", ["quark", "quark-mtp"])
+def test_speculative_decoding(ckpt, ckpts, judge, vllm, tmp_path):
+    """MTP layers excluded, and quantized: the same tokens as without, and most drafts accepted."""
+    plain, drafted = tmp_path / "plain.json", tmp_path / "drafted.json"
+    assert_right(judge.run(ckpts[ckpt], vllm(), plain), judge.reference)
+    assert_right(judge.run(ckpts[ckpt], vllm(), drafted, "--speculate", "1"), judge.reference)
+    one, two = json.loads(plain.read_text()), json.loads(drafted.read_text())
+    assert two["tokens"] == one["tokens"] and two["continuations"] == one["continuations"]
+    expected = acceptance(load(HERE), torch.tensor(judge.windows))
+    rate = two["accepted"] / two["drafted"]
+    print(f"{ckpt}: {rate:.1%} of {two['drafted']:.0f} drafts accepted, float reference {expected:.1%}")
+    assert two["drafted"] > 300 and rate > expected - 0.05

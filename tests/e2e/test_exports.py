@@ -10,6 +10,7 @@ import pytest
 import torch
 from lab import QUARK_PYTHON, ROOT, call
 
+pytestmark = pytest.mark.xdist_group("exports")
 SCHEMES = [f"{kind}-{w}-{s}" for kind in ("moe", "dense") for w in ("channel", "tensor") for s in ("sym", "asym")]
 
 
@@ -49,4 +50,4 @@ def test_static_exports(name, exports, served):
     # Experts of a static export are served with per-token scales.
     distances = {reading: round(distance(reading), 4) for reading in ("exact", "served", "blank")}
     print(name, distances)
-    assert distances["served"] <= 0.1 and distances["blank"] >= 0.5, distances
+    assert distances["served"] <= 0.15 and distances["blank"] >= 0.5, distances

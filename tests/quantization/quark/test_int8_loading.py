@@ -27,6 +27,7 @@ def environment(one_environment):
 
 
 def setup(kind: str, activation: str = "token_sym", weight: str = "per_channel"):
+    ck.needs_kernel(kind)
     generator = torch.Generator().manual_seed(0)
     case = ck.Case(kind, weight, activation)
     x = ck.inputs_for(case, 17, generator)

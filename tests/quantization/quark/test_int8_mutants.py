@@ -277,6 +277,7 @@ def table(count: int) -> list[Verdict]:
     not current_platform.is_cpu(), reason="looks at loaders, which are CPU code"
 )
 def test_mutants():
+    ck.needs_kernel("moe_stacked")
     with vllm_environment(), torch.device("cpu"):
         torch.set_default_dtype(torch.float32)
         verdicts = table(COUNT)

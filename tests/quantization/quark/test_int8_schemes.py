@@ -57,6 +57,7 @@ def test_scheme(kind, scheme, dtype, kernel, monkeypatch):
         if kind in ck.EXPERTS:
             pytest.skip("experts have one kernel")
         monkeypatch.setenv("VLLM_DISABLED_KERNELS", CUTLASS)
+    ck.needs_kernel(kind)
     weight, activation = scheme
     cell = ck.serve_case(ck.Case(kind, weight, activation, dtype))
     allowed = {"right"}

@@ -3,6 +3,9 @@
 import logging
 
 import pytest
+import torch
+
+from .utils import vllm_environment
 
 
 @pytest.fixture
@@ -16,3 +19,21 @@ def caplog_vllm(caplog):
             yield caplog
     finally:
         logger.propagate = old
+
+
+@pytest.fixture(scope="module")
+def one_environment():
+    with vllm_environment() as config:
+        yield config
+
+
+@pytest.fixture
+def layer_environment(one_environment):
+    """One environment for all tests of a module; default dtype, device and what
+    tests change in its config are restored."""
+    torch.set_default_dtype(torch.float32)
+    with torch.device("cpu"):
+        yield one_environment
+    one_environment.quant_config = None
+    one_environment.load_config.load_format = "auto"
+    one_environment.parallel_config.enable_expert_parallel = False

@@ -7,23 +7,12 @@ import pytest
 import torch
 
 from . import checkpoints as ck
-from .utils import shard, vllm_environment
-
-
-@pytest.fixture(scope="module")
-def one_environment():
-    with vllm_environment() as config:
-        yield config
+from .utils import shard
 
 
 @pytest.fixture(autouse=True)
-def environment(one_environment):
-    torch.set_default_dtype(torch.float32)
-    with torch.device("cpu"):
-        yield one_environment
-    one_environment.quant_config = None
-    one_environment.load_config.load_format = "auto"
-    one_environment.parallel_config.enable_expert_parallel = False
+def environment(layer_environment):
+    return layer_environment
 
 
 def setup(kind: str, activation: str = "token_sym", weight: str = "per_channel"):

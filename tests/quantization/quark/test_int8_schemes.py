@@ -14,7 +14,6 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
 from . import checkpoints as ck
-from .utils import vllm_environment
 
 CUTLASS = "CutlassInt8ScaledMMLinearKernel"
 TRITON = "TritonInt8ScaledMMLinearKernel"
@@ -24,20 +23,9 @@ needs_cuda = pytest.mark.skipif(
 KERNELS = ["default", pytest.param(TRITON, marks=needs_cuda)]
 
 
-@pytest.fixture(scope="module")
-def one_environment():
-    with vllm_environment() as config:
-        yield config
-
-
 @pytest.fixture(autouse=True)
-def environment(one_environment):
-    torch.set_default_dtype(torch.float32)
-    with torch.device("cpu"):
-        yield one_environment
-    one_environment.quant_config = None
-    one_environment.load_config.load_format = "auto"
-    one_environment.parallel_config.enable_expert_parallel = False
+def environment(layer_environment):
+    return layer_environment
 
 
 def case_of(kind: str, activation: str = "token_sym") -> ck.Checkpoint:

@@ -148,6 +148,9 @@ class Int8Layers:
         self.by_name: dict[str, Any] = quant_config["layer_quant_config"]
         self.by_type: dict[str, Any] = quant_config["layer_type_quant_config"]
         self.default: dict[str, Any] = quant_config["global_quant_config"]
+        # Exact names are many, one for each expert at worst; patterns are few.
+        self._exact = {p for p in self.exclude if _compiled(p) is None}
+        self._patterns = [p for p in self.exclude if _compiled(p) is not None]
         self.mappers: list[Any] = []
         # Schemes of layers met so far, as vLLM's own selection reads them.
         self.served: dict[str, dict[str, Any]] = {}
@@ -188,12 +191,11 @@ class Int8Layers:
         return self._excluded(self.names(name), None)
 
     def _excluded(self, names: tuple[str, ...], among: set[str] | None) -> bool:
-        hit = [
-            p
-            for p in self.exclude
-            if (among is None or p in among) and matches(p, names)
-        ]
-        self.used.update(hit)
+        hit = self._exact.intersection(names)
+        for pattern in self._patterns:
+            if (among is None or pattern in among) and matches(pattern, names):
+                hit.add(pattern)
+        self.used |= hit
         return bool(hit)
 
     def _scheme(

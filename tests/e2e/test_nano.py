@@ -5,6 +5,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +122,10 @@ def test_compiled(ckpts, judge, vllm, tmp_path):
 
 
 @pytest.mark.engine
+@pytest.mark.skipif(
+    len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) < 2,
+    reason="vLLM binds each CPU worker to a NUMA node of its own, and this machine has one",
+)
 def test_tensor_parallel(ckpts, judge, vllm, tmp_path):
     """Two processes, half of each layer each: right, and the same text as one."""
     result = judge.run(ckpts["quark-all"], vllm(), tmp_path / "r.json", "--tp", "2")

@@ -19,9 +19,7 @@ ROOT = Path(__file__).parents[1]
 NANO = ROOT / "examples/step3p5-nano"
 sys.path[:0] = [str(ROOT), str(NANO)]
 
-import torch  # noqa: E402
 from lab import Judge  # noqa: E402
-from model import load  # noqa: E402
 
 
 def main() -> None:
@@ -30,24 +28,18 @@ def main() -> None:
     ap.add_argument("--stdlib", type=Path, default=None)
     ap.add_argument("results", type=Path)
     args = ap.parse_args()
-    halves = [w[: len(w) // 2] for w in Judge(stdlib=args.stdlib).windows]
+    judge = Judge(stdlib=args.stdlib)
     print("| checkpoint | run | texts that part | largest gap (nats) | gaps |\n|---|---|---|---|---|")
     for base in sorted(args.results.glob("*-mtp-0.json")):
         name = base.name.removesuffix("-mtp-0.json")
-        model = load(NANO if name == "bf16" else args.ckpts / name)
+        ckpt = NANO if name == "bf16" else args.ckpts / name
         one = json.loads(base.read_text())["continuations"]
         for other in sorted(args.results.glob(f"{name}-*.json")):
             kind = other.stem.removeprefix(f"{name}-")
             if other == base or not re.match(r"mtp-\d|tensor|expert|pipeline", kind):
                 continue
-            gaps = []
-            for prompt, a, b in zip(halves, one, json.loads(other.read_text())["continuations"], strict=True):
-                at = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
-                if at is not None:
-                    with torch.inference_mode():
-                        logits = model(torch.tensor([[*prompt, *a[:at]]]))[0, -1]
-                    gaps.append(abs(logits[a[at]] - logits[b[at]]).item())
-            shown = ", ".join(f"{g:.3f}" for g in sorted(gaps))
+            gaps = judge.gaps(ckpt, one, json.loads(other.read_text())["continuations"])
+            shown = ", ".join(f"{g:.3f}" for g in gaps)
             print(f"| {name} | {kind} | {len(gaps)} of {len(one)} | {max(gaps, default=0):.3f} | {shown} |", flush=True)
 
 

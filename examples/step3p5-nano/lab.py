@@ -118,6 +118,18 @@ class Judge:
         agreement = (torch.tensor(data["top"]) == self.top).float().mean().item()
         return Result(data["perplexity"], agreement, data["tokens"], data["text"])
 
+    def gaps(self, ckpt: Path, one: list[list[int]], other: list[list[int]]) -> list[float]:
+        """Where two runs' greedy texts after the windows' first halves part: for each pair that does, the two
+        tokens' difference in log-probability (nats) by the float emulation of `ckpt`, sorted."""
+        model, found = load(ckpt), []
+        for window, a, b in zip(self.windows, one, other, strict=True):
+            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+            if at is not None:
+                with torch.inference_mode():
+                    logits = model(torch.tensor([[*window[: len(window) // 2], *a[:at]]]))[0, -1]
+                found.append(abs(logits[a[at]] - logits[b[at]]).item())
+        return sorted(found)
+
 
 def checkpoints(out: Path) -> dict[str, Path]:
     """Every export and layout below `out`, by name."""

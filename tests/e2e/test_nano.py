@@ -5,7 +5,6 @@
 import json
 import math
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -122,15 +121,20 @@ def test_compiled(ckpts, judge, vllm, tmp_path):
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(
-    len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) < 2,
-    reason="vLLM binds each CPU worker to a NUMA node of its own, and this machine has one",
-)
 def test_tensor_parallel(ckpts, judge, vllm, tmp_path):
-    """Two processes, half of each layer each: right, and the same text as one."""
-    result = judge.run(ckpts["quark-all"], vllm(), tmp_path / "r.json", "--tp", "2")
-    assert_right(result, judge.reference)
-    assert result.text[:20] == judge.run(ckpts["quark-all"], vllm(), tmp_path / "s.json").text[:20]
+    """Two processes, half of each layer each: right, and texts that part from one process's at near ties only.
+
+    A row-parallel layer quantizes each half of a token with that half's own scale, and sums in another order.
+    """
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    # By default vLLM binds each worker to a NUMA node of its own, and a small machine has one.
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    assert_right(judge.run(ckpts["quark-all"], vllm(), two, "--tp", "2", **env), judge.reference)
+    assert_right(judge.run(ckpts["quark-all"], vllm(), one), judge.reference)
+    gaps = judge.gaps(ckpts["quark-all"], *(json.loads(r.read_text())["continuations"] for r in (one, two)))
+    print(f"tensor parallel: {len(gaps)} of {len(judge.windows)} texts part, at gaps of {gaps}")
+    # All but one: a tie between experts, too, can decide (1.08 nats, on CPU and on GPUs alike: docs/results.md).
+    assert len(gaps) <= len(judge.windows) // 2 and all(g < 0.5 for g in gaps[:-1]) and max(gaps, default=0) < 1.5
 
 
 @pytest.mark.engine

@@ -78,9 +78,9 @@ def _guard(command: Callable[..., int | None]) -> Callable[..., None]:
 
 
 def _open(tree: Path | None, only: list[str], until: str | None) -> tuple[Tree, Series, list[Patch]]:
-    series = load_series()
-    patches = series.select(only, until)
-    return Tree(tree or find_installed()), series, patches
+    where = Tree(tree or find_installed())
+    series = load_series().in_package(where.package)
+    return where, series, series.select(only, until)
 
 
 def _left(verdicts: list[Verdict]) -> int:

@@ -6,6 +6,7 @@ import ast
 import enum
 import functools
 import json
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -15,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from vllm_quark.imports import add_import
 from vllm_quark.patches import FileEdit, PatchError, QuarkError
 
 
@@ -61,13 +63,34 @@ def _scan(source: bytes, rules: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def _documents(rules: dict[str, dict[str, Any]]) -> str:
+    return yaml.safe_dump_all([{"language": "python", "id": id_, **d} for id_, d in rules.items()], sort_keys=False)
+
+
 def _rules(edit: FileEdit) -> str:
-    documents: list[dict[str, Any]] = [{"id": "present", "rule": edit.present}]
+    rules: dict[str, dict[str, Any]] = {"present": {"rule": edit.present}}
     if edit.needs:
-        documents.append({"id": "needs", "rule": edit.needs})
-    for i, r in enumerate(edit.rewrite):
-        documents.append({"id": f"rewrite-{i}", "rule": r.rule, "fix": r.fix.rstrip("\n")})
-    return yaml.safe_dump_all([{"language": "python", **d} for d in documents], sort_keys=False)
+        rules["needs"] = {"rule": edit.needs}
+    for i, variant in enumerate(edit.variants):
+        rules[f"variant-{i}"] = {"rule": variant.needs}
+        for k, r in enumerate(variant.rewrite):
+            rules[f"variant-{i}-{k}"] = {"rule": r.rule, "fix": r.fix.rstrip("\n")}
+    for k, r in enumerate(edit.rewrite):
+        rules[f"rewrite-{k}"] = {"rule": r.rule, "fix": r.fix.rstrip("\n")}
+    return _documents(rules)
+
+
+def matches(source: str, rule: dict[str, Any]) -> bool:
+    """Whether `rule` matches anywhere in `source`."""
+    return bool(_scan(source.encode(), _documents({"rule": {"rule": rule}})))
+
+
+def names_in(rule: Any) -> set[str]:
+    """Names that a text has to hold for `rule` to match it: those of its `^Name$` regular expressions."""
+    if isinstance(rule, dict):
+        found = {m[1] for m in [re.fullmatch(r"\^(\w+)\$", str(rule.get("regex", "")))] if m}
+        return found.union(*(names_in(v) for k, v in rule.items() if k not in ("any", "not")))
+    return set().union(*(names_in(v) for v in rule)) if isinstance(rule, list) else set()
 
 
 def _without_blank_ends(new: str, old: str) -> str:
@@ -96,18 +119,25 @@ def edit(source: str, rules: FileEdit) -> Edited:
         return Edited(Outcome.PRESENT, source)
     if rules.needs and not found.get("needs"):
         return Edited(Outcome.ABSENT, source, f"{rules.file} lacks what it edits")
+    todo = [(f"rewrite-{k}", r) for k, r in enumerate(rules.rewrite)]
+    if rules.variants:
+        fit = [i for i in range(len(rules.variants)) if found.get(f"variant-{i}")]
+        if len(fit) != 1:
+            known = "; ".join(rules.variants[i].structure for i in fit or range(len(rules.variants)))
+            how = "more than one structure fits" if fit else "no known structure fits"
+            return Edited(Outcome.CONFLICT, source, f"{rules.file}: {how}: {known}")
+        todo += [(f"variant-{fit[0]}-{k}", r) for k, r in enumerate(rules.variants[fit[0]].rewrite)]
     changes: list[tuple[int, int, str]] = []
-    for i, rewrite in enumerate(rules.rewrite):
-        matches = found.get(f"rewrite-{i}", [])
-        if len(matches) != 1:
-            how = "not found" if not matches else f"found {len(matches)} times"
+    for id_, rewrite in todo:
+        hits = found.get(id_, [])
+        if len(hits) != 1:
+            how = "not found" if not hits else f"found {len(hits)} times"
             return Edited(Outcome.CONFLICT, source, f"{rules.file}: {rewrite.anchor}: {how}")
-        match = matches[0]
-        at = match["replacementOffsets"]
+        at = hits[0]["replacementOffsets"]
         start, end = at["start"], at["end"]
-        if not match["replacement"]:
+        if not hits[0]["replacement"]:
             start, end = _whole_line(raw, start, end)
-        changes.append((start, end, _without_blank_ends(match["replacement"], raw[start:end].decode())))
+        changes.append((start, end, _without_blank_ends(hits[0]["replacement"], raw[start:end].decode())))
     changes.sort(reverse=True)
     for (later, _, _), (_, end, _) in zip(changes, changes[1:], strict=False):
         if end > later:
@@ -117,8 +147,10 @@ def edit(source: str, rules: FileEdit) -> Edited:
     result = raw.decode()
     try:
         ast.parse(result)
+        for statement in rules.imports:
+            result = add_import(result, statement, rules.file.split("/")[0])
     except SyntaxError as e:
         raise PatchError(f"{rules.file}:{e.lineno}: the patch leaves no valid Python here: {e.msg}") from e
-    if not _scan(raw, _rules(rules)).get("present"):
+    if not _scan(result.encode(), _rules(rules)).get("present"):
         raise PatchError(f"{rules.file}: 'present' does not match what the rewrites make: mend the patch file")
     return Edited(Outcome.APPLIES, result)

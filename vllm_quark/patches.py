@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """What a patch file says: commit message, upstream facts, rules, files it brings."""
 
+import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -40,17 +41,63 @@ class Rewrite(_Strict):
     fix: str
 
 
+class Variant(_Strict):
+    """Rewrites for one of several structures that releases have; `structure` says which, for people."""
+
+    structure: str = Field(min_length=1)
+    needs: Rule
+    rewrite: list[Rewrite] = Field(min_length=1)
+
+
 class FileEdit(_Strict):
     """Edits of one file. All `rewrite` rules see the same, unedited text.
 
-    needs: structure without which this release lacks what the patch edits (`absent`).
+    needs: structure without which this release lacks what the patch edits (`absent`); where it stands
+        in another file of the same package, that file is the one.
+    optional: where `needs` is missing, the patch goes without this edit.
     present: structure that means the edit, or upstream's equivalent, is already there.
+    imports: import statements that the new text needs.
+    variants: of these, the one whose `needs` is there has its rewrites done, too.
     """
 
     file: TreePath
     needs: Rule | None = None
+    optional: bool = False
     present: Rule
-    rewrite: list[Rewrite] = Field(min_length=1)
+    imports: list[str] = []
+    rewrite: list[Rewrite] = []
+    variants: list[Variant] = []
+
+    @model_validator(mode="after")
+    def _does_something(self) -> "FileEdit":
+        if not self.rewrite and not self.variants:
+            raise ValueError("an edit needs rewrite or variants")
+        if self.optional and not self.needs:
+            raise ValueError("an optional edit needs needs")
+        return self
+
+    def in_package(self, package: str) -> "FileEdit":
+        """The same for a tree whose package is not called vllm."""
+        return FileEdit(**_renamed(self.model_dump(), package))
+
+
+def rename_package(text: str, package: str) -> str:
+    """`text`, of Python or of a rule, with the package `vllm` called `package`."""
+    return _PACKAGE.sub(package, text)
+
+
+_PACKAGE = re.compile(r"(?<![\w./-])vllm(?=\\?\.[a-zA-Z_])|(?<=\bimport )vllm\b(?![-.])|(?<=\bfrom )vllm\b(?= import)")
+
+
+def _renamed(value: Any, package: str) -> Any:
+    if isinstance(value, dict):
+        return {
+            k: f"{package}/{v.removeprefix('vllm/')}" if k == "file" and v.startswith("vllm/") else _renamed(v, package)
+            for k, v in value.items()
+        }
+    if isinstance(value, list):
+        return [_renamed(v, package) for v in value]
+    return rename_package(value, package) if isinstance(value, str) else value
 
 
 class Upstream(_Strict):
@@ -76,6 +123,13 @@ class Patch(_Strict):
         if not self.edits and not self.files:
             raise ValueError("a patch needs edits or files")
         return self
+
+    def in_package(self, package: str) -> "Patch":
+        """The same for a tree whose package is not called vllm."""
+        if package == "vllm":
+            return self
+        files = [f"{package}/{f.removeprefix('vllm/')}" if f.startswith("vllm/") else f for f in self.files]
+        return self.model_copy(update={"edits": [e.in_package(package) for e in self.edits], "files": files})
 
     @property
     def message(self) -> str:

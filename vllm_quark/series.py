@@ -3,10 +3,10 @@
 """The series: the patches in order, and the files they bring."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vllm_quark.patches import Patch, PatchError, QuarkError, read_patch
+from vllm_quark.patches import Patch, PatchError, QuarkError, read_patch, rename_package
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,19 @@ class Series:
 
     home: Path
     patches: tuple[Patch, ...]
+    package: str = "vllm"
 
     def content(self, file: str) -> bytes:
         """Bytes of a file that a patch brings."""
-        return (self.home / file).read_bytes()
+        if self.package == "vllm":
+            return (self.home / file).read_bytes()
+        path = f"vllm/{file.removeprefix(f'{self.package}/')}" if file.startswith(f"{self.package}/") else file
+        data = (self.home / path).read_bytes()
+        return rename_package(data.decode(), self.package).encode() if path.endswith(".py") else data
+
+    def in_package(self, package: str) -> "Series":
+        """The same for a tree whose package is not called vllm."""
+        return replace(self, patches=tuple(p.in_package(package) for p in self.patches), package=package)
 
     def select(self, only: Iterable[str] = (), until: str | None = None) -> list[Patch]:
         """The patches named in `only` with those they require, or those up to and with `until`, or all.

@@ -17,12 +17,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from vllm_quark.edit import Outcome, edit
-from vllm_quark.patches import Patch, QuarkError
+from vllm_quark.edit import Outcome, edit, matches, names_in
+from vllm_quark.patches import FileEdit, Patch, QuarkError
 from vllm_quark.series import Series
 
 RECORD_DIR = ".vllm-quark"
@@ -63,6 +63,23 @@ class _Record:
     folders: list[str] = field(default_factory=list)
 
 
+def _lf(data: bytes) -> bytes:
+    return data.replace(b"\r\n", b"\n")
+
+
+def _text(raw: bytes) -> tuple[str, bool]:
+    """Text with plain line ends, and whether they were Windows'. Raises UnicodeDecodeError."""
+    source = raw.decode()
+    return source.replace("\r\n", "\n"), "\r\n" in source
+
+
+def _is_utf8(raw: bytes) -> bool:
+    with contextlib.suppress(UnicodeDecodeError):
+        raw.decode()
+        return True
+    return False
+
+
 def _digest(data: bytes | None) -> str | None:
     return None if data is None else hashlib.sha256(data).hexdigest()
 
@@ -91,22 +108,38 @@ def find_installed() -> Path:
     return Path(spec.origin).parents[1]
 
 
+def _folders(root: Path) -> list[Path]:
+    try:
+        return sorted(p for p in root.iterdir() if p.name != "vllm" and p.name.isidentifier())
+    except OSError as e:
+        raise TreeError(f"{root}: cannot be read: {e.strerror}: name a folder that holds a vLLM tree") from e
+
+
+def _is_package(folder: Path) -> bool:
+    return (folder / "__init__.py").is_file() and (folder / "model_executor").is_dir()
+
+
 class Tree:
     """A site-packages folder, a source checkout or an unpacked source distribution.
 
-    Raises TreeError where `root` is none of these.
+    `package`: the folder that holds vLLM's code, "vllm" but for a fork that renamed it; series have
+    to be for that package. Raises TreeError where `root` is none of these.
     """
 
     def __init__(self, root: Path):
         self.root = root = Path(os.path.abspath(root))
         if not root.exists():
             raise TreeError(f"{root}: does not exist: name a site-packages folder or a vLLM source tree")
-        package = root / "vllm"
-        if not ((package / "__init__.py").is_file() and (package / "model_executor").is_dir()):
+        packages = [p for p in (root / "vllm", *_folders(root)) if _is_package(p)]
+        if not packages:
             hint = ""
-            if root.name == "vllm" and (root / "model_executor").is_dir():
+            if _is_package(root):
                 hint = f": name {root.parent} instead"
             raise TreeError(f"{root}: not a vLLM tree (no vllm/__init__.py with vllm/model_executor in it){hint}")
+        if packages[0].name != "vllm" and len(packages) > 1:
+            names = " and ".join(p.name for p in packages)
+            raise TreeError(f"{root}: {names} both look like vLLM: name a tree that holds one of them")
+        self.package = packages[0].name
         self.is_source = (root / "pyproject.toml").is_file() or (root / "setup.py").is_file()
 
     @property
@@ -114,7 +147,7 @@ class Tree:
         """The release as the tree itself tells it, "unknown" where it does not."""
         with contextlib.suppress(OSError):
             if m := re.search(r"""^(?:__version__|version)\b[^'"\n]*['"]([^'"]+)""",
-                              (self.root / "vllm/_version.py").read_text(), re.M):  # fmt: skip
+                              (self.root / self.package / "_version.py").read_text(), re.M):  # fmt: skip
                 return m[1]
         with contextlib.suppress(OSError):
             if m := re.search(r"^Version: (\S+)", (self.root / "PKG-INFO").read_text(), re.M):
@@ -134,45 +167,88 @@ class Tree:
 
     def brings(self, patch: Patch) -> list[str]:
         """Files of `patch` that belong here: an installed package takes only what lies in vllm/."""
-        return [f for f in patch.files if self.is_source or f.startswith("vllm/")]
+        return [f for f in patch.files if self.is_source or f.startswith(f"{self.package}/")]
 
-    def judge(self, series: Series, patch: Patch, text: dict[str, bytes | None]) -> tuple[str, str, dict[str, bytes]]:
+    def place(self, rules: FileEdit, get: Callable[[str], bytes | None]) -> str | None:
+        """The file that `rules` are for: the named one, or, where what they need stands in another file of the
+        same package instead, that one; None where it is nowhere.
+
+        Raises TreeError where it stands in several files.
+        """
+
+        def has(file: str, *wanted: dict) -> bool:
+            raw = get(file)
+            try:
+                return raw is not None and any(
+                    all(name.encode() in raw for name in names_in(rule)) and matches(_text(raw)[0], rule)
+                    for rule in wanted
+                )
+            except UnicodeDecodeError:
+                return False
+
+        raw = get(rules.file)
+        if rules.needs is None:
+            return rules.file if raw is not None else None
+        if raw is not None and (not _is_utf8(raw) or has(rules.file, rules.needs, rules.present)):
+            return rules.file
+        folder = (self.root / rules.file).parent
+        beside = sorted(p.name for p in folder.glob("*.py")) if folder.is_dir() else []
+        files = [str(PurePosixPath(rules.file).with_name(name)) for name in beside]
+        found = [file for file in files if file != rules.file and has(file, rules.needs)]
+        if len(found) > 1:
+            raise TreeError(f"{' and '.join(found)}: each has what belongs into {rules.file}: leave one of them")
+        return found[0] if found else None
+
+    def judge(
+        self, series: Series, patch: Patch, text: dict[str, bytes | None]
+    ) -> tuple[str, str, dict[str, bytes], list[str]]:
         """What `patch` is on the virtual tree `text` (filled from disk on demand).
 
-        Returns "applies", "present", "absent" or "conflict"; a detail; the new content of its files.
+        Returns "applies", "present", "absent" or "conflict"; a detail; the new content of its files; the
+        files that it touches.
         """
 
         def get(file: str) -> bytes | None:
+            if file in changed:
+                return changed[file]
             if file not in text:
                 text[file] = self.read(file)
             return text[file]
 
         changed: dict[str, bytes] = {}
+        touched: list[str] = []
         outcomes: list[Outcome] = []
         details: dict[Outcome, str] = {}
         for rules in patch.edits:
-            raw = get(rules.file)
-            if raw is None:
-                outcomes.append(Outcome.ABSENT)
-                details.setdefault(Outcome.ABSENT, f"{rules.file}: no such file")
-                continue
             try:
-                source = raw.decode()
+                file = self.place(rules, get)
+            except TreeError as e:
+                return "conflict", str(e), {}, []
+            if file is None:
+                if rules.optional:
+                    continue
+                outcomes.append(Outcome.ABSENT)
+                lacks = "lacks what it edits" if get(rules.file) is not None else "no such file"
+                details.setdefault(Outcome.ABSENT, f"{rules.file}: {lacks}")
+                continue
+            touched.append(file)
+            try:
+                source, crlf = _text(get(file) or b"")
             except UnicodeDecodeError:
                 outcomes.append(Outcome.CONFLICT)
-                details.setdefault(Outcome.CONFLICT, f"{rules.file}: not UTF-8 text")
+                details.setdefault(Outcome.CONFLICT, f"{file}: not UTF-8 text")
                 continue
-            crlf = "\r\n" in source
-            done = edit(source.replace("\r\n", "\n") if crlf else source, rules)
+            done = edit(source, rules.model_copy(update={"file": file}))
             outcomes.append(done.outcome)
             details.setdefault(done.outcome, done.detail)
             if done.outcome is Outcome.APPLIES:
                 new = done.text.replace("\n", "\r\n") if crlf else done.text
-                changed[rules.file] = new.encode()
+                changed[file] = new.encode()
+        touched += self.brings(patch)
         if Outcome.CONFLICT in outcomes:
-            return "conflict", details[Outcome.CONFLICT], {}
-        if Outcome.ABSENT in outcomes:
-            return "absent", details[Outcome.ABSENT], {}
+            return "conflict", details[Outcome.CONFLICT], {}, touched
+        if Outcome.ABSENT in outcomes or (patch.edits and not outcomes):
+            return "absent", details.get(Outcome.ABSENT, f"{patch.edits[0].file}: lacks what it edits"), {}, touched
         edited = Outcome.APPLIES in outcomes
         missing = []
         for file in self.brings(patch):
@@ -180,12 +256,26 @@ class Tree:
             if theirs is None:
                 missing.append(file)
                 changed[file] = ours
-            elif theirs != ours and (edited or not patch.edits):
-                return "conflict", f"{file}: there already, with other content", {}
+            elif _lf(theirs) != _lf(ours) and (edited or not patch.edits):
+                return "conflict", f"{file}: there already, with other content", {}, touched
         if edited or (missing and not patch.edits):
             partly = "partly applied" if Outcome.PRESENT in outcomes else ""
-            return "applies", partly, changed
-        return "present", "" if not missing else "files", {}
+            return "applies", partly, changed, touched
+        return "present", "" if not missing else "files", {}, touched
+
+    def walk(
+        self, series: Series, patches: Iterable[Patch], text: dict[str, bytes | None]
+    ) -> Iterator[tuple[Patch, str, str, dict[str, bytes], list[str]]]:
+        """`judge` of each of `patches`, one on top of the other; a patch is absent where one that it requires is."""
+        absent: set[str] = set()
+        for patch in patches:
+            outcome, detail, changed, touched = self.judge(series, patch, text)
+            if lacking := absent.intersection(patch.requires):
+                outcome, detail, changed = "absent", f"builds on {min(lacking)}, which is absent", {}
+            if outcome == "absent":
+                absent.add(patch.name.split("-")[0])
+            text.update(changed)
+            yield patch, outcome, detail, changed, touched
 
     def status(self, series: Series, patches: Iterable[Patch] | None = None) -> list[Verdict]:
         """What each patch is in this tree, as its files lie there now, in series order."""
@@ -196,12 +286,11 @@ class Tree:
             f: series.content(f) for p in series.patches for f in self.brings(p) if f in old
         }
         verdicts = []
-        for patch in patches if patches is not None else series.patches:
-            outcome, detail, changed = self.judge(series, patch, text)
-            text.update(changed)
+        for patch, outcome, detail, _, touched in self.walk(
+            series, patches if patches is not None else series.patches, text
+        ):
             brought = self.brings(patch)
             if outcome == "present" and patch.name in record.applied:
-                touched = [e.file for e in patch.edits] + brought
                 gone = [f for f in brought if text.get(f) is None]
                 odd = [f for f in touched if f in record.files and self._state(record, f) == "changed"]
                 if gone:
@@ -454,11 +543,13 @@ class Tree:
                 continue
             now = self.read(file)
             by = [p for p in series.patches if p.name in record.applied]
-            rules = [e for p in by for e in p.edits if e.file == file]
+            folder = PurePosixPath(file).parent
+            rules = [e for p in by for e in p.edits if PurePosixPath(e.file).parent == folder]
+            ours = any(file in p.files for p in by)
             visible = now is not None and any(
-                edit(now.decode(errors="replace").replace("\r\n", "\n"), r).outcome is Outcome.PRESENT for r in rules
+                matches(now.decode(errors="replace").replace("\r\n", "\n"), r.present) for r in rules
             )
-            if visible or not rules:
+            if visible or ours or not rules:
                 raise TreeError(
                     f"{self.root / file}: changed since vllm-quark wrote it: undo that change (keep a copy of it), "
                     "or reinstall vLLM"
@@ -521,11 +612,9 @@ class Tree:
         TreeError for a conflict, naming file and anchor.
         """
         done = []
-        for patch in patches:
-            outcome, detail, changed = self.judge(series, patch, text)
+        for patch, outcome, detail, changed, _ in self.walk(series, patches, text):
             if outcome == "conflict":
                 raise TreeError(f"{patch.name}: conflict: {detail}: nothing was changed")
             if outcome == "applies":
-                text.update(changed)
                 done.append((patch, changed))
         return done

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from vllm_quark.imports import add_import
-from vllm_quark.patches import FileEdit, PatchError, QuarkError
+from vllm_quark.patches import FileEdit, PatchError, QuarkError, Rewrite
 
 
 class Outcome(enum.Enum):
@@ -73,11 +73,17 @@ def _rules(edit: FileEdit) -> str:
         rules["needs"] = {"rule": edit.needs}
     for i, variant in enumerate(edit.variants):
         rules[f"variant-{i}"] = {"rule": variant.needs}
-        for k, r in enumerate(variant.rewrite):
-            rules[f"variant-{i}-{k}"] = {"rule": r.rule, "fix": r.fix.rstrip("\n")}
-    for k, r in enumerate(edit.rewrite):
-        rules[f"rewrite-{k}"] = {"rule": r.rule, "fix": r.fix.rstrip("\n")}
+    for id_, r in _rewrites(edit):
+        fix = r.fix or ""
+        rules[id_] = {"rule": r.rule, "fix": fix.rstrip("\n")}
     return _documents(rules)
+
+
+def _rewrites(edit: FileEdit) -> list[tuple[str, Rewrite]]:
+    found = [(f"rewrite-{k}", r) for k, r in enumerate(edit.rewrite)]
+    for i, variant in enumerate(edit.variants):
+        found += [(f"variant-{i}-{k}", r) for k, r in enumerate(variant.rewrite)]
+    return found
 
 
 def matches(source: str, rule: dict[str, Any]) -> bool:
@@ -106,6 +112,48 @@ def _whole_line(raw: bytes, start: int, end: int) -> tuple[int, int]:
     return (head, tail) if not (raw[head:start] + raw[end:tail]).strip() else (start, end)
 
 
+def _lines_at(raw: bytes, at: dict[str, int], rewrite: Rewrite) -> tuple[int, int, str]:
+    """The change that puts the lines of `rewrite` above, below or on top of what lies at the offsets `at`."""
+    lines = raw.decode().split("\n")
+    row = raw.count(b"\n", 0, at["start"])
+    if rewrite.below is not None:
+        row = raw.count(b"\n", 0, at["end"]) + 1
+        new, like = rewrite.below, raw.count(b"\n", 0, at["start"])
+    elif rewrite.above is not None:
+        new, like = rewrite.above, row
+        row = min([row, *(d.lineno - 1 for d in getattr(_definition(raw, row), "decorator_list", []))])
+        row = _above_comments(lines, row)
+    else:
+        function = _definition(raw, row)
+        body = getattr(function, "body", None)
+        if not body or body[0].lineno - 1 <= row:
+            raise PatchError(f"{rewrite.anchor}: no function with lines of its own: mend the patch file")
+        new, first = rewrite.top or "", body[0]
+        like = first.lineno - 1
+        docstring = isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str)
+        row = (first.end_lineno or first.lineno) if docstring else _above_comments(lines, like)
+    indent = lines[like][: len(lines[like]) - len(lines[like].lstrip())]
+    text = "".join(f"{indent}{line}\n" if line else "\n" for line in new.rstrip("\n").split("\n"))
+    if rewrite.below is None:
+        text += "\n" * (len(new) - len(new.rstrip("\n")) - 1)
+    offset = sum(len(line.encode()) + 1 for line in lines[:row])
+    return offset, offset, text
+
+
+def _above_comments(lines: list[str], row: int) -> int:
+    """The row of the first comment that stands right above `row`, as deep; else `row`."""
+    indent = len(lines[row]) - len(lines[row].lstrip())
+    while row and lines[row - 1].startswith(" " * indent + "#"):
+        row -= 1
+    return row
+
+
+def _definition(raw: bytes, row: int) -> ast.AST | None:
+    """The function or class whose `def` or `class` stands in `row`."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return next((n for n in ast.walk(ast.parse(raw)) if isinstance(n, kinds) and n.lineno == row + 1), None)
+
+
 def edit(source: str, rules: FileEdit) -> Edited:
     """Apply `rules` to `source`.
 
@@ -119,20 +167,26 @@ def edit(source: str, rules: FileEdit) -> Edited:
         return Edited(Outcome.PRESENT, source)
     if rules.needs and not found.get("needs"):
         return Edited(Outcome.ABSENT, source, f"{rules.file} lacks what it edits")
-    todo = [(f"rewrite-{k}", r) for k, r in enumerate(rules.rewrite)]
-    if rules.variants:
-        fit = [i for i in range(len(rules.variants)) if found.get(f"variant-{i}")]
-        if len(fit) != 1:
-            known = "; ".join(rules.variants[i].structure for i in fit or range(len(rules.variants)))
-            how = "more than one structure fits" if fit else "no known structure fits"
-            return Edited(Outcome.CONFLICT, source, f"{rules.file}: {how}: {known}")
-        todo += [(f"variant-{fit[0]}-{k}", r) for k, r in enumerate(rules.variants[fit[0]].rewrite)]
+    try:
+        ast.parse(source)
+    except SyntaxError as e:
+        return Edited(Outcome.CONFLICT, source, f"{rules.file}:{e.lineno}: not valid Python: {e.msg}: mend it first")
+    fit = [i for i in range(len(rules.variants)) if found.get(f"variant-{i}")]
+    if rules.variants and len(fit) != 1:
+        known = "; ".join(rules.variants[i].structure for i in fit or range(len(rules.variants)))
+        how = "more than one structure fits" if fit else "no known structure fits"
+        return Edited(Outcome.CONFLICT, source, f"{rules.file}: {how}: {known}")
     changes: list[tuple[int, int, str]] = []
-    for id_, rewrite in todo:
+    for id_, rewrite in _rewrites(rules):
+        if id_.startswith("variant-") and id_.split("-")[1] != str(fit[0]):
+            continue
         hits = found.get(id_, [])
         if len(hits) != 1:
             how = "not found" if not hits else f"found {len(hits)} times"
             return Edited(Outcome.CONFLICT, source, f"{rules.file}: {rewrite.anchor}: {how}")
+        if rewrite.fix is None:
+            changes.append(_lines_at(raw, hits[0]["range"]["byteOffset"], rewrite))
+            continue
         at = hits[0]["replacementOffsets"]
         start, end = at["start"], at["end"]
         if not hits[0]["replacement"]:

@@ -34,11 +34,25 @@ class _Strict(BaseModel):
 
 
 class Rewrite(_Strict):
-    """One structural edit: an ast-grep `rule` that has to match once, and its `fix`."""
+    """One structural edit: an ast-grep `rule` that has to match once, and what comes of it.
+
+    fix: text in place of the match.
+    above, below: lines before the matched statement (and its comments and decorators), or after it.
+    top: first lines of the matched function, below its docstring.
+    """
 
     anchor: str = Field(min_length=1, description="what the rule holds on to, for people")
     rule: Rule
-    fix: str
+    fix: str | None = None
+    above: str | None = None
+    below: str | None = None
+    top: str | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "Rewrite":
+        if sum(v is not None for v in (self.fix, self.above, self.below, self.top)) != 1:
+            raise ValueError("a rewrite needs one of fix, above, below, top")
+        return self
 
 
 class Variant(_Strict):

@@ -119,16 +119,21 @@ class Judge:
         return Result(data["perplexity"], agreement, data["tokens"], data["text"])
 
     def gaps(self, ckpt: Path, one: list[list[int]], other: list[list[int]]) -> list[float]:
-        """Where two runs' greedy texts after the windows' first halves part: for each pair that does, the two
-        tokens' difference in log-probability (nats) by the float emulation of `ckpt`, sorted."""
-        model, found = load(ckpt), []
-        for window, a, b in zip(self.windows, one, other, strict=True):
-            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
-            if at is not None:
-                with torch.inference_mode():
-                    logits = model(torch.tensor([[*window[: len(window) // 2], *a[:at]]]))[0, -1]
-                found.append(abs(logits[a[at]] - logits[b[at]]).item())
-        return sorted(found)
+        """`gap` of each pair of greedy texts after the windows' first halves, of those that part, sorted."""
+        model = load(ckpt)
+        halves = [w[: len(w) // 2] for w in self.windows]
+        found = [gap(model, prompt, a, b) for prompt, a, b in zip(halves, one, other, strict=True)]
+        return sorted(g for g in found if g is not None)
+
+
+def gap(model: torch.nn.Module, prompt: list[int], one: list[int], other: list[int]) -> float | None:
+    """Where two texts part, the tokens' difference in log-probability (nats) by `model`; None where they do not."""
+    at = next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
+    if at is None:
+        return None
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*prompt, *one[:at]]]))[0, -1]
+    return abs(logits[one[at]] - logits[other[at]]).item()
 
 
 def checkpoints(out: Path) -> dict[str, Path]:

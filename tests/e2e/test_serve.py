@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import requests
-from lab import HERE, before
+from lab import HERE, before, gap
+from model import load
 from run import PROMPT
+from text import BOS
 
 
 @pytest.fixture
@@ -56,6 +58,8 @@ def test_completion_over_the_api(server, ckpts, judge):
     answer = requests.post(f"{server}/v1/completions", json=ask, timeout=120)
     assert answer.ok, answer.text
     choice = answer.json()["choices"][0]
-    assert choice["text"] == emulated.text[:24]
+    # The same text, or another one from a near tie on.
+    tokens = [list(text.encode()) for text in (choice["text"], emulated.text[:24])]
+    assert (gap(load(ckpts["quark"]), [BOS, *PROMPT.encode()], *tokens) or 0) < 0.5, choice["text"]
     assert all(-10 < p <= 0 for p in choice["logprobs"]["token_logprobs"])
     assert requests.get(f"{server}/v1/models", timeout=10).json()["data"][0]["id"] == "nano"

@@ -213,7 +213,7 @@ def quark_config(checkpoint: Checkpoint) -> QuarkConfig:
 
 
 def build(checkpoint: Checkpoint, config: QuarkConfig | None = None) -> torch.nn.Module:
-    """vLLM's layer, its parameters not loaded yet."""
+    """The layer that vLLM builds, its parameters not loaded yet."""
     case = checkpoint.case
     config = config or quark_config(checkpoint)
     common = {"bias": False, "quant_config": config, "prefix": checkpoint.prefix}

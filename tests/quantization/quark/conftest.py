@@ -10,7 +10,7 @@ from .utils import vllm_environment
 
 @pytest.fixture
 def caplog_vllm(caplog):
-    """caplog for vLLM's logger, which does not propagate."""
+    """The caplog fixture for vLLM's logger, which does not propagate."""
     logger = logging.getLogger("vllm")
     old = logger.propagate
     logger.propagate = True

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from vllm_quark.commits import format_patch as write_mails
 from vllm_quark.patches import Patch, QuarkError
-from vllm_quark.release import make_tree
+from vllm_quark.release import CACHE, make_tree
 from vllm_quark.series import Series, load_series
 from vllm_quark.shadow import make_shadow
 from vllm_quark.tree import Tree, Verdict, find_installed
@@ -28,7 +28,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-CACHE = Path.home() / ".cache/vllm-quark"
 STYLE = {"applied": "green", "upstream": "green", "applies": "yellow", "absent": "dim", "conflict": "red"}
 
 TreeArgument = Annotated[

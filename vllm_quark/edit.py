@@ -63,7 +63,23 @@ def _scan(source: bytes, rules: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def _any_quotes(rule: Any) -> Any:
+    """`rule` with each pattern that holds a string also in the other quotes."""
+    if isinstance(rule, list):
+        return [_any_quotes(r) for r in rule]
+    if not isinstance(rule, dict):
+        return rule
+    rule = {k: _any_quotes(v) for k, v in rule.items()}
+    pattern = rule.get("pattern")
+    if isinstance(pattern, str) and '"' in pattern and "'" not in pattern:
+        del rule["pattern"]
+        either = {"any": [{"pattern": pattern}, {"pattern": pattern.replace('"', "'")}]}
+        rule["all"] = [*rule.get("all", []), either]
+    return rule
+
+
 def _documents(rules: dict[str, dict[str, Any]]) -> str:
+    rules = {id_: {**d, "rule": _any_quotes(d["rule"])} for id_, d in rules.items()}
     return yaml.safe_dump_all([{"language": "python", "id": id_, **d} for id_, d in rules.items()], sort_keys=False)
 
 
@@ -71,19 +87,11 @@ def _rules(edit: FileEdit) -> str:
     rules: dict[str, dict[str, Any]] = {"present": {"rule": edit.present}}
     if edit.needs:
         rules["needs"] = {"rule": edit.needs}
-    for i, variant in enumerate(edit.variants):
-        rules[f"variant-{i}"] = {"rule": variant.needs}
-    for id_, r in _rewrites(edit):
-        fix = r.fix or ""
-        rules[id_] = {"rule": r.rule, "fix": fix.rstrip("\n")}
+    for k, r in enumerate(edit.rewrite):
+        if r.where:
+            rules[f"where-{k}"] = {"rule": r.where}
+        rules[f"rewrite-{k}"] = {"rule": r.rule, "fix": (r.fix or "").rstrip("\n")}
     return _documents(rules)
-
-
-def _rewrites(edit: FileEdit) -> list[tuple[str, Rewrite]]:
-    found = [(f"rewrite-{k}", r) for k, r in enumerate(edit.rewrite)]
-    for i, variant in enumerate(edit.variants):
-        found += [(f"variant-{i}-{k}", r) for k, r in enumerate(variant.rewrite)]
-    return found
 
 
 def matches(source: str, rule: dict[str, Any]) -> bool:
@@ -171,16 +179,11 @@ def edit(source: str, rules: FileEdit) -> Edited:
         ast.parse(source)
     except SyntaxError as e:
         return Edited(Outcome.CONFLICT, source, f"{rules.file}:{e.lineno}: not valid Python: {e.msg}: mend it first")
-    fit = [i for i in range(len(rules.variants)) if found.get(f"variant-{i}")]
-    if rules.variants and len(fit) != 1:
-        known = "; ".join(rules.variants[i].structure for i in fit or range(len(rules.variants)))
-        how = "more than one structure fits" if fit else "no known structure fits"
-        return Edited(Outcome.CONFLICT, source, f"{rules.file}: {how}: {known}")
     changes: list[tuple[int, int, str]] = []
-    for id_, rewrite in _rewrites(rules):
-        if id_.startswith("variant-") and id_.split("-")[1] != str(fit[0]):
+    for k, rewrite in enumerate(rules.rewrite):
+        if rewrite.where and not found.get(f"where-{k}"):
             continue
-        hits = found.get(id_, [])
+        hits = found.get(f"rewrite-{k}", [])
         if len(hits) != 1:
             how = "not found" if not hits else f"found {len(hits)} times"
             return Edited(Outcome.CONFLICT, source, f"{rules.file}: {rewrite.anchor}: {how}")

@@ -39,9 +39,11 @@ class Rewrite(_Strict):
     fix: text in place of the match.
     above, below: lines before the matched statement (and its comments and decorators), or after it.
     top: first lines of the matched function, below its docstring.
+    where: structure of the releases that this is for; left out where the file does not have it.
     """
 
     anchor: str = Field(min_length=1, description="what the rule holds on to, for people")
+    where: Rule | None = None
     rule: Rule
     fix: str | None = None
     above: str | None = None
@@ -55,40 +57,20 @@ class Rewrite(_Strict):
         return self
 
 
-class Variant(_Strict):
-    """Rewrites for one of several structures that releases have; `structure` says which, for people."""
-
-    structure: str = Field(min_length=1)
-    needs: Rule
-    rewrite: list[Rewrite] = Field(min_length=1)
-
-
 class FileEdit(_Strict):
     """Edits of one file. All `rewrite` rules see the same, unedited text.
 
     needs: structure without which this release lacks what the patch edits (`absent`); where it stands
         in another file of the same package, that file is the one.
-    optional: where `needs` is missing, the patch goes without this edit.
     present: structure that means the edit, or upstream's equivalent, is already there.
     imports: import statements that the new text needs.
-    variants: of these, the one whose `needs` is there has its rewrites done, too.
     """
 
     file: TreePath
     needs: Rule | None = None
-    optional: bool = False
     present: Rule
     imports: list[str] = []
-    rewrite: list[Rewrite] = []
-    variants: list[Variant] = []
-
-    @model_validator(mode="after")
-    def _does_something(self) -> "FileEdit":
-        if not self.rewrite and not self.variants:
-            raise ValueError("an edit needs rewrite or variants")
-        if self.optional and not self.needs:
-            raise ValueError("an optional edit needs needs")
-        return self
+    rewrite: list[Rewrite] = Field(min_length=1)
 
     def in_package(self, package: str) -> "FileEdit":
         """The same for a tree whose package is not called vllm."""

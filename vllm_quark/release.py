@@ -2,11 +2,20 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """vLLM's source distributions from the package index, and the full tree with the series as commits."""
 
+import contextlib
+import hashlib
+import io
 import os
+import re
 import shutil
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+import requests
+from packaging.version import Version
+from pypi_simple import PYPI_SIMPLE_ENDPOINT, DigestMismatchError, DistributionPackage, PyPISimple
 
 from vllm_quark.commits import commit, git, identity
 from vllm_quark.patches import Patch, QuarkError
@@ -16,33 +25,106 @@ from vllm_quark.tree import Tree
 _INDEX_VARIABLES = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")
 
 
-def fetch(version: str, cache: Path) -> Path:
-    """The source distribution of vLLM `version`, in `cache` (from there where it was fetched before).
+CACHE = Path.home() / ".cache/vllm-quark"
+# What patching and judging a release wants of its source distribution.
+_KEPT = re.compile(r"(vllm/.*\.py|tests/quantization/.*\.py|tests/[^/]*\.py|pyproject\.toml|setup\.py|PKG-INFO)")
 
-    Uses the index that uv or pip are told to use, and checks the index's digest. Raises QuarkError
-    for an unknown version or where the index cannot be reached.
-    """
-    import requests
-    from pypi_simple import PYPI_SIMPLE_ENDPOINT, DigestMismatchError, PyPISimple
 
-    target = cache / f"vllm-{version}.tar.gz"
-    if target.is_file():
-        return target
+@contextlib.contextmanager
+def _index(what: str) -> Iterator[tuple[PyPISimple, list[DistributionPackage]]]:
+    """The package index that uv or pip are told to use, and the source distributions of vLLM there, oldest first."""
     endpoint = next((os.environ[v] for v in _INDEX_VARIABLES if os.environ.get(v)), PYPI_SIMPLE_ENDPOINT)
     try:
         with PyPISimple(endpoint) as index:
             packages = index.get_project_page("vllm").packages
-            found = [p for p in packages if p.version == version and p.package_type == "sdist"]
-            if not found:
-                known = [p.version for p in packages if p.package_type == "sdist" and p.version]
-                raise QuarkError(f"no source distribution of vLLM {version} on the index: the newest is {known[-1]}")
-            cache.mkdir(parents=True, exist_ok=True)
-            new = cache / f".{target.name}.new"
-            index.download_package(found[0], path=new)
-            new.rename(target)
-    except (requests.RequestException, DigestMismatchError, OSError) as e:
-        raise QuarkError(f"vLLM {version} cannot be fetched: {' '.join(str(e).split())[:200]}: run again") from e
+            found = [p for p in packages if p.package_type == "sdist" and p.version]
+            yield index, sorted(found, key=lambda p: Version(p.version or "0"))
+    except (requests.RequestException, DigestMismatchError, tarfile.TarError, OSError) as e:
+        raise QuarkError(f"{what} cannot be fetched: {' '.join(str(e).split())[:200]}: run again") from e
+
+
+def _of(packages: list[DistributionPackage], version: str) -> DistributionPackage:
+    found = [p for p in packages if p.version == version]
+    if not found:
+        raise QuarkError(
+            f"no source distribution of vLLM {version} on the index: the newest is {packages[-1].version}"
+            if packages
+            else "no source distribution of vLLM on the index: name another index in UV_INDEX_URL"
+        )
+    return found[0]
+
+
+def versions(since: str) -> list[str]:
+    """Releases of vLLM on the index from `since` on, oldest first; no yanked and no pre-releases."""
+    with _index("the list of releases") as (_, packages):
+        known = [p.version or "0" for p in packages if not p.is_yanked]
+    return [v for v in known if Version(v) >= Version(since) and not Version(v).is_prerelease]
+
+
+def fetch(version: str, cache: Path) -> Path:
+    """The source distribution of vLLM `version`, in `cache` (from there where it was fetched before).
+
+    Checks the index's digest. Raises QuarkError for an unknown version or where the index cannot be reached.
+    """
+    target = cache / f"vllm-{version}.tar.gz"
+    if target.is_file():
+        return target
+    with _index(f"vLLM {version}") as (index, packages):
+        package = _of(packages, version)
+        cache.mkdir(parents=True, exist_ok=True)
+        new = cache / f".{target.name}.new"
+        index.download_package(package, path=new)
+        new.rename(target)
     return target
+
+
+class _Hashed(io.RawIOBase):
+    """A stream that hashes what is read from it."""
+
+    def __init__(self, raw: io.BufferedIOBase):
+        self.raw, self.sha256 = raw, hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.raw.read(size)
+        self.sha256.update(data)
+        return data
+
+
+def sources(version: str, cache: Path = CACHE) -> dict[str, bytes]:
+    """Python sources and settings of vLLM `version`: path and content.
+
+    Read out of the source distribution while it comes in (it is one compressed stream, so all of it has to)
+    and kept, without the rest, in `cache`. Raises QuarkError as `fetch` does.
+    """
+    kept = cache / f"vllm-{version}-py.tar.gz"
+    if not kept.is_file():
+        files: dict[str, bytes] = {}
+        with _index(f"vLLM {version}") as (index, packages):
+            package = _of(packages, version)
+            with index.s.get(package.url, stream=True, timeout=60) as answer:
+                answer.raise_for_status()
+                stream = _Hashed(answer.raw)
+                with tarfile.open(fileobj=stream, mode="r|gz") as tar:
+                    for member in tar:
+                        path = member.name.partition("/")[2]
+                        if member.isfile() and _KEPT.fullmatch(path):
+                            files[path] = tar.extractfile(member).read()
+                while stream.read(1 << 20):
+                    pass
+            wanted = package.digests.get("sha256")
+            if wanted and stream.sha256.hexdigest() != wanted:
+                raise QuarkError(f"vLLM {version} came in damaged: run again")
+        cache.mkdir(parents=True, exist_ok=True)
+        new = cache / f".{kept.name}.new"
+        with tarfile.open(new, "w:gz", compresslevel=5) as tar:
+            for path, data in sorted(files.items()):
+                member = tarfile.TarInfo(path)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        new.rename(kept)
+        return files
+    with tarfile.open(kept) as tar:
+        return {m.name: tar.extractfile(m).read() for m in tar}
 
 
 def make_tree(version: str, series: Series, patches: list[Patch], out: Path, cache: Path) -> list[Patch]:

@@ -225,8 +225,6 @@ class Tree:
             except TreeError as e:
                 return "conflict", str(e), {}, []
             if file is None:
-                if rules.optional:
-                    continue
                 outcomes.append(Outcome.ABSENT)
                 lacks = "lacks what it edits" if get(rules.file) is not None else "no such file"
                 details.setdefault(Outcome.ABSENT, f"{rules.file}: {lacks}")
@@ -247,8 +245,8 @@ class Tree:
         touched += self.brings(patch)
         if Outcome.CONFLICT in outcomes:
             return "conflict", details[Outcome.CONFLICT], {}, touched
-        if Outcome.ABSENT in outcomes or (patch.edits and not outcomes):
-            return "absent", details.get(Outcome.ABSENT, f"{patch.edits[0].file}: lacks what it edits"), {}, touched
+        if Outcome.ABSENT in outcomes:
+            return "absent", details[Outcome.ABSENT], {}, touched
         edited = Outcome.APPLIES in outcomes
         missing = []
         for file in self.brings(patch):

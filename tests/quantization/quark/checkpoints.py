@@ -19,7 +19,6 @@ import regex as re
 import torch
 
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.fused_moe import FusedMoE
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -28,7 +27,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 
-from .utils import DEVICE, apply_experts, emulate_activation, experts_of
+from .utils import DEVICE, apply_experts, emulate_activation, make_experts
 
 WEIGHTS = ("per_channel", "per_tensor")
 ACTIVATIONS = (
@@ -226,17 +225,15 @@ def build(checkpoint: Checkpoint, config: QuarkConfig | None = None) -> torch.nn
         return MergedColumnParallelLinear(K, [96, 96], **common)
     if case.kind == "qkv":
         return QKVParallelLinear(K, 32, 4, 2, **common)
-    return experts_of(
-        FusedMoE(
-            num_experts=E,
-            top_k=TOP_K,
-            hidden_size=K,
-            intermediate_size=I,
-            params_dtype=case.dtype,
-            renormalize=True,
-            quant_config=config,
-            prefix=checkpoint.prefix,
-        )
+    return make_experts(
+        num_experts=E,
+        top_k=TOP_K,
+        hidden_size=K,
+        intermediate_size=I,
+        params_dtype=case.dtype,
+        renormalize=True,
+        quant_config=config,
+        prefix=checkpoint.prefix,
     )
 
 

@@ -23,6 +23,7 @@ from vllm.distributed.parallel_state import (
     init_distributed_environment,
     initialize_model_parallel,
 )
+from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 from vllm.platforms import current_platform
 
@@ -114,8 +115,10 @@ def quark_config(
     return config
 
 
-def experts_of(layer: torch.nn.Module) -> torch.nn.Module:
-    """The module that holds the experts' weights, in any release."""
+def make_experts(**kwargs: Any) -> torch.nn.Module:
+    """The module that holds experts' weights, in any release; kwargs: FusedMoE's."""
+    make = getattr(fused_moe, "FusedMoEFactory", None) or fused_moe.FusedMoE
+    layer = make(**kwargs)
     return getattr(layer, "routed_experts", layer)
 
 
@@ -125,7 +128,7 @@ def apply_experts(
     weights: torch.Tensor,
     ids: torch.Tensor,
 ) -> torch.Tensor:
-    """[T, K] through the experts of `layer` (see experts_of), in any release."""
+    """[T, K] through the experts of `layer` (see make_experts), in any release."""
     for ensure in ("ensure_moe_quant_config_init", "_ensure_moe_quant_config_init"):
         if hasattr(layer, ensure):
             getattr(layer, ensure)()

@@ -3,20 +3,24 @@
 """INT8 W8A8 routed experts on CPU, on oneDNN's scaled matmul."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from vllm import _custom_ops as ops
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.cpu_fused_moe import _CPU_MOE_ACT_FN
 from vllm.model_executor.utils import replace_parameter
 from vllm.utils.torch_utils import direct_register_custom_op
 
 
-def _silu(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+def _gated(
+    activate: Callable[[torch.Tensor], torch.Tensor],
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    def gated(gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return activate(gate) * up
+
+    return gated
 
 
 def _swiglustep(gate_up: torch.Tensor, limit: float = 7.0) -> torch.Tensor:
@@ -24,10 +28,22 @@ def _swiglustep(gate_up: torch.Tensor, limit: float = 7.0) -> torch.Tensor:
     return F.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
 
 
-_ACTIVATIONS: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] = {
-    **_CPU_MOE_ACT_FN,
-    MoEActivation.SILU: _silu,
-    MoEActivation.SWIGLUSTEP: _swiglustep,
+def _swigluoai(
+    gate_up: torch.Tensor, limit: float = 7.0, alpha: float = 1.702
+) -> torch.Tensor:
+    """gpt-oss's: gates and ups take turns."""
+    gate = gate_up[..., ::2].clamp(max=limit)
+    up = gate_up[..., 1::2].clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+# by the value of MoEActivation, whose members differ between releases
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": _gated(F.silu),
+    "gelu": _gated(F.gelu),
+    "gelu_tanh": _gated(partial(F.gelu, approximate="tanh")),
+    "swigluoai": _swigluoai,
+    "swiglustep": _swiglustep,
 }
 
 
@@ -104,7 +120,7 @@ def cpu_int8_experts(
         counts,
         w13_out_size,
     )
-    act = _ACTIVATIONS[MoEActivation.from_str(activation)](gate_up)
+    act = _ACTIVATIONS[activation](gate_up)
     act_q, act_s, _ = ops.onednn_scaled_int8_quant(act.contiguous(), a2_scale)
     out = _grouped_mm(act_q, act_s, w2_handlers, w2_bias, counts, x.size(1))
     if not apply_router_weight_on_input:
@@ -136,10 +152,13 @@ class CPUInt8Experts:
     """
 
     def __init__(self, layer: torch.nn.Module) -> None:
-        if layer.activation not in _ACTIVATIONS:
+        activation = layer.activation.value
+        if getattr(layer, "swiglu_limit", None) is not None:
+            activation += " with a limit"
+        if activation not in _ACTIVATIONS:
             raise NotImplementedError(
                 f"{layer.layer_name}: INT8 experts on CPU know no "
-                f"{layer.activation.value} activation"
+                f"{activation} activation"
             )
         self.w13_out_size = layer.w13_weight.size(1)
         dynamic = layer.w13_input_scale is None

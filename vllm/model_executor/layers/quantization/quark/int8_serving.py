@@ -94,6 +94,11 @@ def finish_linear(scheme: Any, layer: torch.nn.Module) -> None:
     """Give a QuarkW8A8Int8 layer activations that its kernel computes. Call it
     before the weights are processed."""
     kernel = type(scheme.kernel).__name__
+    packed_fits = not scheme.is_static_input_scheme
+    packed_fits &= getattr(layer, "params_dtype", None) is torch.bfloat16
+    packed_fits &= layer.weight.size(0) % 32 == 0
+    if hasattr(scheme.kernel, "process_weights_for_onednn") and not packed_fits:
+        _keep_onednn(scheme.kernel)
     if kernel == "TritonInt8ScaledMMLinearKernel" and not scheme.input_symmetric:
         logger.warning_once(
             "INT8 linear layers exported with asymmetric activations are served "
@@ -101,3 +106,15 @@ def finish_linear(scheme: Any, layer: torch.nn.Module) -> None:
             kernel,
         )
         quantize_per_token(scheme, layer)
+
+
+def _keep_onednn(kernel: Any) -> None:
+    """Keep the CPU kernel off its product for AMX, which quantizes per token
+    whatever the scheme, ends the process over float16, and stops over rows that
+    are no multiple of its block."""
+
+    def process_weights_after_loading(layer: torch.nn.Module) -> None:
+        kernel.linear_method = kernel._apply_weights_onednn
+        kernel.process_weights_for_onednn(layer)
+
+    kernel.process_weights_after_loading = process_weights_after_loading

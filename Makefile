@@ -14,7 +14,7 @@ export VLLM_NO_USAGE_STATS := 1
 BASE := 0.26.0
 BASE_ENV := build/base-$(BASE)
 
-.PHONY: env quark-env demo test test-base test-gpu matrix ckpts tree lint lock clean
+.PHONY: env quark-env demo test test-base test-gpu matrix releases drift ckpts tree lint lock clean
 
 env: .venv/.made
 .venv/.made: requirements/cpu.txt requirements/cpu-override.txt setup.py
@@ -52,6 +52,7 @@ test: env quark-env lint
 	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
 	PYTHONPATH=$(CURDIR)/build/shadow $(BIN)/python -m pytest -q tests/quantization tests/entrypoints
 	$(BIN)/python -m pytest -q tests/tool
+	$(BIN)/python benchmarks/releases.py 0.20.0 0.21.0 0.26.0 newest
 	@$(BIN)/python $(NANO)/lab.py $(CKPTS)
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/e2e
 
@@ -71,6 +72,14 @@ matrix: env $(BASE_ENV)/.made
 	    PYTHONPATH=$(CURDIR)/build/matrix/$$release-$$kind $${base#*:}/bin/python benchmarks/matrix.py measure \
 	      docs/matrix/cpu-$$release-$$kind.json 2> build/matrix/$$release-$$kind.log || exit 1; done; done
 	$(BIN)/python benchmarks/matrix.py table docs/matrix docs/matrix.md
+
+# The series on every release, the layer tests on some CPU wheels, and docs/releases.md.
+releases: env
+	$(BIN)/python benchmarks/releases.py --wheels 0.20.0 0.20.2 0.21.0 0.22.0 0.26.0 0.29.0 newest --out docs/releases.md
+
+# The series on drifted trees, and docs/drift.md.
+drift: env
+	$(BIN)/python benchmarks/drift.py --drifts 320 --tests 1 --out docs/drift.md
 
 # With the vLLM of the active Python (CUDA or ROCm), see requirements/cuda.in.
 test-gpu:

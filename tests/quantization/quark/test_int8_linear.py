@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 from .utils import (
     assert_close,
     emulate_linear,
+    needs_dynamic,
     quark_config,
     random_input,
     random_weight,
@@ -24,6 +25,7 @@ from .utils import (
     vllm_environment,
 )
 
+pytestmark = needs_dynamic
 K = 128
 PACKED = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],

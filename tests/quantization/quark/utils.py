@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -113,6 +114,13 @@ def quark_config(
     )
     config.packed_modules_mapping = packed or {}
     return config
+
+
+needs_dynamic = pytest.mark.skipif(
+    hasattr(QuarkConfig, "_is_static_tensor_w8a8")
+    and not hasattr(QuarkConfig, "_is_dynamic_per_token_w8a8"),
+    reason="this vLLM knows static INT8 activations only",
+)
 
 
 def make_experts(**kwargs: Any) -> torch.nn.Module:

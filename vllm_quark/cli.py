@@ -18,6 +18,7 @@ from rich.table import Table
 from vllm_quark.commits import format_patch as write_mails
 from vllm_quark.patches import Patch, QuarkError
 from vllm_quark.release import CACHE, make_tree
+from vllm_quark.repack import repack
 from vllm_quark.series import Series, load_series
 from vllm_quark.shadow import make_shadow
 from vllm_quark.tree import Tree, Verdict, find_installed
@@ -141,16 +142,17 @@ def format_patch(
     out: OutFolder,
     only: Only = [],  # noqa: B006
     until: Until = None,
+    cover: Annotated[bool, typer.Option("--cover", help="a cover letter and the text of a pull request, too")] = False,
     as_json: AsJson = False,
 ) -> int:
     """Write the patches that apply to TREE as a series for `git am`."""
     where, series, patches = _open(tree, only, until)
-    files = write_mails(where, series, patches, out)
+    files = write_mails(where, series, patches, out, cover)
     if as_json:
         print(json.dumps({"tree": str(where.root), "version": where.version, "files": [str(f) for f in files]}))
     elif files:
         print("\n".join(map(str, files)))
-        print(f"In {where.root}: git am --keep-non-patch {out.absolute()}/*.patch")
+        print(f"In {where.root}: git am --keep-non-patch{' --empty=drop' if cover else ''} {out.absolute()}/*.patch")
     else:
         print("nothing to write: no patch applies to this tree")
     return 0
@@ -170,6 +172,22 @@ def make_tree_command(
     for patch in make_tree(version, series, series.select(only, until), out, cache):
         print(patch.subject)
     print(f"{out}: vLLM {version}, tagged v{version}, with these commits on top")
+    return 0
+
+
+@app.command("wheel")
+@_guard
+def wheel_command(
+    wheel: Annotated[Path, typer.Argument(metavar="WHEEL", help="vLLM's wheel (pip download --no-deps vllm==…)")],
+    out: OutFolder,
+    only: Only = [],  # noqa: B006
+    until: Until = None,
+) -> int:
+    """Make a patched wheel: the same, with the patches in it and +quark in its version."""
+    made, patches = repack(wheel, load_series(), only, until, out)
+    for patch in patches:
+        print(patch.subject)
+    print(made)
     return 0
 
 

@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from vllm_quark.cover import SUBJECT, pull_request
 from vllm_quark.patches import Patch, QuarkError
 from vllm_quark.series import Series
 from vllm_quark.tree import Tree
@@ -43,11 +44,12 @@ def commit(repository: Path, patch: Patch) -> None:
     git(repository, "commit", "-q", "--no-verify", "-s", "-F", "-", stdin=patch.message)
 
 
-def format_patch(tree: Tree, series: Series, patches: list[Patch], out: Path) -> list[Path]:
+def format_patch(tree: Tree, series: Series, patches: list[Patch], out: Path, cover: bool = False) -> list[Path]:
     """Write the patches that apply to `tree` as a `git am` series into `out`; the files, in order.
 
-    One commit a patch, author and Signed-off-by from git's config as seen from the tree. Existing
-    NNNN-*.patch files in `out` are an error, as they would be taken for part of the series.
+    One commit a patch, author and Signed-off-by from git's config as seen from the tree. `cover`: also
+    0000-cover-letter.patch and pull-request.md. Existing NNNN-*.patch files in `out` are an error, as they
+    would be taken for part of the series.
     """
     name, mail = identity(tree.root)
     todo = tree.steps(series, patches, {})
@@ -57,6 +59,7 @@ def format_patch(tree: Tree, series: Series, patches: list[Patch], out: Path) ->
         raise QuarkError(f"{out}: holds a series already: empty it or name another folder with -o")
     if not todo:
         return []
+    text = pull_request(series, [patch for patch, _ in todo]) if cover else ""
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "tree"
         repository.mkdir()
@@ -75,7 +78,14 @@ def format_patch(tree: Tree, series: Series, patches: list[Patch], out: Path) ->
                 (repository / file).write_bytes(data)
             commit(repository, patch)
         mails = Path(folder) / "mails"
-        git(repository, "format-patch", "-q", "--no-signature", "--zero-commit", "-o", str(mails), f"-{len(todo)}")
+        letter = ["--cover-letter"] if cover else []
+        git(repository, "format-patch", "-q", "--no-signature", "--zero-commit", *letter, "-o", str(mails),
+            f"-{len(todo)}")  # fmt: skip
+        if cover:
+            path = mails / "0000-cover-letter.patch"
+            blurb = path.read_text().replace("*** SUBJECT HERE ***", SUBJECT).replace("*** BLURB HERE ***", text)
+            path.write_text(blurb)
+            (mails / "pull-request.md").write_text(text)
         out.mkdir(parents=True, exist_ok=True)
         written = []
         for mail_file in sorted(mails.iterdir()):

@@ -27,6 +27,7 @@ from vllm_quark.series import Series
 
 RECORD_DIR = ".vllm-quark"
 TEMP_SUFFIX = ".vllm-quark-new"
+WHEEL_NOTE = "vllm-quark.txt"
 
 
 class TreeError(QuarkError):
@@ -61,6 +62,15 @@ class _Record:
     applied: list[str] = field(default_factory=list)
     files: dict[str, _File] = field(default_factory=dict)
     folders: list[str] = field(default_factory=list)
+
+
+_UNFINISHED = {
+    "rebase-merge": "rebase",
+    "rebase-apply": "rebase or am",
+    "MERGE_HEAD": "merge",
+    "CHERRY_PICK_HEAD": "cherry-pick",
+    "REVERT_HEAD": "revert",
+}
 
 
 def _lf(data: bytes) -> bytes:
@@ -283,6 +293,7 @@ class Tree:
         text: dict[str, bytes | None] = {
             f: series.content(f) for p in series.patches for f in self.brings(p) if f in old
         }
+        by_wheel = self._by_wheel()
         verdicts = []
         for patch, outcome, detail, _, touched in self.walk(
             series, patches if patches is not None else series.patches, text
@@ -297,12 +308,21 @@ class Tree:
                     outcome, detail = "applies", "from another version of vllm-quark, apply renews it"
                 else:
                     outcome, detail = "applied", f"{odd[0]}: changed since" if odd else ""
+            elif outcome == "present" and patch.name in by_wheel:
+                outcome, detail = "applied", "by wheel"
             elif outcome == "present" and brought and detail != "files":
                 outcome, detail = "applied", "by commit"
             elif outcome == "present":
                 outcome, detail = "upstream", ""
             verdicts.append(Verdict(patch, outcome, detail))
         return verdicts
+
+    def _by_wheel(self) -> set[str]:
+        """Patches that came with an installed wheel (see repack)."""
+        if self.is_source:
+            return set()
+        notes = self.root.glob(f"*+*quark.dist-info/{WHEEL_NOTE}")
+        return {name for note in notes for name in note.read_text().split()}
 
     def _outdated(self, series: Series, record: _Record) -> set[str]:
         """Files that are our doing, but not what `series` would make of them today."""
@@ -313,6 +333,16 @@ class Tree:
             return set()  # changed since: said file by file
         settled = (f for f, known in record.files.items() if known.ours == [_digest(self.read(f))])
         return {f for f in settled if text[f] != self.read(f)}
+
+    def _refuse_unfinished(self) -> None:
+        """Raises TreeError in the middle of a rebase, merge or the like, which a change of files would disturb."""
+        git = self.root / ".git"
+        with contextlib.suppress(OSError):
+            if git.is_file() and (m := re.match(r"gitdir: (.+)", git.read_text())):
+                git = self.root / m[1].strip()
+        for mark, what in _UNFINISHED.items():
+            if (git / mark).exists():
+                raise TreeError(f"{self.root}: in the middle of a git {what}: finish or abort it and run again")
 
     # The record
 
@@ -561,6 +591,7 @@ class Tree:
         Returns what each of `patches` is afterwards. Raises TreeError for a conflict (naming file
         and anchor) and where none of them has anything to edit here.
         """
+        self._refuse_unfinished()
         with self._locked():
             record = self._load()
             names = {p.name for p in patches} | set(record.applied)
@@ -579,6 +610,7 @@ class Tree:
 
         Returns the names taken out. Raises TreeError naming a file that was changed since.
         """
+        self._refuse_unfinished()
         with self._locked():
             record = self._load()
             for file in record.files:

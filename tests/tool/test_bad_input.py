@@ -192,3 +192,28 @@ def test_out_folder_in_use(home, tree, tmp_path):
     one_line(cli(home, "format-patch", tree, "-o", out), "holds a series already")
     Path(tmp_path / "file").write_text("")
     one_line(cli(home, "format-patch", tree, "-o", tmp_path / "file"), "is not a folder")
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["repository", "submodule"])
+@pytest.mark.parametrize(
+    ("mark", "what"), [("rebase-merge", "rebase"), ("rebase-apply", "am"), ("MERGE_HEAD", "merge")]
+)
+def test_in_the_middle_of_a_rebase(home, tree, tmp_path, linked, mark, what):
+    git = tree / ".git"
+    if linked:
+        git.write_text("gitdir: ../modules/vllm\n")
+        git = tmp_path / "modules/vllm"
+    (git / mark).mkdir(parents=True)
+    before = snapshot(tree)
+    for command in ("apply", "revert"):
+        one_line(cli(home, command, tree), "in the middle of a git", what, "finish or abort it")
+    assert cli(home, "status", tree).returncode == 1
+    assert snapshot(tree) == before
+
+
+def test_conflict_marks(home, tree):
+    path = tree / "vllm/alpha.py"
+    path.write_text(path.read_text().replace("class Alpha", "<<<<<<< HEAD\nclass Alpha"))
+    before = snapshot(tree)
+    one_line(cli(home, "apply", tree, "--only", "0002"), "vllm/alpha.py:1: not valid Python", "mend it")
+    assert snapshot(tree) == before

@@ -8,6 +8,10 @@ import subprocess
 import pytest
 from trees import RELEASE, ROOT, cli, visible
 
+from vllm_quark.release import CACHE
+
+RELEASE_ARCHIVE = CACHE / f"vllm-{RELEASE}.tar.gz"
+
 
 def git(folder, *words) -> str:
     command = ["git", "-c", "user.name=A Committer", "-c", "user.email=c@example.com", *words]
@@ -68,6 +72,29 @@ def test_the_real_release(unpacked, tmp_path, author):
     assert cli(ROOT, "format-patch", unpacked, "-o", tmp_path / "out").returncode == 0
     git(unpacked, "am", "-q", "-b", *map(str, sorted((tmp_path / "out").iterdir())))
     assert without_git(unpacked) == {k: v for k, v in applied.items() if not k.startswith(".git")}
+
+
+def test_cover_letter(unpacked, tmp_path, author):
+    """Beside the series, which git am takes as it is: a letter and a pull request with the figures of docs/."""
+    out = tmp_path / "out"
+    done = cli(ROOT, "format-patch", unpacked, "-o", out, "--cover")
+    assert done.returncode == 0 and "--empty=drop" in done.stdout, done.stderr
+    request = (out / "pull-request.md").read_text()
+    letter = (out / "0000-cover-letter.patch").read_text()
+    for heading in ("## Purpose", "## Test Plan", "## Test Result"):
+        assert heading in request and heading in letter
+    assert "| stock | quark | **135.8** |" in request and "test_int8_moe.py" in request
+    assert "[PATCH 00/12] [Bugfix][Quark]" in letter and "***" not in letter and "files changed" in letter
+    commit_base(unpacked)
+    git(unpacked, "am", "-q", "--keep-non-patch", "--empty=drop", *map(str, sorted(out.glob("*.patch"))))
+    assert git(unpacked, "rev-list", "--count", "HEAD").strip() == "13"
+    # Without the pages there is no such text.
+    home = tmp_path / "home"
+    for name in ("vllm_quark", "patches", "vllm", "tests"):
+        shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.unpack_archive(RELEASE_ARCHIVE, tmp_path / "again", filter="data")
+    done = cli(home, "format-patch", tmp_path / "again" / f"vllm-{RELEASE}", "-o", tmp_path / "none", "--cover")
+    assert done.returncode == 2 and "docs: is missing" in done.stderr and not (tmp_path / "none").exists()
 
 
 def test_make_tree(tmp_path, author, real_series):

@@ -75,6 +75,69 @@ def test_blank_lines_of_the_source_stay():
     assert "\n    \n" in edit(source, rules(rule)).text
 
 
+FUNCTION = """\
+class A:
+    # about f
+    @cached
+    def f(self):
+        \"\"\"What f does.\"\"\"
+        # why
+        old(self)
+        # after
+        return 1
+"""
+IN_F = {"kind": "function_definition", "has": {"field": "name", "regex": "^f$"}}
+
+
+def lines(way: str, rule: dict, text: str) -> str:
+    file_edit = FileEdit(
+        file="vllm/a.py", present={"pattern": "new($$$)"}, rewrite=[{"anchor": "f", "rule": rule, way: text}]
+    )
+    done = edit(FUNCTION, file_edit)
+    assert done.outcome is Outcome.APPLIES
+    return done.text
+
+
+def test_lines_above_go_above_comments_and_decorators():
+    assert lines("above", IN_F, "new = new(1)\n\n") == FUNCTION.replace(
+        "    # about f", "    new = new(1)\n\n    # about f"
+    )
+    statement = {"kind": "expression_statement", "has": {"pattern": "old($$$)"}}
+    assert lines("above", statement, "new(1)\n") == FUNCTION.replace("        # why", "        new(1)\n        # why")
+    assert lines("below", statement, "\nnew(1)\n") == FUNCTION.replace("old(self)\n", "old(self)\n\n        new(1)\n")
+
+
+def test_top_is_below_the_docstring_and_above_comments():
+    assert lines("top", IN_F, "if new(1):\n    return\n") == FUNCTION.replace(
+        "        # why", "        if new(1):\n            return\n        # why"
+    )
+
+
+def test_where_says_for_which_structure():
+    def with_where(where: dict) -> str:
+        return edit(SOURCE, rules(OLD).model_copy(update={"rewrite": [
+            rules(OLD).rewrite[0].model_copy(update={"where": where}),
+            rules(({"pattern": "f($X)"}, "new(2)")).rewrite[0]]})).text  # fmt: skip
+
+    assert "new(self)" in with_where({"pattern": "class A: $$$"})
+    assert "old(self)" in with_where({"pattern": "class B: $$$"})
+
+
+def test_other_quotes_match():
+    rule = ({"pattern": 'old("x", $Y)'}, "new($Y)")
+    assert edit("old('x', 'y')\n", rules(rule)).text == "new('y')\n"
+
+
+def test_a_file_that_is_no_python():
+    done = edit("<<<<<<< HEAD\nold(1)\n", rules(OLD))
+    assert done.outcome is Outcome.CONFLICT and "vllm/a.py:1: not valid Python" in done.detail
+
+
+def test_imports_come_along():
+    with_import = rules(OLD).model_copy(update={"imports": ["from vllm.b import c"]})
+    assert edit("import os\n\nold(os)\n", with_import).text == "import os\n\nfrom vllm.b import c\n\nnew(os)\n"
+
+
 def test_text_beyond_ascii():
     source = "# ünïcödé – ✓\nold('é')\n"
     assert edit(source, rules(OLD)).text == source.replace("old", "new")

@@ -177,3 +177,72 @@ def test_json(home, tree):
 def test_version_and_help(home):
     assert cli(home, "--version").stdout.startswith("vllm-quark")
     assert "format-patch" in cli(home, "--help").stdout
+
+
+def test_a_class_that_moved_within_its_package(home, tree):
+    (tree / "vllm/other.py").write_text("x = 1\n\n\n" + ALPHA)
+    (tree / "vllm/alpha.py").write_text("from vllm.other import Alpha\n")
+    before = snapshot(tree)
+    assert statuses(home, tree, "--only", "0001") == {"0001": "applies"}
+    assert cli(home, "apply", tree, "--only", "0001").returncode == 0
+    assert "packed" in (tree / "vllm/other.py").read_text()
+    assert (tree / "vllm/alpha.py").read_text() == "from vllm.other import Alpha\n"
+    assert statuses(home, tree, "--only", "0001") == {"0001": "applied"}
+    assert cli(home, "apply", tree, "--only", "0001").returncode == 0
+    assert cli(home, "revert", tree).returncode == 0
+    assert snapshot(tree) == before
+    (tree / "vllm/third.py").write_text(ALPHA)
+    done = cli(home, "apply", tree, "--only", "0001")
+    assert done.returncode == 2 and "vllm/other.py and vllm/third.py: each has" in done.stderr
+
+
+def test_a_package_with_another_name(home, tree):
+    write(home, {"vllm/new/deep/gamma.py": "from vllm.other import x\nimport vllm\n\ny = vllm.z  # vllm-project\n"})
+    shutil.move(tree / "vllm", tree / "acme_vllm")
+    before = snapshot(tree)
+    assert statuses(home, tree) == BEFORE
+    assert cli(home, "apply", tree).returncode == 0
+    assert statuses(home, tree) == AFTER
+    assert (tree / "acme_vllm/alpha.py").read_text() == GOOD_ALPHA and not (tree / "vllm").exists()
+    renamed = "from acme_vllm.other import x\nimport acme_vllm\n\ny = acme_vllm.z  # vllm-project\n"
+    assert (tree / "acme_vllm/new/deep/gamma.py").read_text() == renamed
+    assert cli(home, "revert", tree).returncode == 0
+    assert snapshot(tree) == before
+    shutil.copytree(tree / "acme_vllm", tree / "b_vllm")
+    done = cli(home, "status", tree)
+    assert done.returncode == 2 and "acme_vllm and b_vllm both look like vLLM" in done.stderr
+
+
+def test_absent_where_a_patch_that_it_builds_on_is(home, tree):
+    patch = home / "patches/0005-upstream.yaml"
+    patch.write_text(patch.read_text() + 'requires: ["0004"]\n')
+    done = cli(home, "status", tree, "--json", "--only", "0005")
+    found = {p["name"][:4]: (p["status"], p["detail"]) for p in json.loads(done.stdout)["patches"]}
+    assert found["0005"] == ("absent", "builds on 0004, which is absent")
+
+
+@pytest.mark.parametrize("version", ["0.34.1rc2.dev45+gabc1234.d20261123.cu130", "1.0.0", "0.0.0+unknown", "dev"])
+def test_any_version_string(home, tree, version):
+    (tree / "vllm/_version.py").write_text(f"__version__ = version = '{version}'\n")
+    assert json.loads(cli(home, "apply", tree, "--json").stdout)["version"] == version
+    (tree / "vllm/_version.py").unlink()
+    assert json.loads(cli(home, "status", tree, "--json").stdout)["version"] == "unknown"
+
+
+def test_linked_tree_and_submodule(home, tree, tmp_path):
+    (tmp_path / "link").symlink_to(tree)
+    (tmp_path / "super/.git/modules/vllm").mkdir(parents=True)
+    (tree / ".git").write_text(f"gitdir: {tmp_path / 'super/.git/modules/vllm'}\n")
+    before = snapshot(tree)
+    assert cli(home, "apply", tmp_path / "link").returncode == 0
+    assert statuses(home, tree) == AFTER
+    assert cli(home, "revert", tmp_path / "link").returncode == 0
+    assert snapshot(tree) == before
+
+
+def test_partial_checkout(home, tree):
+    shutil.rmtree(tree / "vllm/model_executor")
+    (tree / "vllm/model_executor").mkdir()
+    assert statuses(home, tree) == BEFORE | {"0002": "absent", "0005": "absent"}
+    assert cli(home, "apply", tree).returncode == 0
+    assert "packed" in (tree / "vllm/alpha.py").read_text()

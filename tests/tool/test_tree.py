@@ -191,6 +191,10 @@ def test_a_class_that_moved_within_its_package(home, tree):
     assert cli(home, "apply", tree, "--only", "0001").returncode == 0
     assert cli(home, "revert", tree).returncode == 0
     assert snapshot(tree) == before
+    (tree / "vllm/other.py").rename(tree / "vllm/model_executor/other.py")
+    done = cli(home, "apply", tree, "--only", "0001")
+    assert done.returncode == 2 and "what it edits stands in vllm/model_executor/other.py" in done.stderr
+    (tree / "vllm/model_executor/other.py").rename(tree / "vllm/other.py")
     (tree / "vllm/third.py").write_text(ALPHA)
     done = cli(home, "apply", tree, "--only", "0001")
     assert done.returncode == 2 and "vllm/other.py and vllm/third.py: each has" in done.stderr

@@ -18,7 +18,6 @@ from rich.table import Table
 from vllm_quark.commits import format_patch as write_mails
 from vllm_quark.patches import Patch, QuarkError
 from vllm_quark.release import CACHE, make_tree
-from vllm_quark.repack import repack
 from vllm_quark.series import Series, load_series
 from vllm_quark.shadow import make_shadow
 from vllm_quark.tree import Tree, Verdict, find_installed
@@ -184,6 +183,8 @@ def wheel_command(
     until: Until = None,
 ) -> int:
     """Make a patched wheel: the same, with the patches in it and +quark in its version."""
+    from vllm_quark.repack import repack
+
     made, patches = repack(wheel, load_series(), only, until, out)
     for patch in patches:
         print(patch.subject)

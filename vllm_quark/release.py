@@ -12,15 +12,17 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import requests
 from packaging.version import Version
-from pypi_simple import PYPI_SIMPLE_ENDPOINT, DigestMismatchError, DistributionPackage, PyPISimple
 
 from vllm_quark.commits import commit, git, identity
 from vllm_quark.patches import Patch, QuarkError
 from vllm_quark.series import Series
 from vllm_quark.tree import Tree
+
+if TYPE_CHECKING:
+    from pypi_simple import DistributionPackage, PyPISimple
 
 _INDEX_VARIABLES = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")
 
@@ -33,8 +35,12 @@ _KEPT = re.compile(r"(vllm/.*\.py|tests/quantization/.*\.py|tests/[^/]*\.py|pypr
 @contextlib.contextmanager
 def _index(
     what: str, project: str = "vllm", kind: str = "sdist"
-) -> Iterator[tuple[PyPISimple, list[DistributionPackage]]]:
+) -> "Iterator[tuple[PyPISimple, list[DistributionPackage]]]":
     """The package index that uv or pip are told to use, and the `project`'s distributions there, oldest first."""
+    # Only what goes to the index needs these.
+    import requests
+    from pypi_simple import PYPI_SIMPLE_ENDPOINT, DigestMismatchError, PyPISimple
+
     endpoint = next((os.environ[v] for v in _INDEX_VARIABLES if os.environ.get(v)), PYPI_SIMPLE_ENDPOINT)
     try:
         with PyPISimple(endpoint) as index:
@@ -45,7 +51,7 @@ def _index(
         raise QuarkError(f"{what} cannot be fetched: {' '.join(str(e).split())[:200]}: run again") from e
 
 
-def _of(packages: list[DistributionPackage], version: str) -> DistributionPackage:
+def _of(packages: "list[DistributionPackage]", version: str) -> "DistributionPackage":
     found = [p for p in packages if p.version == version]
     if not found:
         raise QuarkError(

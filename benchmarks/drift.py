@@ -242,7 +242,11 @@ class Drifter:
         """`text` without one of its classes, and the new file that has it."""
         tree, rows = ast.parse(text), text.split("\n")
         classes = [c for c in tree.body if isinstance(c, ast.ClassDef)]
-        near = [c for c in classes if any(n.startswith(f"{c.name}.") for n in self.near)]
+        # What it uses of its old home has to stand above it, or the two could not import each other.
+        below = {c.name: {n.name for n in tree.body if isinstance(n, Function | ast.ClassDef) and n.lineno > c.lineno}
+                 for c in classes}  # fmt: skip
+        near = [c for c in classes if any(n.startswith(f"{c.name}.") for n in self.near)
+                and not below[c.name] & {n.id for n in ast.walk(c) if isinstance(n, ast.Name)}]  # fmt: skip
         if not near:
             return {name: text}
         c = self.rng.choice(near)

@@ -57,7 +57,7 @@ without a name. One commit for each cause:
 
     pytest {" ".join(tests)}
 
-Every test was red without its commit. Correctness is judged by float64 emulations of the schemes in the tests, not by
+Each commit's tests fail without it. Correctness is judged by float64 emulations of the schemes in the tests, not by
 another path of vLLM.
 
 ## Test Result

@@ -212,7 +212,7 @@ class Drifter:
             edits = [(end[0], end[1], end[1], f", {new}=None")]
             for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
                 called = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-                of_self = isinstance(call.func, ast.Name) or ast.unparse(call.func).startswith("self.")
+                of_self = isinstance(call.func, ast.Name) or ast.unparse(call.func) == f"self.{function.name}"
                 handed = [*call.args, *(k.value for k in call.keywords)]
                 if called == function.name and of_self and handed and not any(k.arg is None for k in call.keywords):
                     if call.end_lineno == call.lineno:

@@ -120,19 +120,21 @@ def _whole_line(raw: bytes, start: int, end: int) -> tuple[int, int]:
     return (head, tail) if not (raw[head:start] + raw[end:tail]).strip() else (start, end)
 
 
-def _lines_at(raw: bytes, at: dict[str, int], rewrite: Rewrite) -> tuple[int, int, str]:
-    """The change that puts the lines of `rewrite` above, below or on top of what lies at the offsets `at`."""
+def _lines_at(raw: bytes, tree: ast.Module, at: dict[str, int], rewrite: Rewrite) -> tuple[int, int, str]:
+    """The change that puts the lines of `rewrite` above, below or on top of what lies at the offsets `at`.
+
+    tree: the syntax tree of `raw`.
+    """
     lines = raw.decode().split("\n")
-    row = raw.count(b"\n", 0, at["start"])
+    like = row = raw.count(b"\n", 0, at["start"])
     if rewrite.below is not None:
-        row = raw.count(b"\n", 0, at["end"]) + 1
-        new, like = rewrite.below, raw.count(b"\n", 0, at["start"])
+        new, row = rewrite.below, raw.count(b"\n", 0, at["end"]) + 1
     elif rewrite.above is not None:
-        new, like = rewrite.above, row
-        row = min([row, *(d.lineno - 1 for d in getattr(_definition(raw, row), "decorator_list", []))])
+        new = rewrite.above
+        row = min([row, *(d.lineno - 1 for d in getattr(_definition(tree, row), "decorator_list", []))])
         row = _above_comments(lines, row)
     else:
-        function = _definition(raw, row)
+        function = _definition(tree, row)
         body = getattr(function, "body", None)
         if not body or body[0].lineno - 1 <= row:
             raise PatchError(f"{rewrite.anchor}: no function with lines of its own: mend the patch file")
@@ -156,10 +158,10 @@ def _above_comments(lines: list[str], row: int) -> int:
     return row
 
 
-def _definition(raw: bytes, row: int) -> ast.AST | None:
+def _definition(tree: ast.Module, row: int) -> ast.AST | None:
     """The function or class whose `def` or `class` stands in `row`."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    return next((n for n in ast.walk(ast.parse(raw)) if isinstance(n, kinds) and n.lineno == row + 1), None)
+    return next((n for n in ast.walk(tree) if isinstance(n, kinds) and n.lineno == row + 1), None)
 
 
 def edit(source: str, rules: FileEdit) -> Edited:
@@ -176,7 +178,7 @@ def edit(source: str, rules: FileEdit) -> Edited:
     if rules.needs and not found.get("needs"):
         return Edited(Outcome.ABSENT, source, f"{rules.file} lacks what it edits")
     try:
-        ast.parse(source)
+        tree = ast.parse(source)
     except SyntaxError as e:
         return Edited(Outcome.CONFLICT, source, f"{rules.file}:{e.lineno}: not valid Python: {e.msg}: mend it first")
     changes: list[tuple[int, int, str]] = []
@@ -188,7 +190,7 @@ def edit(source: str, rules: FileEdit) -> Edited:
             how = "not found" if not hits else f"found {len(hits)} times"
             return Edited(Outcome.CONFLICT, source, f"{rules.file}: {rewrite.anchor}: {how}")
         if rewrite.fix is None:
-            changes.append(_lines_at(raw, hits[0]["range"]["byteOffset"], rewrite))
+            changes.append(_lines_at(raw, tree, hits[0]["range"]["byteOffset"], rewrite))
             continue
         at = hits[0]["replacementOffsets"]
         start, end = at["start"], at["end"]

@@ -52,7 +52,7 @@ def _merged(lines: list[str], node: ast.ImportFrom, new: list[str]) -> list[str]
     at = [alias.lineno for alias in node.names]
     one_a_line = len(set(at)) == len(at) and first + 1 not in at
     if not one_a_line:
-        names = sorted((_shown(a) for a in node.names), key=_key) if _sorted(node) else [_shown(a) for a in node.names]
+        names = [_shown(a) for a in node.names]
         for name in new:
             index = next((i for i, n in enumerate(names) if _key(n) > _key(name)), len(names))
             names.insert(index, name)
@@ -72,11 +72,6 @@ def _merged(lines: list[str], node: ast.ImportFrom, new: list[str]) -> list[str]
             lines[end] = code + hash_ + comment
             lines.insert(end + 1, f"{indent}{name},")
     return lines
-
-
-def _sorted(node: ast.ImportFrom) -> bool:
-    names = [_shown(a) for a in node.names]
-    return names == sorted(names, key=_key)
 
 
 def add_import(source: str, statement: str, package: str = "vllm") -> str:

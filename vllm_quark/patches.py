@@ -77,6 +77,11 @@ class FileEdit(_Strict):
         return FileEdit(**_renamed(self.model_dump(), package))
 
 
+def move_path(path: str, old: str, new: str) -> str:
+    """`path` with its top folder `old` called `new`; others stay."""
+    return new + path.removeprefix(old) if path.startswith(f"{old}/") else path
+
+
 def rename_package(text: str, package: str) -> str:
     """`text`, of Python or of a rule, with the package `vllm` called `package`."""
     return _PACKAGE.sub(package, text)
@@ -87,10 +92,7 @@ _PACKAGE = re.compile(r"(?<![\w./-])vllm(?=\\?\.[a-zA-Z_])|(?<=\bimport )vllm\b(
 
 def _renamed(value: Any, package: str) -> Any:
     if isinstance(value, dict):
-        return {
-            k: f"{package}/{v.removeprefix('vllm/')}" if k == "file" and v.startswith("vllm/") else _renamed(v, package)
-            for k, v in value.items()
-        }
+        return {k: move_path(v, "vllm", package) if k == "file" else _renamed(v, package) for k, v in value.items()}
     if isinstance(value, list):
         return [_renamed(v, package) for v in value]
     return rename_package(value, package) if isinstance(value, str) else value
@@ -124,7 +126,7 @@ class Patch(_Strict):
         """The same for a tree whose package is not called vllm."""
         if package == "vllm":
             return self
-        files = [f"{package}/{f.removeprefix('vllm/')}" if f.startswith("vllm/") else f for f in self.files]
+        files = [move_path(f, "vllm", package) for f in self.files]
         return self.model_copy(update={"edits": [e.in_package(package) for e in self.edits], "files": files})
 
     @property

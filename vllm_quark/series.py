@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vllm_quark.patches import Patch, PatchError, QuarkError, read_patch, rename_package
+from vllm_quark.patches import Patch, PatchError, QuarkError, move_path, read_patch, rename_package
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,10 @@ class Series:
 
     def content(self, file: str) -> bytes:
         """Bytes of a file that a patch brings."""
-        if self.package == "vllm":
-            return (self.home / file).read_bytes()
-        path = f"vllm/{file.removeprefix(f'{self.package}/')}" if file.startswith(f"{self.package}/") else file
-        data = (self.home / path).read_bytes()
-        return rename_package(data.decode(), self.package).encode() if path.endswith(".py") else data
+        data = (self.home / move_path(file, self.package, "vllm")).read_bytes()
+        if self.package == "vllm" or not file.endswith(".py"):
+            return data
+        return rename_package(data.decode(), self.package).encode()
 
     def in_package(self, package: str) -> "Series":
         """The same for a tree whose package is not called vllm."""

@@ -17,11 +17,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from vllm_quark.edit import Outcome, edit, matches, names_in
+from vllm_quark.edit import Edited, Outcome, edit, matches, names_in
 from vllm_quark.patches import FileEdit, Patch, QuarkError
 from vllm_quark.series import Series
 
@@ -81,13 +82,6 @@ def _text(raw: bytes) -> tuple[str, bool]:
     """Text with plain line ends, and whether they were Windows'. Raises UnicodeDecodeError."""
     source = raw.decode()
     return source.replace("\r\n", "\n"), "\r\n" in source
-
-
-def _is_utf8(raw: bytes) -> bool:
-    with contextlib.suppress(UnicodeDecodeError):
-        raw.decode()
-        return True
-    return False
 
 
 def _digest(data: bytes | None) -> str | None:
@@ -179,47 +173,22 @@ class Tree:
         """Files of `patch` that belong here: an installed package takes only what lies in vllm/."""
         return [f for f in patch.files if self.is_source or f.startswith(f"{self.package}/")]
 
-    def place(self, rules: FileEdit, get: Callable[[str], bytes | None]) -> str | None:
-        """The file that `rules` are for: the named one, or, where what they need stands in another file of the
-        same package instead, that one; None where it is nowhere.
+    def _holders(self, rules: FileEdit, text: Mapping[str, bytes | None]) -> list[str]:
+        """Files of the whole package, but for the named one, that have what `rules` need.
 
-        Raises TreeError where it stands in several files.
+        text: contents that differ from those on disk.
         """
-
-        def has(file: str, *wanted: dict) -> bool:
-            raw = get(file)
-            try:
-                return raw is not None and any(
-                    all(name.encode() in raw for name in names_in(rule)) and matches(_text(raw)[0], rule)
-                    for rule in wanted
-                )
-            except UnicodeDecodeError:
-                return False
-
-        raw = get(rules.file)
-        if rules.needs is None:
-            return rules.file if raw is not None else None
-        if raw is not None and (not _is_utf8(raw) or has(rules.file, rules.needs, rules.present)):
-            return rules.file
-        folder = (self.root / rules.file).parent
-        beside = sorted(p.name for p in folder.glob("*.py")) if folder.is_dir() else []
-        files = [str(PurePosixPath(rules.file).with_name(name)) for name in beside]
-        found = [file for file in files if file != rules.file and has(file, rules.needs)]
-        if len(found) > 1:
-            raise TreeError(f"{' and '.join(found)}: each has what belongs into {rules.file}: leave one of them")
-        return found[0] if found else None
-
-    def _elsewhere(self, rules: FileEdit) -> str | None:
-        """A file of another folder that has what `rules` need: a class that went there is not absent."""
-        names = [name.encode() for name in names_in(rules.needs)]
-        if not names:
-            return None
+        needs, names = rules.needs, [name.encode() for name in names_in(rules.needs)]
+        if not needs or not names:
+            return []
+        found = []
         for path in sorted((self.root / self.package).rglob("*.py")):
-            with contextlib.suppress(OSError, UnicodeDecodeError):
-                raw = path.read_bytes()
-                if all(name in raw for name in names) and matches(_text(raw)[0], rules.needs or {}):
-                    return path.relative_to(self.root).as_posix()
-        return None
+            file = path.relative_to(self.root).as_posix()
+            raw = text[file] if file in text else self.read(file)
+            with contextlib.suppress(UnicodeDecodeError):
+                if file != rules.file and raw and all(name in raw for name in names) and matches(_text(raw)[0], needs):
+                    found.append(file)
+        return found
 
     def judge(
         self, series: Series, patch: Patch, text: dict[str, bytes | None]
@@ -237,35 +206,40 @@ class Tree:
                 text[file] = self.read(file)
             return text[file]
 
+        def done(rules: FileEdit) -> Edited:
+            raw = get(rules.file)
+            if raw is None:
+                return Edited(Outcome.ABSENT, "", f"{rules.file}: no such file")
+            try:
+                source, crlf = _text(raw)
+            except UnicodeDecodeError:
+                return Edited(Outcome.CONFLICT, "", f"{rules.file}: not UTF-8 text")
+            result = edit(source, rules)
+            if result.outcome is Outcome.APPLIES:
+                changed[rules.file] = (result.text.replace("\n", "\r\n") if crlf else result.text).encode()
+            return result
+
         changed: dict[str, bytes] = {}
         touched: list[str] = []
         outcomes: list[Outcome] = []
         details: dict[Outcome, str] = {}
         for rules in patch.edits:
-            try:
-                file = self.place(rules, get)
-            except TreeError as e:
-                return "conflict", str(e), {}, []
-            if file is None and (elsewhere := self._elsewhere(rules)):
-                return "conflict", f"{rules.file}: what it edits stands in {elsewhere}: move it back for this", {}, []
-            if file is None:
-                outcomes.append(Outcome.ABSENT)
-                lacks = "lacks what it edits" if get(rules.file) is not None else "no such file"
-                details.setdefault(Outcome.ABSENT, f"{rules.file}: {lacks}")
-                continue
-            touched.append(file)
-            try:
-                source, crlf = _text(get(file) or b"")
-            except UnicodeDecodeError:
-                outcomes.append(Outcome.CONFLICT)
-                details.setdefault(Outcome.CONFLICT, f"{file}: not UTF-8 text")
-                continue
-            done = edit(source, rules.model_copy(update={"file": file}))
-            outcomes.append(done.outcome)
-            details.setdefault(done.outcome, done.detail)
-            if done.outcome is Outcome.APPLIES:
-                new = done.text.replace("\n", "\r\n") if crlf else done.text
-                changed[file] = new.encode()
+            result = done(rules)
+            if result.outcome is Outcome.ABSENT and (holders := self._holders(rules, ChainMap(changed, text))):
+                # What it edits moved: within its folder that is the same to us, elsewhere it is not.
+                folder = PurePosixPath(rules.file).parent
+                beside = [file for file in holders if PurePosixPath(file).parent == folder]
+                if len(beside) > 1:
+                    where = f"{' and '.join(beside)}: each has what belongs into {rules.file}: leave one of them"
+                    return "conflict", where, {}, []
+                if not beside:
+                    where = f"{rules.file}: what it edits stands in {holders[0]}: move it back for this"
+                    return "conflict", where, {}, []
+                rules = rules.model_copy(update={"file": beside[0]})
+                result = done(rules)
+            touched.append(rules.file)
+            outcomes.append(result.outcome)
+            details.setdefault(result.outcome, result.detail)
         touched += self.brings(patch)
         if Outcome.CONFLICT in outcomes:
             return "conflict", details[Outcome.CONFLICT], {}, touched

@@ -78,6 +78,14 @@ def splice(text: str, edits: list[tuple[int, int, int, str]]) -> str:
     return b"\n".join(lines).decode()
 
 
+def first_row(rows: list[str], node: Function | ast.ClassDef) -> int:
+    """Index of the row where `node` begins, with its decorators and the comments above it."""
+    start = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
+    while rows[start - 1].startswith(" " * node.col_offset + "#"):
+        start -= 1
+    return start
+
+
 @dataclass
 class Drifter:
     """Drift operations on one file. `near`: qualified names of the functions that the series edits there."""
@@ -172,28 +180,22 @@ class Drifter:
             methods = [m for m in c.body if isinstance(m, Function)]
             if len({m.name for m in methods}) < max(2, len(methods)):
                 continue
-            spans = []
-            for m in methods:
-                start = min([m.lineno, *(d.lineno for d in m.decorator_list)]) - 1
-                while rows[start - 1].startswith(" " * m.col_offset + "#"):
-                    start -= 1
-                spans.append((start, m.end_lineno or m.lineno))
-            bodies = [rows[a:b] for a, b in spans]
-            self.rng.shuffle(bodies)
-            for (a, b), body in sorted(zip(spans, bodies, strict=True), reverse=True, key=lambda x: x[0]):
-                rows[a:b] = body
+            self._shuffle(rows, [(first_row(rows, m), m.end_lineno or m.lineno) for m in methods])
         block = []
         for node in tree.body:
             if isinstance(node, ast.Import | ast.ImportFrom) and getattr(node, "module", "") != "__future__":
                 block.append(node)
             elif block:
                 break
-        spans = [(n.lineno - 1, n.end_lineno or n.lineno) for n in block]
-        texts = [rows[a:b] for a, b in spans]
-        self.rng.shuffle(texts)
-        for (a, b), new in sorted(zip(spans, texts, strict=True), reverse=True, key=lambda x: x[0]):
-            rows[a:b] = new
+        self._shuffle(rows, [(n.lineno - 1, n.end_lineno or n.lineno) for n in block])
         return "\n".join(rows)
+
+    def _shuffle(self, rows: list[str], spans: list[tuple[int, int]]) -> None:
+        """Let the parts of `rows` at `spans`, in ascending order, change places."""
+        parts = [rows[a:b] for a, b in spans]
+        self.rng.shuffle(parts)
+        for (a, b), part in reversed(list(zip(spans, parts, strict=True))):
+            rows[a:b] = part
 
     def arguments(self, text: str) -> str:
         for _ in range(self.rng.randint(1, 3)):
@@ -250,9 +252,7 @@ class Drifter:
         if not near:
             return {name: text}
         c = self.rng.choice(near)
-        start = min([c.lineno, *(d.lineno for d in c.decorator_list)]) - 1
-        while rows[start - 1].startswith("#"):
-            start -= 1
+        start = first_row(rows, c)
         used = {n.id for n in ast.walk(c) if isinstance(n, ast.Name)}
         used |= {x for n in ast.walk(c) if isinstance(n, ast.Constant) and isinstance(n.value, str)
                  for x in re.findall(r"\w+", n.value)}  # fmt: skip

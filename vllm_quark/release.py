@@ -12,7 +12,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from packaging.version import Version
 
@@ -104,38 +104,49 @@ class _Hashed(io.RawIOBase):
 def sources(version: str, cache: Path = CACHE) -> dict[str, bytes]:
     """Python sources and settings of vLLM `version`: path and content.
 
-    Read out of the source distribution while it comes in (it is one compressed stream, so all of it has to)
-    and kept, without the rest, in `cache`. Raises QuarkError as `fetch` does.
+    Read out of the source distribution, the one in `cache` or while it comes in (it is one compressed stream, so
+    all of it has to), and kept, without the rest, in `cache`. Raises QuarkError as `fetch` does.
     """
     kept = cache / f"vllm-{version}-py.tar.gz"
-    if not kept.is_file():
-        files: dict[str, bytes] = {}
+    if kept.is_file():
+        with tarfile.open(kept) as tar:
+            return {m.name: tar.extractfile(m).read() for m in tar}
+    whole = cache / f"vllm-{version}.tar.gz"
+    if whole.is_file():
+        with open(whole, "rb") as raw:
+            files = _kept(raw)
+    else:
         with _index(f"vLLM {version}") as (index, packages):
             package = _of(packages, version)
             with index.s.get(package.url, stream=True, timeout=60) as answer:
                 answer.raise_for_status()
                 stream = _Hashed(answer.raw)
-                with tarfile.open(fileobj=stream, mode="r|gz") as tar:
-                    for member in tar:
-                        path = member.name.partition("/")[2]
-                        if member.isfile() and _KEPT.fullmatch(path):
-                            files[path] = tar.extractfile(member).read()
+                files = _kept(stream)
                 while stream.read(1 << 20):
                     pass
             wanted = package.digests.get("sha256")
             if wanted and stream.sha256.hexdigest() != wanted:
                 raise QuarkError(f"vLLM {version} came in damaged: run again")
-        cache.mkdir(parents=True, exist_ok=True)
-        new = cache / f".{kept.name}.new"
-        with tarfile.open(new, "w:gz", compresslevel=5) as tar:
-            for path, data in sorted(files.items()):
-                member = tarfile.TarInfo(path)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-        new.rename(kept)
-        return files
-    with tarfile.open(kept) as tar:
-        return {m.name: tar.extractfile(m).read() for m in tar}
+    cache.mkdir(parents=True, exist_ok=True)
+    new = cache / f".{kept.name}.new"
+    with tarfile.open(new, "w:gz", compresslevel=5) as tar:
+        for path, data in sorted(files.items()):
+            member = tarfile.TarInfo(path)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    new.rename(kept)
+    return files
+
+
+def _kept(raw: IO[bytes]) -> dict[str, bytes]:
+    """What `sources` keeps of a source distribution."""
+    files: dict[str, bytes] = {}
+    with tarfile.open(fileobj=raw, mode="r|gz") as tar:
+        for member in tar:
+            path = member.name.partition("/")[2]
+            if member.isfile() and _KEPT.fullmatch(path):
+                files[path] = tar.extractfile(member).read()
+    return files
 
 
 def make_tree(version: str, series: Series, patches: list[Patch], out: Path, cache: Path) -> list[Patch]:

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""INT8 experts against BF16, FP8, vLLM's default config and the chip's limits.
+
+    python moe_speed.py measure OUT.json TUNED.jsonl…    on the GPU
+    python moe_speed.py table OUT.json DOC.md            table and plot
+
+One layer at Step-3.5-Flash's shape, each dtype with the best config that
+tune_moe.py found; one run, medians of interleaved CUDA-graph replays, half of the
+inputs with uniform and half with skewed routing. The limit of a call is the larger
+of its bytes over the measured copy bandwidth and its operations over the measured
+int8 matmul rate.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from moe_layer import COUNTS, SKEW, Graph, Layer, Shape, as_config, together
+from tune_moe import calls_of, read_cells
+
+PROFILED = (64, 256, 1024, 4096, 8192)
+# what a kernel's name says of its part in the layer
+PARTS = {
+    "fused_moe_kernel": "products",
+    "quant": "quantization",
+    "act_and_mul": "activation",
+    "silu": "activation",
+    "moe_sum": "sum over experts",
+    "sum": "sum over experts",
+    "align": "sorting tokens",
+    "sort": "sorting tokens",
+}
+
+
+def ceilings() -> dict[str, float]:
+    """Copy bandwidth in bytes/s (read and written) and int8 operations/s."""
+    import torch
+
+    def best(call, rounds: int = 7) -> float:
+        return statistics.median(Graph(lambda _: call(), [0]).times(rounds)[1:]) / 1e6
+
+    pair = torch.rand(2, 1 << 30, device="cuda")
+    copy = 4 * pair.numel() / best(lambda: pair[1].copy_(pair[0]))
+    pair.resize_(0)
+    n = 8192
+    a = torch.randint(-127, 128, (n, n), dtype=torch.int8, device="cuda")
+    b = torch.randint(-127, 128, (n, n), dtype=torch.int8, device="cuda").t()
+    rates = {"torch._int_mm": lambda: torch._int_mm(a, b)}
+    try:
+        from vllm import _custom_ops as ops
+
+        one = torch.ones(1, device="cuda")
+        rates["cutlass_scaled_mm"] = lambda: ops.cutlass_scaled_mm(a, b, one, one, torch.bfloat16)
+    except ImportError:
+        pass
+    rate = {name: 2 * n**3 / best(call) for name, call in rates.items()}
+    return {"copy": copy, **rate, "int8": max(rate.values())}
+
+
+def profiled(call, inputs: list) -> dict[str, float]:
+    """Microseconds a call in each part of the layer, and of each kernel."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    for one in inputs:
+        call(one)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for one in inputs:
+            call(one)
+        torch.cuda.synchronize()
+    parts: dict[str, float] = {}
+    launches: list[float] = []
+    for event in seen.events():
+        if event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
+        name, took = event.name, event.device_time
+        part = next((p for word, p in PARTS.items() if word in name), "other")
+        if part == "products":
+            launches.append(took)
+            continue
+        parts[part] = parts.get(part, 0.0) + took / len(inputs)
+    for part, times in (("up", launches[::2]), ("down", launches[1::2])):
+        parts[f"{part} product"] = sum(times) / len(inputs)
+    return {part: round(took, 1) for part, took in parts.items()}
+
+
+def measure(args: argparse.Namespace) -> None:
+    import torch
+    import triton
+    import vllm
+
+    cells = read_cells(args.tuned)
+    limits = ceilings()
+    print({k: f"{v:.3e}" for k, v in limits.items()}, flush=True)
+    layers = {d: Layer(Shape(dtype=d)) for d in ("int8", "fp8", "bf16")}
+    rows = []
+    for tokens in args.counts or COUNTS:
+        calls = calls_of(tokens)
+        inputs = [layers["int8"].inputs(tokens, skew) for _ in range(max(1, calls // 2)) for skew in (0.0, SKEW)]
+        configs = {"default": layers["int8"].default(tokens)}
+        for dtype, layer in layers.items():
+            if cell := cells.get((str(layer.shape), tokens)):
+                configs[dtype] = as_config(tuple(cell["best"][0][0]))
+        graphs = {}
+        for name, config in configs.items():
+            layer = layers.get(name, layers["int8"])
+            graphs[name] = Graph(lambda x, a=layer, c=config: a(c, x), inputs)
+        took = together(graphs, rounds=6)
+        del graphs
+        work = [layers["int8"].work(one) for one in inputs]
+        moved, done = (statistics.mean(w) for w in zip(*work, strict=True))
+        row = {
+            "tokens": tokens,
+            "us": {name: round(t, 2) for name, t in took.items()},
+            "limit": {
+                "us": round(1e6 * max(moved / limits["copy"], done / limits["int8"]), 2),
+                "bytes": int(moved),
+                "operations": int(done),
+            },
+            "configs": configs,
+        }
+        if tokens in PROFILED:
+            row["profile"] = {
+                d: profiled(lambda x, a=layers[d], c=configs[d]: a(c, x), inputs) for d in layers if d in configs
+            }
+        rows.append(row)
+        print(tokens, row["us"], row["limit"]["us"], row.get("profile"), flush=True)
+    result = {
+        "device": torch.cuda.get_device_name(),
+        "versions": {
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        },
+        "ceilings": limits,
+        "rows": rows,
+    }
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    sub = parser.add_subparsers(required=True)
+    one = sub.add_parser("measure")
+    one.add_argument("out", type=Path)
+    one.add_argument("tuned", type=Path, nargs="+")
+    one.add_argument("--counts", type=int, nargs="*")
+    one.set_defaults(run=measure)
+    args = parser.parse_args()
+    args.run(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Search launch configs of vLLM's fused-MoE kernel on the GPU at hand (CUDA, ROCm).
+
+    python tune_moe.py search OUT.jsonl --shapes int8:288:1280,int8:288:640 \\
+        --seeds EARLIER.jsonl --minutes 8
+    python tune_moe.py write OUT.jsonl… --configs FOLDER
+
+A cell is a shape (dtype, experts, width) at a token count. `search` measures what
+OUT.jsonl lacks, one line a cell, until the minutes are over; run it again to go
+on, on another GPU of the same name with another OUT, and give `write` all of them.
+At ANCHORS every candidate that fits is timed, elsewhere the best of the anchors
+around; candidates far behind the best are dropped early; seeds narrow a shape's
+candidates to another's best at the same count. Each candidate's output is checked
+against that of vLLM's default config. Times are of CUDA-graph replays of the whole
+layer, fresh inputs and routing, uniform and skewed; the best has the least sum of
+both.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from moe_layer import (
+    COUNTS,
+    SKEW,
+    Compiler,
+    Graph,
+    Key,
+    Layer,
+    Shape,
+    as_config,
+    as_key,
+    fits,
+    grouped,
+    space,
+    together,
+)
+
+ANCHORS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
+# Largest relative difference from the default config's output: int8 products are
+# exact, so what differs is rounding, once more after the activation.
+TOLERANCE = 0.01
+KEPT = 8
+
+
+def calls_of(tokens: int) -> int:
+    """Inputs of each routing in one graph: as many as keep weights out of the L2."""
+    return 8 if tokens <= 8 else 3 if tokens <= 64 else 2 if tokens <= 1024 else 1
+
+
+class Search:
+    def __init__(self, shape: Shape, compiler: Compiler, cells: dict) -> None:
+        self.shape = shape
+        self.compiler = compiler
+        self.cells = cells  # (shape, tokens) -> {"best": [[key, uniform, skewed]]}
+        self.layer = Layer(shape)
+
+    def best_at(self, tokens: int, shape: str | None = None) -> list[Key]:
+        cell = self.cells.get((shape or str(self.shape), tokens))
+        return [tuple(key) for key, *_ in cell["best"]] if cell else []
+
+    def candidates(self, tokens: int, seeds: str | None) -> list[Key]:
+        """Candidates at a count, the most promising first."""
+        lower = [c for c in ANCHORS if c < tokens]
+        upper = [c for c in ANCHORS if c > tokens]
+        near = [*lower[-1:], *upper[:1]]
+        keys = [key for count in near for key in self.best_at(count)]
+        if seeds:
+            keys += self.best_at(tokens, seeds)
+        elif tokens in ANCHORS:
+            # GROUP_SIZE_M orders tiles of one product: tried on the best alone
+            every = space(self.shape.dtype, self.compiler.target)
+            keys += [key for key in every if fits(key, tokens)]
+        return list(dict.fromkeys(keys))
+
+    def poison(self, tokens: int) -> None:
+        """Leave NaN in the memory that the next call is given."""
+        import torch
+
+        s = self.shape
+        rows = tokens * s.top_k
+        for size in (rows * max(2 * s.N, s.hidden), rows * s.N, tokens * s.hidden):
+            torch.full((size,), float("nan"), dtype=torch.bfloat16, device="cuda")
+
+    def difference(self, key: Key, inputs, expected) -> float:
+        self.poison(inputs[0].shape[0])
+        out = self.layer(as_config(key), inputs)
+        # NaN compares as wrong; a rank may get no token at all
+        norm = expected.norm().clamp(min=1e-9)
+        return float((out.double() - expected).norm() / norm)
+
+    def cell(self, tokens: int, seeds: str | None) -> dict:
+        """Measure one cell."""
+        import torch
+
+        layer = self.layer
+        calls = calls_of(tokens)
+        uniform = [layer.inputs(tokens, 0.0) for _ in range(calls)]
+        skewed = [layer.inputs(tokens, SKEW) for _ in range(calls)]
+        check = layer.inputs(tokens, SKEW)
+        default = layer.default(tokens)
+        expected = layer(default, check).double()
+        quick = lambda config: Graph(  # noqa: E731
+            lambda x: layer(config, x), [uniform[0], skewed[0]]
+        )
+        scores = {as_key(default): min(quick(default).times(4)[1:])}
+        wrong: dict[Key, float] = {}
+        worst = 0.0
+
+        def score(keys: list[Key]) -> None:
+            nonlocal worst
+            for key in self.compiler(keys, self.shape, tokens):
+                if key in scores or key in wrong:
+                    continue
+                try:
+                    error = self.difference(key, check, expected)
+                except Exception as problem:  # out of resources on this GPU
+                    self.compiler.failed[key] = str(problem)[:200]
+                    continue
+                if not error <= TOLERANCE:
+                    wrong[key] = error
+                    continue
+                worst = max(worst, error)
+                graph = quick(as_config(key))
+                first = min(graph.times(2)[1:])
+                if first < 1.25 * min(scores.values()):
+                    first = min(first, *graph.times(4)[1:])
+                scores[key] = first
+
+        score(self.candidates(tokens, seeds))
+        ranked = sorted(scores, key=scores.get)
+        if tokens >= 256:
+            score([g for key in ranked[:4] if key[3] == 1 for g in grouped(key)])
+            ranked = sorted(scores, key=scores.get)
+        finalists = dict.fromkeys([*ranked[:KEPT], as_key(default)])
+        graphs = {}
+        for key in finalists:
+            config = default if key == as_key(default) else as_config(key)
+            for name, inputs in (("uniform", uniform), ("skewed", skewed)):
+                graphs[key, name] = Graph(lambda x, c=config: layer(c, x), inputs)
+        times = together(graphs, rounds=4)
+        rows = [[key, times[key, "uniform"], times[key, "skewed"]] for key in finalists]
+        rows.sort(key=lambda row: row[1] + row[2])
+        del graphs
+        torch.cuda.synchronize()
+        error = None
+        if self.shape.dtype == "int8":
+            out = layer(as_config(rows[0][0]), check)[:4].double()
+            exact = layer.reference(check, 4)
+            error = float((out - exact).norm() / exact.norm().clamp(min=1e-9))
+        return {
+            "shape": str(self.shape),
+            "tokens": tokens,
+            "best": [[k, round(u, 2), round(s, 2)] for k, u, s in rows],
+            "default": as_key(default),
+            "tried": len(scores),
+            "wrong": [[k, e] for k, e in wrong.items()],
+            "largest difference": worst,
+            "error against float64": error,
+        }
+
+
+def read_cells(files: list[Path]) -> dict:
+    cells: dict = {}
+    for file in files:
+        for line in file.read_text().splitlines() if file.exists() else ():
+            cell = json.loads(line)
+            cells[cell["shape"], cell["tokens"]] = cell
+    return cells
+
+
+def device_name() -> str:
+    """The GPU's name as it stands in a config file's."""
+    from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
+
+    name = get_config_file_name(1, 1, None)
+    return name.partition("device_name=")[2].removesuffix(".json")
+
+
+def search(args: argparse.Namespace) -> None:
+    import torch
+
+    until = time.monotonic() + 60 * args.minutes
+    target = args.target
+    compiler = Compiler(target, args.workers)
+    shapes = []
+    for text in args.shapes.split(","):
+        dtype, experts, width = text.split(":")
+        shapes.append(Shape(int(experts), int(width), dtype))
+    counts = [int(c) for c in args.counts.split(",")] if args.counts else COUNTS
+    order = sorted(counts, key=lambda c: (c not in ANCHORS, c))
+    for number, shape in enumerate(shapes):
+        cells = read_cells([args.out, *args.seeds])
+        todo = [c for c in order if (str(shape), c) not in read_cells([args.out])]
+        if not todo:
+            continue
+        one = Search(shape, compiler, cells)
+        for tokens in todo:
+            if time.monotonic() > until:
+                print(f"stopped at {shape}, {tokens} tokens: run it again to go on")
+                return
+            source = None
+            for other in [str(s) for s in shapes[:number]] + list(args.seed_shapes):
+                if (other, tokens) in cells and other.startswith(shape.dtype):
+                    source = other
+            started = time.monotonic()
+            cell = one.cell(tokens, source)
+            cells[cell["shape"], tokens] = cell
+            name = torch.cuda.get_device_name()
+            with args.out.open("a") as out:
+                out.write(json.dumps({**cell, "device": name}) + "\n")
+            _, u, s = cell["best"][0]
+            d = next(r for r in cell["best"] if tuple(r[0]) == cell["default"])
+            print(
+                f"{shape} {tokens:5}: {u:8.1f} {s:8.1f} us, "
+                f"{(d[1] + d[2]) / (u + s):.2f}x default, {cell['best'][0][0]} "
+                f"of {cell['tried']} in {time.monotonic() - started:.1f} s, "
+                f"{len(cell['wrong'])} wrong",
+                flush=True,
+            )
+        del one
+        torch.cuda.empty_cache()
+    failed = compiler.failed
+    print(f"{len(failed)} candidates failed", *list(failed.items())[:3], sep="\n  ")
+
+
+def write(args: argparse.Namespace) -> None:
+    """Write vLLM's config files from measured cells: one a shape and device."""
+    files: dict[str, dict[int, dict]] = {}
+    for file in args.results:
+        for cell in read_cells([file]).values():
+            dtype, experts, width = cell["shape"].split()
+            if dtype != "int8":
+                continue
+            device = cell["device"].replace(" ", "_")
+            if "H200" in device.split("_"):
+                device = "NVIDIA_H200"
+            name = f"{experts},{width},device_name={device},dtype=int8_w8a8.json"
+            config = as_config(tuple(cell["best"][0][0]))
+            files.setdefault(name, {})[cell["tokens"]] = config
+    for name, configs in sorted(files.items()):
+        if missing := [c for c in COUNTS if c not in configs]:
+            print(f"{name}: not written, not measured at {missing} tokens")
+            continue
+        text = json.dumps({str(c): configs[c] for c in COUNTS}, indent=4) + "\n"
+        new = args.configs / f".{name}.new"
+        new.write_text(text)
+        new.rename(args.configs / name)
+        print(name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    sub = parser.add_subparsers(required=True)
+    one = sub.add_parser("search")
+    one.add_argument("out", type=Path)
+    one.add_argument("--shapes", required=True, help="dtype:experts:width,…")
+    one.add_argument("--counts", help="token counts, all of vLLM's by default")
+    one.add_argument("--seeds", type=Path, nargs="*", default=[])
+    one.add_argument("--seed-shapes", nargs="*", default=[], help="e.g. 'int8 E=288 …'")
+    one.add_argument("--minutes", type=float, default=8)
+    one.add_argument("--target", default="sm_90", help="sm_90, gfx942, gfx950")
+    one.add_argument("--workers", type=int)
+    one.set_defaults(run=search)
+    two = sub.add_parser("write")
+    two.add_argument("results", type=Path, nargs="+")
+    two.add_argument("--configs", type=Path, required=True)
+    two.set_defaults(run=write)
+    args = parser.parse_args()
+    args.run(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

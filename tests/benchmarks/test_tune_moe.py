@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""The tuner without a GPU: its search on made-up times, its files, and its candidates compiled ahead of time."""
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import moe_layer  # noqa: E402
+import tune_moe  # noqa: E402
+
+BEST = {16: (32, 64, 256, 1, 4, 3), 1024: (128, 128, 128, 8, 8, 3)}
+
+
+class MadeUp:
+    """A GPU on which candidates near BEST are fast, one is wrong and one does not run."""
+
+    wrong = (16, 64, 256, 1, 4, 4)
+    broken = (16, 128, 256, 1, 4, 4)
+
+    def __init__(self, shape):
+        self.shape = shape
+        self.measured = []
+
+    def inputs(self, tokens, skew):
+        return (torch.zeros(tokens, 1), skew)
+
+    def default(self, tokens):
+        return moe_layer.as_config((64, 64, 64, 1, 4, 3)) | {"SPLIT_K": 1}
+
+    def __call__(self, config, inputs):
+        key = moe_layer.as_key(config)
+        self.measured.append(key)
+        if key == self.broken:
+            raise RuntimeError("out of resource: shared memory")
+        return torch.full((4, 4), 1.2 if key == self.wrong else 1.0)
+
+    def reference(self, inputs, tokens):
+        return torch.ones(tokens, 4, dtype=torch.float64)
+
+    def us(self, config, inputs):
+        key, tokens = moe_layer.as_key(config), inputs[0].shape[0]
+        if key == self.wrong:
+            return 0.1
+        best = BEST[min(BEST, key=lambda b: abs(b - tokens))]
+        return 100 + sum(abs(math.log2(a / b)) for a, b in zip(key, best, strict=True)) * 10
+
+
+class MadeUpGraph:
+    def __init__(self, call, inputs):
+        layer, config = call(None)
+        self.time = sum(layer.us(config, one) for one in inputs) / len(inputs)
+
+    def times(self, replays):
+        return [self.time] * replays
+
+
+class AllCompile:
+    target = "sm_90"
+
+    def __init__(self, *_):
+        self.failed = {}
+
+    def __call__(self, keys, shape, tokens):
+        return [key for key in keys if key not in self.failed]
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    layers = []
+
+    class Layer(MadeUp):
+        def __init__(self, shape):
+            super().__init__(shape)
+            layers.append(self)
+
+        def __call__(self, config, inputs):
+            return (self, config) if inputs is None else super().__call__(config, inputs)
+
+    monkeypatch.setattr(tune_moe, "Layer", Layer)
+    monkeypatch.setattr(tune_moe, "Graph", MadeUpGraph)
+    monkeypatch.setattr(tune_moe, "Compiler", AllCompile)
+    monkeypatch.setattr(tune_moe.Search, "poison", lambda *a: None)
+    monkeypatch.setattr(
+        tune_moe, "together", lambda graphs, rounds: {name: graph.time for name, graph in graphs.items()}
+    )
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 NVL")
+    return layers
+
+
+def run(out, *, shapes="int8:288:1280", counts="", seeds=(), seed_shapes=(), minutes=1.0):
+    args = dict(out=out, shapes=shapes, counts=counts, seeds=seeds, seed_shapes=seed_shapes)
+    tune_moe.search(argparse.Namespace(**args, minutes=minutes, target="sm_90", workers=1))
+    return tune_moe.read_cells([out])
+
+
+def test_finds_the_fastest_right_candidate(made_up, tmp_path):
+    cells = run(tmp_path / "out.jsonl", counts="16,64,1024")
+    assert tuple(cells["int8 E=288 N=1280", 1024]["best"][0][0]) == BEST[1024]  # GROUP_SIZE_M found as well
+    best = cells["int8 E=288 N=1280", 64]
+    assert tuple(best["best"][0][0]) == BEST[16]
+    assert [tuple(key) for key, _ in best["wrong"]] == [MadeUp.wrong]  # the fastest, were it right
+    assert not any(tuple(key) in (MadeUp.wrong, MadeUp.broken) for key, *_ in best["best"])
+
+
+def test_goes_on_where_it_stopped(made_up, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    assert run(out, minutes=0) == {}
+    assert "run it again" in capsys.readouterr().out
+    run(out, counts="16")
+    run(out, counts="16,64")
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["tokens"] for line in lines] == [16, 64]
+
+
+def test_seeds_narrow_the_search(made_up, tmp_path):
+    first, second = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    run(first, counts="64")
+    cells = run(second, shapes="int8:288:640", counts="64", seeds=[first], seed_shapes=["int8 E=288 N=1280"])
+    assert cells["int8 E=288 N=640", 64]["tried"] <= tune_moe.KEPT + 1
+    assert cells["int8 E=288 N=640", 64]["best"][0][0] == list(BEST[16])
+
+
+def test_writes_whole_files_only(made_up, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    run(out, shapes="int8:288:1280,int8:36:1280")
+    lines = [line for line in out.read_text().splitlines() if json.loads(line)["tokens"] != 48 or "E=288" in line]
+    out.write_text("\n".join(lines) + "\n")
+    tune_moe.write(argparse.Namespace(results=[out], configs=tmp_path))
+    name = "E=288,N=1280,device_name=NVIDIA_H200,dtype=int8_w8a8.json"
+    assert [f.name for f in tmp_path.glob("*.json")] == [name]
+    assert "E=36,N=1280,device_name=NVIDIA_H200,dtype=int8_w8a8.json: not written" in capsys.readouterr().out
+    configs = json.loads((tmp_path / name).read_text())
+    assert list(map(int, configs)) == list(moe_layer.COUNTS)
+    assert set(configs["1"]) == set(moe_layer.FIELDS)
+
+
+COMPILE = """
+import re, sys
+sys.path.insert(0, {benchmarks!r})
+from multiprocessing import get_context
+from moe_layer import Shape, compile_kernel, space
+
+def one(key):
+    try:
+        kernel = compile_kernel(key, "int8", {target!r}, (False, 0, False))
+    except Exception as error:
+        return key, repr(error)
+    text = kernel.asm.get("amdgcn") or kernel.asm["ptx"]
+    return key, len(re.findall({products!r}, text))
+
+if __name__ == "__main__":
+    import vllm.model_executor.layers.fused_moe.fused_moe
+    with get_context("fork").Pool() as pool:
+        for key, found in pool.imap_unordered(one, space("int8", {target!r}), chunksize=4):
+            print(*key, "->", found)
+"""
+
+
+@pytest.mark.parametrize(
+    "target, products",
+    [("gfx942", r"v_mfma_i32\w*_i8"), ("gfx950", r"v_mfma_i32\w*_i8"), ("sm_90", r"mma\S*\.s8\.s8")],
+)
+def test_every_candidate_compiles_to_int8_products(target, products, tmp_path):
+    code = COMPILE.format(benchmarks=str(ROOT / "benchmarks"), target=target, products=products)
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path), "VLLM_LOGGING_LEVEL": "ERROR"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = dict(line.split(" -> ") for line in done.stdout.splitlines() if re.match(r"\d+ \d+ ", line))
+    assert len(found) == len(moe_layer.space("int8", target))
+    assert all(count.isdigit() and int(count) > 0 for count in found.values()), found

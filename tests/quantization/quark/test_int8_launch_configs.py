@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Launch configs of INT8 experts: where they are looked for, and those that ship.
+
+Run `pytest tests/quantization/quark/test_int8_launch_configs.py`.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm.model_executor.layers.fused_moe import config as moe_config
+from vllm.model_executor.layers.fused_moe import fused_moe
+from vllm.platforms import current_platform
+
+E, N, K = 4, 32, 64
+INT8, BF16 = {"BLOCK_SIZE_M": 48}, {"BLOCK_SIZE_M": 24}
+CONFIGS = Path(fused_moe.__file__).parent / "configs"
+SHIPPED = [
+    (experts, width, device)
+    for device in ("NVIDIA_H100_80GB_HBM3", "NVIDIA_H200")
+    for experts, width in (
+        *((288, n) for n in (1280, 640, 320, 160)),
+        *((e, 1280) for e in (144, 72, 36)),
+    )
+]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """VLLM_TUNED_CONFIG_FOLDER; call it to put a config file there."""
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
+    fused_moe.get_moe_configs.cache_clear()
+
+    def put(dtype: str | None, config: dict[str, int]) -> None:
+        name = fused_moe.get_config_file_name(E, N, dtype)
+        (tmp_path / name).write_text(json.dumps({"1": config}))
+
+    yield put
+    fused_moe.get_moe_configs.cache_clear()
+
+
+def taken(quant_config) -> dict[str, int]:
+    """The config that the kernel is launched with, per-token INT8 experts'."""
+    dtype = quant_config.config_name(torch.bfloat16)
+    return fused_moe.try_get_optimal_moe_config((E, 2 * N, K), (E, K, N), 2, dtype, 1)
+
+
+def int8_config():
+    return moe_config.int8_w8a8_moe_quant_config(
+        w1_scale=torch.ones(E, 2 * N, 1),
+        w2_scale=torch.ones(E, K, 1),
+        a1_scale=None,
+        a2_scale=None,
+        per_act_token_quant=True,
+    )
+
+
+def test_int8_experts_take_int8_files(folder):
+    folder("int8_w8a8", INT8)
+    folder(None, BF16)
+    assert taken(int8_config()) == INT8
+    assert taken(moe_config.FUSED_MOE_UNQUANTIZED_CONFIG) == BF16
+
+
+def test_without_a_file_of_their_own_they_take_what_they_took(folder):
+    folder(None, BF16)
+    assert taken(int8_config()) == BF16
+
+
+def test_without_any_file_they_take_the_default(folder):
+    default = taken(moe_config.FUSED_MOE_UNQUANTIZED_CONFIG)
+    assert taken(int8_config()) == default
+
+
+@pytest.mark.parametrize("is_int8", [True, False])
+def test_fused_experts_asks_for_its_dtype(monkeypatch, is_int8):
+    class Asked(Exception):
+        pass
+
+    def ask(w1_shape, w2_shape, top_k, dtype, M, block_shape=None):
+        raise Asked(dtype)
+
+    monkeypatch.setattr(fused_moe, "try_get_optimal_moe_config", ask)
+    kind = torch.int8 if is_int8 else torch.bfloat16
+    with pytest.raises(Asked) as asked:
+        fused_moe.fused_experts_impl(
+            torch.zeros(1, K, dtype=torch.bfloat16),
+            torch.zeros(E, 2 * N, K, dtype=kind),
+            torch.zeros(E, K, N, dtype=kind),
+            torch.ones(1, 2),
+            torch.zeros(1, 2, dtype=torch.int32),
+            inplace=False,
+            use_int8_w8a8=is_int8,
+            per_channel_quant=is_int8,
+        )
+    assert asked.value.args == ("int8_w8a8" if is_int8 else None,)
+
+
+@pytest.mark.parametrize("experts, width, device", SHIPPED)
+def test_shipped_files_are_found_and_launch(monkeypatch, experts, width, device):
+    monkeypatch.setattr(
+        type(current_platform),
+        "get_device_name",
+        classmethod(lambda cls, device_id=0: device.replace("_", " ")),
+    )
+    monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
+    fused_moe.get_moe_configs.cache_clear()
+    configs = fused_moe.get_moe_configs(experts, width, "int8_w8a8")
+    fused_moe.get_moe_configs.cache_clear()
+    assert configs is not None
+    assert {1, 64, 1024, 8192} <= configs.keys()
+    for config in configs.values():
+        m, n, k = (config[f"BLOCK_SIZE_{axis}"] for axis in "MNK")
+        # what is loaded ahead fits the 227 KiB of shared memory, and the
+        # accumulators half of a thread's registers
+        assert (m + n) * k * config["num_stages"] <= 227 * 1024
+        assert m * n <= 128 * 32 * config["num_warps"]
+        assert m % 16 == n % 16 == k % 32 == 0 and config["GROUP_SIZE_M"] >= 1

@@ -37,9 +37,11 @@ PARTS = {
 def ceilings() -> dict[str, float]:
     """Copy bandwidth in bytes/s (read and written) and int8 operations/s."""
     import torch
+    import triton
 
-    def best(call, rounds: int = 7) -> float:
-        return statistics.median(Graph(lambda _: call(), [0]).times(rounds)[1:]) / 1e6
+    def best(call) -> float:
+        times = triton.testing.do_bench(call, warmup=50, rep=200, return_mode="median")
+        return times / 1e3
 
     pair = torch.rand(2, 1 << 30, device="cuda")
     copy = 4 * pair.numel() / best(lambda: pair[1].copy_(pair[0]))
@@ -141,6 +143,31 @@ def measure(args: argparse.Namespace) -> None:
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def int32(args: argparse.Namespace) -> None:
+    """Write a copy of vLLM's package whose kernel sums int8 products in int32, an
+    experiment: what the kernel's conversion to float32 at each step of K costs."""
+    import shutil
+
+    shutil.copytree(args.site / "vllm", args.out / "vllm", symlinks=True)
+    file = args.out / "vllm/model_executor/layers/fused_moe/fused_moe.py"
+    before, start, kernel = file.read_text().partition("\ndef fused_moe_kernel(")
+    for old, new in (
+        (
+            "BLOCK_SIZE_N), dtype=tl.float32)",
+            "BLOCK_SIZE_N), dtype=tl.int32 if use_int8_w8a8 else tl.float32)",
+        ),
+        (
+            f"\n{' ' * 20}accumulator += tl.dot(a, b)",
+            f"\n{' ' * 20}accumulator = tl.dot(a, b, acc=accumulator, out_dtype=tl.int32)",
+        ),
+    ):
+        if kernel.count(old) != 1:
+            sys.exit(f"{file}: {old.strip()!r} is there {kernel.count(old)} times: not the kernel this knows")
+        kernel = kernel.replace(old, new)
+    file.unlink()
+    file.write_text(before + start + kernel)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     sub = parser.add_subparsers(required=True)
@@ -149,6 +176,10 @@ def main() -> int:
     one.add_argument("tuned", type=Path, nargs="+")
     one.add_argument("--counts", type=int, nargs="*")
     one.set_defaults(run=measure)
+    three = sub.add_parser("int32")
+    three.add_argument("site", type=Path, help="folder that holds vllm/")
+    three.add_argument("out", type=Path)
+    three.set_defaults(run=int32)
     args = parser.parse_args()
     args.run(args)
     return 0

@@ -2,7 +2,8 @@
 """INT8 experts against BF16, FP8, vLLM's default config and the chip's limits.
 
     python moe_speed.py measure OUT.json TUNED.jsonl…    on the GPU
-    python moe_speed.py table OUT.json DOC.md            table and plot
+    python moe_speed.py table OUT.json [--plot FILE.svg]  the table in docs/performance.md
+    python moe_speed.py int32 SITE FOLDER                an experiment's vLLM
 
 One layer at Step-3.5-Flash's shape, each dtype with the best config that
 tune_moe.py found; one run, medians of interleaved CUDA-graph replays, half of the
@@ -143,6 +144,49 @@ def measure(args: argparse.Namespace) -> None:
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def ratios(row: dict) -> dict[str, float | None]:
+    """How INT8 compares; more is better: BF16's, FP8's, the default config's time and
+    the limit over INT8's."""
+    us = row["us"]
+    others = {name: us.get(name) for name in ("bf16", "fp8", "default")}
+    others["limit"] = row["limit"]["us"]
+    return {name: took and took / us["int8"] for name, took in others.items()}
+
+
+def table(args: argparse.Namespace) -> None:
+    result = json.loads(args.out.read_text())
+    rows = result["rows"]
+    print("| tokens | INT8 us | default config us | FP8 us | BF16 us | limit us "
+          "| INT8 / BF16 | INT8 / FP8 | INT8 / default | of the limit |")  # fmt: skip
+    print("|" + "---|" * 10)
+    for row in rows:
+        us, speed = row["us"], ratios(row)
+        times = [us["int8"], us["default"], us.get("fp8"), us.get("bf16")]
+        cells = [f"{t:.1f}" if t else "" for t in (*times, row["limit"]["us"])]
+        cells += [f"{r:.2f}x" if r else "" for r in list(speed.values())[:3]]
+        print("|", " | ".join([str(row["tokens"]), *cells, f"{speed['limit']:.0%}"]), "|")
+    if not args.plot:
+        return
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "vllm-quark"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    names = {"int8": "INT8", "fp8": "FP8", "bf16": "BF16", "default": "INT8, default config"}
+    for name, label in names.items():
+        points = [(r["tokens"], r["us"][name] / 1e3) for r in rows if name in r["us"]]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=".", label=label)
+    limit = [(r["tokens"], r["limit"]["us"] / 1e3) for r in rows]
+    axes.plot(*zip(*limit, strict=True), "k--", label="limit of INT8")
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms a layer", title=result["device"])
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(args.plot, metadata={"Date": None}, bbox_inches="tight")
+
+
 def int32(args: argparse.Namespace) -> None:
     """Write a copy of vLLM's package whose kernel sums int8 products in int32, an
     experiment: what the kernel's conversion to float32 at each step of K costs."""
@@ -176,6 +220,10 @@ def main() -> int:
     one.add_argument("tuned", type=Path, nargs="+")
     one.add_argument("--counts", type=int, nargs="*")
     one.set_defaults(run=measure)
+    two = sub.add_parser("table")
+    two.add_argument("out", type=Path)
+    two.add_argument("--plot", type=Path)
+    two.set_defaults(run=table)
     three = sub.add_parser("int32")
     three.add_argument("site", type=Path, help="folder that holds vllm/")
     three.add_argument("out", type=Path)

@@ -88,7 +88,7 @@ def judge(version: str) -> dict:
             return result
         tree.apply(series, list(series.patches))
         after = read(root)
-        changed = sorted(n for n in after if after[n] != before.get(n))
+        changed = sorted(n for n in after if after[n] != before.get(n) and n.endswith(".py"))
         for name in changed:
             try:
                 compile(after[name], name, "exec")

@@ -66,6 +66,8 @@ def test_style_is_vllms_own(unpacked, tmp_path):
     assert cli(ROOT, "apply", unpacked).returncode == 0
     before, after = visible(stock), visible(unpacked)
     touched = sorted(k for k, v in after.items() if before.get(k) != v and v[0] == "file")
+    data, touched = [k for k in touched if k.endswith(".json")], [k for k in touched if not k.endswith(".json")]
+    assert all(json.loads((unpacked / name).read_text()) for name in data)
     ruff = shutil.which("ruff", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     for words in (["check"], ["format", "--check"]):
         done = subprocess.run([ruff, *words, "--no-cache", *touched], cwd=unpacked, capture_output=True, text=True)

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step-3.5-Flash's layers at their real widths through vLLM's engine, depth cut to fit one GPU.
+
+    python serve_depth.py all --work /dev/shm/depth --stock SITE --series SITE OUT.json
+    python serve_depth.py table OUT.json [--plot FILE.svg]
+
+One dense layer and `--moe-layers` with 288 experts, random weights. The INT8 ones are written once, in the stacked
+Quark layout; its compressed-tensors twin links to them and has its own scales' shape and config. BF16 is a checkpoint
+of the same shapes. Each run is a process of its own: load time (of the weights alone, once the files lie in the page
+cache), peak GPU memory, prefill of 8192 tokens, decode at batch 1, 32 and 128, medians of repeats, CUDA graphs for
+decode, no torch.compile. `read` is the bandwidth of reading the same files into one buffer: the load's bound.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+NANO = Path(__file__).parents[1] / "examples/step3p5-nano"
+HIDDEN, DENSE, EXPERTS, WIDTH, VOCAB, HEAD = 4096, 11264, 288, 1280, 128896, 128
+HEADS = {"full_attention": 64, "sliding_attention": 96}
+GROUPS = 8
+PREFILL, DECODE, STEPS = 8192, (1, 32, 128), 128
+
+
+def config(layers: int) -> dict:
+    """config.json of `layers` layers, the first one dense; every fourth has full attention."""
+    kinds = ["full_attention" if i % 4 == 0 else "sliding_attention" for i in range(layers)]
+    made = json.loads((NANO / "config.json").read_text())
+    made |= {
+        "hidden_size": HIDDEN,
+        "intermediate_size": DENSE,
+        "num_hidden_layers": layers,
+        "num_nextn_predict_layers": 0,
+        "vocab_size": VOCAB,
+        "max_seq_len": 16384,
+        "max_position_embeddings": 16384,
+        "num_attention_heads": HEADS["full_attention"],
+        "num_attention_groups": GROUPS,
+        "head_dim": HEAD,
+        "layer_types": kinds,
+        "sliding_window": 512,
+        "rope_theta": [5e6 if k == "full_attention" else 1e4 for k in kinds],
+        "partial_rotary_factors": [0.5 if k == "full_attention" else 1.0 for k in kinds],
+        "moe_layers_enum": ",".join(str(i) for i in range(1, layers)),
+        "moe_num_experts": EXPERTS,
+        "moe_top_k": 8,
+        "moe_intermediate_size": WIDTH,
+        "share_expert_dim": WIDTH,
+        "swiglu_limits": [0.0] * layers,
+        "swiglu_limits_shared": [0.0] * layers,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    made["attention_other_setting"] |= {
+        "num_attention_heads": HEADS["sliding_attention"],
+        "num_attention_groups": GROUPS,
+        "head_dim": HEAD,
+        "true_head_dim": HEAD,
+    }
+    made["rope_scaling"]["original_max_position_embeddings"] = 8192
+    return made
+
+
+def shapes(layer: int | None, kind: str, dense: bool) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of one layer's BF16 tensors, experts left out; None: what stands outside layers."""
+    if layer is None:
+        return {
+            "model.embed_tokens.weight": (VOCAB, HIDDEN),
+            "lm_head.weight": (VOCAB, HIDDEN),
+            "model.norm.weight": (HIDDEN,),
+        }
+    heads = HEADS[kind]
+    found: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (HIDDEN,),
+        "post_attention_layernorm": (HIDDEN,),
+        "self_attn.q_norm": (HEAD,),
+        "self_attn.k_norm": (HEAD,),
+        "self_attn.q_proj": (heads * HEAD, HIDDEN),
+        "self_attn.k_proj": (GROUPS * HEAD, HIDDEN),
+        "self_attn.v_proj": (GROUPS * HEAD, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, heads * HEAD),
+        "self_attn.g_proj": (heads, HIDDEN),
+    }
+    part, width = ("mlp", DENSE) if dense else ("share_expert", WIDTH)
+    found |= {f"{part}.{p}_proj": (width, HIDDEN) for p in ("gate", "up")}
+    found[f"{part}.down_proj"] = (HIDDEN, width)
+    if not dense:
+        found["moe.gate"] = (EXPERTS, HIDDEN)
+    return {f"model.layers.{layer}.{name}.weight": shape for name, shape in found.items()}
+
+
+def write(folder: Path, layers: int, int8: bool) -> list[str]:
+    """Random weights, one file a layer, made on the GPU; returns the modules that are not quantized."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    made = config(layers)
+    where: dict[str, str] = {}
+    excluded: list[str] = []
+
+    def save(name: str, tensors: dict) -> None:
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, folder / name)
+        where.update(dict.fromkeys(tensors, name))
+
+    for layer in (None, *range(layers)):
+        dense = layer in (None, 0)
+        tensors = {}
+        for name, shape in shapes(layer, "" if layer is None else made["layer_types"][layer], dense).items():
+            w = torch.zeros(shape, device="cuda")
+            if len(shape) == 2:
+                w.normal_(generator=generator).mul_(shape[1] ** -0.5)
+                excluded.append(name.removesuffix(".weight"))
+            tensors[name] = w.bfloat16()
+        scales = {}
+        for part in () if dense else ("gate", "up", "down"):
+            rows, columns = (HIDDEN, WIDTH) if part == "down" else (WIDTH, HIDDEN)
+            stem = f"model.layers.{layer}.moe.{part}_proj.weight"
+            w = torch.empty(EXPERTS, rows, columns, device="cuda", dtype=torch.int8 if int8 else torch.bfloat16)
+            if int8:
+                w.random_(-127, 128, generator=generator)
+                scale = torch.rand(EXPERTS, rows, device="cuda", generator=generator) + 0.5
+                scales[f"{stem}_scale"] = scale / (73 * columns**0.5)
+            else:
+                w.normal_(generator=generator).mul_(columns**-0.5)
+            tensors[stem] = w
+        if not dense:
+            tensors[f"model.layers.{layer}.moe.router_bias"] = torch.zeros(EXPERTS, device="cuda")
+        save(f"layer-{'x' if layer is None else layer}.safetensors", tensors)
+        if scales:
+            save(f"scales-{layer}.safetensors", scales)
+        del tensors, scales
+    torch.cuda.empty_cache()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    spec = {"dtype": "int8", "group_size": None, "symmetric": True, "round_method": "half_even", "scale_type": "float"}
+    if int8:
+        made["quantization_config"] = {
+            "quant_method": "quark",
+            "global_quant_config": {
+                "weight": spec | {"is_dynamic": False, "qscheme": "per_channel", "ch_axis": 0},
+                "input_tensors": spec | {"is_dynamic": True, "qscheme": "per_channel", "ch_axis": 1},
+                "output_tensors": None,
+                "bias": None,
+            },
+            "layer_quant_config": {},
+            "layer_type_quant_config": {},
+            "exclude": excluded,
+            "export": {"kv_cache_group": [], "pack_method": "reorder", "weight_format": "real_quantized"},
+        }
+    (folder / "config.json").write_text(json.dumps(made))
+    return excluded
+
+
+def twin(quark: Path, folder: Path) -> None:
+    """The compressed-tensors checkpoint of the same numbers: weights linked, scales [E, N, 1]."""
+    from safetensors.torch import load_file, save_file
+
+    sys.path.insert(0, str(NANO))
+    from convert import compressed_tensors
+
+    folder.mkdir(parents=True)
+    made = json.loads((quark / "config.json").read_text())
+    for file in sorted(quark.glob("*.safetensors")):
+        if file.name.startswith("scales"):
+            save_file(compressed_tensors(load_file(file), json.loads((quark / "config.json").read_text())),
+                      folder / file.name)  # fmt: skip
+        else:
+            (folder / file.name).symlink_to(file)
+    compressed_tensors({}, made)
+    (folder / "config.json").write_text(json.dumps(made))
+    shutil.copy(quark / "model.safetensors.index.json", folder)
+
+
+def read_bandwidth(folder: Path) -> tuple[int, float]:
+    """Bytes of the weights and seconds to read them into one buffer, once they lie in the page cache."""
+    buffer = memoryview(bytearray(64 << 20))
+    total, took = 0, 0.0
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb", buffering=0) as raw:
+            while raw.readinto(buffer):
+                pass
+            raw.seek(0)
+            start = time.perf_counter()
+            while count := raw.readinto(buffer):
+                total += count
+            took += time.perf_counter() - start
+    return total, took
+
+
+def one(args: argparse.Namespace) -> None:
+    """One checkpoint through the engine of the vLLM that PYTHONPATH has first."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    import torch
+    from vllm import LLM, SamplingParams
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    total, took = read_bandwidth(args.checkpoint)
+    result: dict = {"bytes": total, "read s": took, "device": torch.cuda.get_device_name()}
+    load = DefaultModelLoader.load_weights
+
+    def timed(self, *words, **more):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        load(self, *words, **more)
+        torch.cuda.synchronize()
+        result["load s"] = time.perf_counter() - start
+        result["load peak bytes"] = torch.cuda.max_memory_allocated()
+
+    DefaultModelLoader.load_weights = timed
+    llm = LLM(
+        str(args.checkpoint),
+        skip_tokenizer_init=True,
+        max_model_len=PREFILL + 256,
+        max_num_batched_tokens=PREFILL,
+        max_num_seqs=max(DECODE),
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=6 << 30,
+        compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": list(DECODE)},
+        disable_log_stats=True,
+    )
+    import random
+
+    random.seed(0)
+
+    def took_for(batch: int, prompt: int, out: int) -> float:
+        prompts = [{"prompt_token_ids": random.choices(range(2, VOCAB), k=prompt)} for _ in range(batch)]
+        params = SamplingParams(temperature=0.0, max_tokens=out, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        return time.perf_counter() - start
+
+    took_for(1, PREFILL, 2)
+    result["prefill tokens/s"] = PREFILL / statistics.median(took_for(1, PREFILL, 1) for _ in range(5))
+    for batch in DECODE:
+        took_for(batch, 32, 4)
+        runs = [took_for(batch, 32, STEPS + 1) - took_for(batch, 32, 1) for _ in range(3)]
+        result[f"decode tokens/s, batch {batch}"] = batch * STEPS / statistics.median(runs)
+    result["peak bytes"] = torch.cuda.max_memory_allocated()
+    args.out.write_text(json.dumps(result))
+
+
+def every(args: argparse.Namespace) -> None:
+    layers = args.moe_layers + 1
+    results: dict = {"moe layers": args.moe_layers, "runs": {}}
+
+    def run(name: str, checkpoint: Path, site: Path) -> None:
+        part = args.work / "part.json"
+        part.unlink(missing_ok=True)
+        env = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        with open(args.out.with_suffix(f".{name.replace(' ', '-')}.log"), "w") as log:
+            words = [sys.executable, __file__, "one", checkpoint, part]
+            done = subprocess.run(words, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=args.timeout)
+        found = json.loads(part.read_text()) if part.exists() else {"failed": done.returncode}
+        results["runs"].setdefault(name, []).append(found)
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        print(name, {k: round(v, 2) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
+
+    def apart(function, *words) -> None:
+        """In a process of its own, so that no GPU memory stays taken."""
+        import multiprocessing
+
+        process = multiprocessing.get_context("spawn").Process(target=function, args=words)
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(f"{words[0]}: could not be written")
+
+    quark, compressed, bf16 = (args.work / n for n in ("quark", "compressed-tensors", "bf16"))
+    apart(write, quark, layers, True)
+    twin(quark, compressed)
+    for _ in range(args.repeats):
+        run("quark, series", quark, args.series)
+        run("compressed-tensors, series", compressed, args.series)
+    run("quark, stock", quark, args.stock)
+    shutil.rmtree(compressed)
+    shutil.rmtree(quark)
+    apart(write, bf16, layers, False)
+    run("bf16, series", bf16, args.series)
+    shutil.rmtree(bf16)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    sub = parser.add_subparsers(required=True)
+    whole = sub.add_parser("all")
+    whole.add_argument("out", type=Path)
+    whole.add_argument("--work", type=Path, required=True, help="an empty or new folder with 70 GB of room")
+    whole.add_argument("--stock", type=Path, required=True, help="folder that holds stock vllm/")
+    whole.add_argument("--series", type=Path, required=True, help="one with the series (vllm-quark shadow)")
+    whole.add_argument("--moe-layers", type=int, default=4)
+    whole.add_argument("--repeats", type=int, default=1)
+    whole.add_argument("--timeout", type=float, default=200)
+    whole.set_defaults(run=every)
+    part = sub.add_parser("one")
+    part.add_argument("checkpoint", type=Path)
+    part.add_argument("out", type=Path)
+    part.set_defaults(run=one)
+    args = parser.parse_args()
+    args.run(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

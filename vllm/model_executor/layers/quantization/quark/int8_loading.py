@@ -143,6 +143,8 @@ class _Watch:
                 self._note(kind, shard, tensor)
             return result
 
+        # load_stacked_experts hands over all experts of a projection
+        load.on_stacked = lambda tensor, proj: self._note(kind, (None, proj), tensor)
         self.loaders[kind] = load
         param.weight_loader = load
 
@@ -486,6 +488,7 @@ def watched_weights(
                 )
             return loader(param, loaded_weight, *args, **kw)
 
+        load.on_stacked = lambda tensor, proj: None  # of the parameter's dtype
         guarded.append((param, loader))
         param.weight_loader = load
 

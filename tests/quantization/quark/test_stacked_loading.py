@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Step3p5Model loads stacked experts with one copy a tensor, bit for bit the same.
+
+Run `pytest tests/quantization/quark/test_stacked_loading.py`.
+"""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.quantization.quark.utils import (
+    DTYPE,
+    make_experts,
+    quark_config,
+    random_weight,
+    shard,
+    vllm_environment,
+)
+from vllm.model_executor.models.step3p5 import Step3p5Model
+
+E, TOP_K, K, I = 6, 2, 64, 32  # noqa: E741
+layer_ids = itertools.count(900)
+SHARDS = {"gate": ("w1", (I, K)), "up": ("w3", (I, K)), "down": ("w2", (K, I))}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment():
+    with vllm_environment():
+        yield
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Weight loader calls, by parameter name."""
+    calls: list[str] = []
+    probe = make(quantized=False)
+    kind = type(probe)
+    loader = kind.weight_loader
+
+    def count(self, param, loaded_weight, weight_name, *args, **kwargs):
+        calls.append(weight_name)
+        return loader(self, param, loaded_weight, weight_name, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "weight_loader", count)
+    return calls
+
+
+def make(quantized: bool, experts: int = E) -> torch.nn.Module:
+    return make_experts(
+        num_experts=experts,
+        top_k=TOP_K,
+        hidden_size=K,
+        intermediate_size=I,
+        params_dtype=DTYPE,
+        renormalize=True,
+        quant_config=quark_config() if quantized else None,
+        prefix=f"model.layers.{next(layer_ids)}.moe.experts",
+    )
+
+
+def model(layer: torch.nn.Module, experts: int = E) -> torch.nn.Module:
+    """What Step3p5Model.load_weights needs to know of a model of one layer."""
+    root, block, moe = (torch.nn.Module() for _ in range(3))
+    moe.experts = layer
+    block.moe = moe
+    root.layers = torch.nn.ModuleList([block])
+    root.config = SimpleNamespace(
+        num_attention_groups=2, num_hidden_layers=1, num_nextn_predict_layers=0
+    )
+    root.moe_num_experts = experts
+    return root
+
+
+def tensors(quantized: bool, layout: str = "N", experts: int = E):
+    """Stacked tensors of the layer by name, as a checkpoint has them."""
+    made = {}
+    for proj, (_, shape) in SHARDS.items():
+        name = f"layers.0.moe.{proj}_proj.weight"
+        weight, scale = random_weight(experts, *shape)
+        made[name] = weight if quantized else torch.randn(experts, *shape).to(DTYPE)
+        if quantized:
+            made[f"{name}_scale"] = scale if layout == "N" else scale.unsqueeze(-1)
+    return made
+
+
+def one_by_one(layer: torch.nn.Module, made: dict[str, torch.Tensor]) -> None:
+    for name, tensor in made.items():
+        shard_id, _ = SHARDS[name.split(".")[3].removesuffix("_proj")]
+        kind = f"{'w2' if shard_id == 'w2' else 'w13'}_{name.rpartition('.')[2]}"
+        param = getattr(layer, kind)
+        for e, part in enumerate(tensor):
+            param.weight_loader(param, part, kind, shard_id=shard_id, expert_id=e)
+
+
+def parameters(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    names = ("w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale")
+    found = {n: getattr(layer, n, None) for n in names}
+    return {n: p.data.clone() for n, p in found.items() if p is not None}
+
+
+def same(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    left, right = parameters(one), parameters(other)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("quantized, layout", [(True, "N"), (True, "Nx1"), (False, "")])
+@pytest.mark.parametrize("chunk", [None, 5 * I * K])
+def test_one_copy_a_tensor(counted, monkeypatch, quantized, layout, tp, chunk):
+    """Halves of a parameter are filled some experts at a time."""
+    if chunk:
+        module = "vllm.model_executor.layers.fused_moe.stacked_loading"
+        monkeypatch.setattr(f"{module}._CHUNK_BYTES", chunk)
+    made = tensors(quantized, layout)
+    for rank in range(tp):
+        with shard(rank, tp):
+            fast, slow = make(quantized), make(quantized)
+            loaded = Step3p5Model.load_weights(model(fast), made.items())
+            assert not counted, "an expert was loaded by itself"
+            one_by_one(slow, made)
+        counted.clear()
+        same(fast, slow)
+        assert {n.rpartition(".")[2] for n in loaded} >= {"w13_weight", "w2_weight"}
+
+
+@pytest.mark.parametrize("first, step", [(0, 1), (3, 1), (1, 2)])
+def test_experts_of_an_expert_parallel_rank(counted, first, step):
+    """Linear and round-robin placement of a third of the experts."""
+    made = tensors(True, experts=3 * E)
+    expert_map = torch.full((3 * E,), -1, dtype=torch.int32)
+    expert_map[first : first + E * step : step] = torch.arange(E, dtype=torch.int32)
+    fast, slow = make(True), make(True)
+    for layer in (fast, slow):
+        layer._expert_map = expert_map
+    Step3p5Model.load_weights(model(fast, 3 * E), made.items())
+    assert not counted
+    one_by_one(slow, made)
+    same(fast, slow)
+
+
+def test_the_layers_checks_hold(counted):
+    """What was loaded at once is known to the layer; what is missing is, too."""
+    made = tensors(True)
+    whole = make(True)
+    Step3p5Model.load_weights(model(whole), made.items())
+    whole.quant_method.process_weights_after_loading(whole)
+    assert not counted
+    made.pop("layers.0.moe.up_proj.weight")
+    part = make(True)
+    Step3p5Model.load_weights(model(part), made.items())
+    with pytest.raises(ValueError, match=r"expert 0: up_proj .*not in the checkpoint"):
+        part.quant_method.process_weights_after_loading(part)
+
+
+@pytest.mark.parametrize("case", ["dtype", "placement", "transposed", "scalar scale"])
+def test_other_layouts_go_expert_by_expert(counted, case):
+    made = tensors(case == "scalar scale")
+    fast, slow = (make(case == "scalar scale") for _ in range(2))
+    if case == "dtype":
+        made = {n: t.float() for n, t in made.items()}
+    elif case == "scalar scale":
+        made = {n: t[:, :1] if "scale" in n else t for n, t in made.items()}
+    elif case == "transposed":
+        made = {n: t.transpose(1, 2).contiguous() for n, t in made.items()}
+        for layer in (fast, slow):
+            for param in (layer.w13_weight, layer.w2_weight):
+                param.is_transposed = True
+    else:
+        expert_map = torch.tensor([2, 1, 0, 3, 4, 5], dtype=torch.int32)
+        fast._expert_map = slow._expert_map = expert_map
+    for layer in (fast, slow) if case == "transposed" else ():
+        layer.w13_weight.data = layer.w13_weight.data.transpose(1, 2).contiguous()
+        layer.w2_weight.data = layer.w2_weight.data.transpose(1, 2).contiguous()
+    Step3p5Model.load_weights(model(fast), made.items())
+    assert len(counted) == 3 * E
+    one_by_one(slow, made)
+    same(fast, slow)

@@ -15,7 +15,7 @@ def make_shadow(out: Path, series: Series, only: list[str], site: Path | None = 
     Folders are real, files are links to the installed ones, patched files are real. Raises
     TreeError where a patch does not apply.
     """
-    source = (site or find_installed()) / "vllm"
+    source = (site or find_installed()).absolute() / "vllm"  # links hold from anywhere
     for folder, _, files in os.walk(source):
         to = out / "vllm" / Path(folder).relative_to(source)
         to.mkdir(parents=True)

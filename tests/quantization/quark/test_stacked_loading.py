@@ -6,6 +6,7 @@ Run `pytest tests/quantization/quark/test_stacked_loading.py`.
 """
 
 import itertools
+from functools import wraps
 from types import SimpleNamespace
 
 import pytest
@@ -40,10 +41,12 @@ def counted(monkeypatch):
     kind = type(probe)
     loader = kind.weight_loader
 
+    @wraps(loader, assigned=("__qualname__",), updated=())
     def count(self, param, loaded_weight, weight_name, *args, **kwargs):
         calls.append(weight_name)
         return loader(self, param, loaded_weight, weight_name, *args, **kwargs)
 
+    del count.__wrapped__
     monkeypatch.setattr(kind, "weight_loader", count)
     return calls
 
@@ -65,6 +68,9 @@ def model(layer: torch.nn.Module, experts: int = E) -> torch.nn.Module:
     """What Step3p5Model.load_weights needs to know of a model of one layer."""
     root, block, moe = (torch.nn.Module() for _ in range(3))
     moe.experts = layer
+    if type(layer).__name__ == "RoutedExperts":
+        moe.experts = torch.nn.Module()
+        moe.experts.routed_experts = layer
     block.moe = moe
     root.layers = torch.nn.ModuleList([block])
     root.config = SimpleNamespace(
@@ -99,6 +105,12 @@ def parameters(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     names = ("w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale")
     found = {n: getattr(layer, n, None) for n in names}
     return {n: p.data.clone() for n, p in found.items() if p is not None}
+
+
+def place(layer: torch.nn.Module, expert_map: torch.Tensor) -> None:
+    """Make `layer` an expert-parallel rank's."""
+    layer._expert_map = expert_map
+    layer._map_global_expert_id_to_local_expert_id = lambda e: int(expert_map[e])
 
 
 def same(one: torch.nn.Module, other: torch.nn.Module) -> None:
@@ -136,7 +148,7 @@ def test_experts_of_an_expert_parallel_rank(counted, first, step):
     expert_map[first : first + E * step : step] = torch.arange(E, dtype=torch.int32)
     fast, slow = make(True), make(True)
     for layer in (fast, slow):
-        layer._expert_map = expert_map
+        place(layer, expert_map)
     Step3p5Model.load_weights(model(fast, 3 * E), made.items())
     assert not counted
     one_by_one(slow, made)
@@ -172,7 +184,8 @@ def test_other_layouts_go_expert_by_expert(counted, case):
                 param.is_transposed = True
     else:
         expert_map = torch.tensor([2, 1, 0, 3, 4, 5], dtype=torch.int32)
-        fast._expert_map = slow._expert_map = expert_map
+        for layer in (fast, slow):
+            place(layer, expert_map)
     for layer in (fast, slow) if case == "transposed" else ():
         layer.w13_weight.data = layer.w13_weight.data.transpose(1, 2).contiguous()
         layer.w2_weight.data = layer.w2_weight.data.transpose(1, 2).contiguous()

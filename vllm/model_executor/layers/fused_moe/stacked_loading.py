@@ -8,6 +8,8 @@ import torch
 
 # A copy into every other half of a GPU's parameter takes a temporary as large.
 _CHUNK_BYTES = 256 * 1024 * 1024
+# A class that overrides them may place or fill experts in another way.
+_LOADERS = ("FusedMoE.weight_loader", "RoutedExperts.weight_loader")
 _OTHER_LAYOUTS = (
     "is_transposed",
     "use_bitsandbytes_4bit",
@@ -16,22 +18,15 @@ _OTHER_LAYOUTS = (
 )
 
 
-def _local(experts: int, local: int, expert_map: torch.Tensor | None) -> slice | None:
+def _local(layer: torch.nn.Module, experts: int, local: int) -> slice | None:
     """Which of all `experts` this rank's `local` ones are, in their order."""
-    if expert_map is None:
-        return slice(0, experts) if experts == local else None
-    ids = (expert_map >= 0).nonzero().flatten().cpu()
-    if len(expert_map) != experts or len(ids) != local:
+    places = [layer._map_global_expert_id_to_local_expert_id(e) for e in range(experts)]
+    here = [expert for expert, place in enumerate(places) if place >= 0]
+    if [places[expert] for expert in here] != list(range(local)) or not here:
         return None
-    step = int(ids[1] - ids[0]) if local > 1 else 1
-    start = int(ids[0])
-    stop = start + step * (local - 1) + 1
-    order = torch.arange(local)
-    if not torch.equal(ids, start + step * order) or not torch.equal(
-        expert_map.cpu()[ids].long(), order
-    ):
-        return None
-    return slice(start, stop, step)
+    step = here[1] - here[0] if local > 1 else 1
+    found = range(here[0], here[-1] + 1, step)
+    return slice(found.start, found.stop, step) if list(found) == here else None
 
 
 def _target(
@@ -71,9 +66,12 @@ def load_stacked_experts(
     on_stacked = getattr(loader, "on_stacked", None)
     if loader is None or (on_stacked is None and hasattr(loader, "__wrapped__")):
         return False
-    layer = getattr(inspect.unwrap(loader), "__self__", None)
+    loader = inspect.unwrap(loader)
+    layer = getattr(loader, "__self__", None)
     moe_config = getattr(layer, "moe_config", None)
-    if moe_config is None or not getattr(moe_config, "is_act_and_mul", True):
+    if getattr(loader, "__qualname__", "") not in _LOADERS or moe_config is None:
+        return False
+    if not getattr(moe_config, "is_act_and_mul", True):
         return False
     if any(getattr(param, name, False) for name in _OTHER_LAYOUTS):
         return False
@@ -90,10 +88,7 @@ def load_stacked_experts(
         return False
     parallel = moe_config.moe_parallel_config
     target = _target(param, shard_id, per_channel, parallel.tp_size)
-    local = _local(
-        loaded_weight.shape[0], param.shape[0], getattr(layer, "_expert_map", None)
-    )
-    if target is None or local is None:
+    if target is None:
         return False
     data, axis = target
     if per_channel:
@@ -105,6 +100,9 @@ def load_stacked_experts(
     if axis > 0:
         full[axis - 1] *= parallel.tp_size
     if data.dim() != loaded_weight.dim() or list(loaded_weight.shape[1:]) != full:
+        return False
+    local = _local(layer, loaded_weight.shape[0], param.shape[0])
+    if local is None:
         return False
     if on_stacked is not None:
         on_stacked(loaded_weight, shard_id)

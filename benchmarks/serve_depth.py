@@ -2,7 +2,6 @@
 """Step-3.5-Flash's layers at their real widths through vLLM's engine, depth cut to fit one GPU.
 
     python serve_depth.py all --work /dev/shm/depth --stock SITE --series SITE OUT.json
-    python serve_depth.py table OUT.json [--plot FILE.svg]
 
 One dense layer and `--moe-layers` with 288 experts, random weights. The INT8 ones are written once, in the stacked
 Quark layout; its compressed-tensors twin links to them and has its own scales' shape and config. BF16 is a checkpoint

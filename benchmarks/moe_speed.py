@@ -28,7 +28,6 @@ PARTS = {
     "quant": "quantization",
     "act_and_mul": "activation",
     "silu": "activation",
-    "moe_sum": "sum over experts",
     "sum": "sum over experts",
     "align": "sorting tokens",
     "sort": "sorting tokens",

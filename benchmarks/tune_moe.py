@@ -171,14 +171,6 @@ def read_cells(files: list[Path]) -> dict:
     return cells
 
 
-def device_name() -> str:
-    """The GPU's name as it stands in a config file's."""
-    from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
-
-    name = get_config_file_name(1, 1, None)
-    return name.partition("device_name=")[2].removesuffix(".json")
-
-
 def search(args: argparse.Namespace) -> None:
     import torch
 
@@ -193,7 +185,8 @@ def search(args: argparse.Namespace) -> None:
     order = sorted(counts, key=lambda c: (c not in ANCHORS, c))
     for number, shape in enumerate(shapes):
         cells = read_cells([args.out, *args.seeds])
-        todo = [c for c in order if (str(shape), c) not in read_cells([args.out])]
+        done = read_cells([args.out])
+        todo = [c for c in order if (str(shape), c) not in done]
         if not todo:
             continue
         one = Search(shape, compiler, cells)

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step-3.5-Flash's layers at their real widths through vLLM's engine, depth cut to fit one GPU.
 
-    python serve_depth.py all --work /dev/shm/depth --stock SITE --series SITE OUT.json
+    python serve_depth.py all OUT.json --work /dev/shm/depth --stock SITE --series SITE
+    python serve_depth.py shards OUT.json CHECKPOINT        loads of tensor- and expert-parallel ranks of one layer
+    python serve_depth.py table OUT.json [--plot OUT.svg]
 
 One dense layer and `--moe-layers` with 288 experts, random weights. The INT8 ones are written once, in the stacked
 Quark layout; its compressed-tensors twin links to them and has its own scales' shape and config. BF16 is a checkpoint
-of the same shapes. Each run is a process of its own: load time (of the weights alone, once the files lie in the page
-cache), peak GPU memory, prefill of 8192 tokens, decode at batch 1, 32 and 128, medians of repeats, CUDA graphs for
-decode, no torch.compile. `read` is the bandwidth of reading the same files into one buffer: the load's bound.
+of the same shapes. `--runs` names the runs in their order; another call adds to OUT.json. Each run is a process of its
+own: load time (of the weights alone, once the files lie in the page cache), peak GPU memory, prefill of 8192 tokens,
+decode at batch 1, 32 and 128, medians of repeats, CUDA graphs for decode, no torch.compile. `read` is the bandwidth of
+reading the same files into one buffer: the load's bound.
 """
 
 import argparse
@@ -177,11 +180,11 @@ def twin(quark: Path, folder: Path) -> None:
     shutil.copy(quark / "model.safetensors.index.json", folder)
 
 
-def read_bandwidth(folder: Path) -> tuple[int, float]:
+def read_bandwidth(folder: Path, files: str = "*.safetensors") -> tuple[int, float]:
     """Bytes of the weights and seconds to read them into one buffer, once they lie in the page cache."""
     buffer = memoryview(bytearray(64 << 20))
     total, took = 0, 0.0
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob(files)):
         with open(file, "rb", buffering=0) as raw:
             while raw.readinto(buffer):
                 pass
@@ -239,50 +242,160 @@ def one(args: argparse.Namespace) -> None:
     result["prefill tokens/s"] = PREFILL / statistics.median(took_for(1, PREFILL, 1) for _ in range(5))
     for batch in DECODE:
         took_for(batch, 32, 4)
-        runs = [took_for(batch, 32, STEPS + 1) - took_for(batch, 32, 1) for _ in range(3)]
+        runs = [took_for(batch, 32, STEPS + 1) - took_for(batch, 32, 1) for _ in range(5)]
         result[f"decode tokens/s, batch {batch}"] = batch * STEPS / statistics.median(runs)
     result["peak bytes"] = torch.cuda.max_memory_allocated()
     args.out.write_text(json.dumps(result))
 
 
+RUNS = {
+    "quark-series": ("quark", "series"),
+    "quark-stock": ("quark", "stock"),
+    "compressed-tensors": ("compressed-tensors", "series"),
+    "bf16": ("bf16", "series"),
+}
+
+
+def apart(function, *words) -> None:
+    """In a process of its own, so that no GPU memory stays taken."""
+    import multiprocessing
+
+    process = multiprocessing.get_context("spawn").Process(target=function, args=words)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(f"{words[0]}: could not be written")
+
+
 def every(args: argparse.Namespace) -> None:
     layers = args.moe_layers + 1
     results: dict = {"moe layers": args.moe_layers, "runs": {}}
-
-    def run(name: str, checkpoint: Path, site: Path) -> None:
+    if args.out.exists():
+        results = json.loads(args.out.read_text())
+    wanted = args.runs.split(",")
+    if unknown := set(wanted) - set(RUNS):
+        sys.exit(f"--runs: {unknown.pop()} is none of {', '.join(RUNS)}")
+    for i, name in enumerate(wanted):
+        kind, site = RUNS[name]
+        checkpoint = args.work / kind
+        quark = args.work / "quark"
+        if not checkpoint.exists():
+            if kind != "bf16" and not quark.exists():
+                apart(write, quark, layers, True)
+            if kind == "compressed-tensors":
+                twin(quark, checkpoint)
+            elif kind == "bf16":
+                apart(write, checkpoint, layers, False)
         part = args.work / "part.json"
         part.unlink(missing_ok=True)
-        env = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-        with open(args.out.with_suffix(f".{name.replace(' ', '-')}.log"), "w") as log:
+        env = {**os.environ, "PYTHONPATH": f"{getattr(args, site)}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        with open(args.out.with_suffix(f".{name}.log"), "w") as log:
             words = [sys.executable, __file__, "one", checkpoint, part]
             done = subprocess.run(words, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=args.timeout)
         found = json.loads(part.read_text()) if part.exists() else {"failed": done.returncode}
         results["runs"].setdefault(name, []).append(found)
         args.out.write_text(json.dumps(results, indent=1) + "\n")
         print(name, {k: round(v, 2) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
+        needed = {RUNS[later][0] for later in wanted[i + 1 :]}
+        if not args.keep and kind not in needed and not (kind == "quark" and "compressed-tensors" in needed):
+            shutil.rmtree(checkpoint)
 
-    def apart(function, *words) -> None:
-        """In a process of its own, so that no GPU memory stays taken."""
-        import multiprocessing
 
-        process = multiprocessing.get_context("spawn").Process(target=function, args=words)
-        process.start()
-        process.join()
-        if process.exitcode:
-            sys.exit(f"{words[0]}: could not be written")
+def shards(args: argparse.Namespace) -> None:
+    """Seconds to load one layer's stacked experts on a rank, at once and expert by expert, and to read its files."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import torch
+    from safetensors import safe_open
+    from vllm.model_executor.layers.fused_moe.stacked_loading import load_stacked_experts
 
-    quark, compressed, bf16 = (args.work / n for n in ("quark", "compressed-tensors", "bf16"))
-    apart(write, quark, layers, True)
-    twin(quark, compressed)
-    for _ in range(args.repeats):
-        run("quark, series", quark, args.series)
-        run("compressed-tensors, series", compressed, args.series)
-    run("quark, stock", quark, args.stock)
-    shutil.rmtree(compressed)
-    shutil.rmtree(quark)
-    apart(write, bf16, layers, False)
-    run("bf16, series", bf16, args.series)
-    shutil.rmtree(bf16)
+    from tests.quantization.quark.utils import make_experts, quark_config, shard, vllm_environment
+
+    files = [args.checkpoint / f"{stem}-1.safetensors" for stem in ("layer", "scales")]
+    results = {"device": torch.cuda.get_device_name(), "ranks": {}}
+
+    def load(layer: torch.nn.Module, at_once: bool) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for file in files:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    if ".moe." not in name or "_proj" not in name:
+                        continue
+                    stem, _, kind = name.rpartition(".")
+                    shard_id = {"gate": "w1", "up": "w3", "down": "w2"}[stem.rpartition(".")[2].removesuffix("_proj")]
+                    parameter = f"{'w2' if shard_id == 'w2' else 'w13'}_{kind}"
+                    param, tensor = getattr(layer, parameter), opened.get_tensor(name)
+                    if at_once:
+                        assert load_stacked_experts(param, tensor, parameter, shard_id)
+                        continue
+                    for expert, weight in enumerate(tensor):
+                        param.weight_loader(param, weight, parameter, shard_id=shard_id, expert_id=expert)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    with vllm_environment():
+        for tp, ep in ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 8)):
+            with shard(tp - 1, tp):
+                local = EXPERTS // ep
+                layer = make_experts(
+                    num_experts=local, top_k=8, hidden_size=HIDDEN, intermediate_size=WIDTH,
+                    params_dtype=torch.bfloat16, renormalize=True, quant_config=quark_config(),
+                    prefix=f"model.layers.{tp}{ep}.moe.experts",
+                )  # fmt: skip
+                if ep > 1:
+                    places = torch.full((EXPERTS,), -1, dtype=torch.int32)
+                    places[-local:] = torch.arange(local, dtype=torch.int32)
+                    layer._expert_map = places
+                    layer._map_global_expert_id_to_local_expert_id = lambda e, places=places: int(places[e])
+                found: dict[str, list[float]] = {"at once": [], "expert by expert": []}
+                kept = []
+                for at_once in (True, False) * 3:
+                    for param in layer.parameters():
+                        param.data.zero_()
+                    found["at once" if at_once else "expert by expert"].append(load(layer, at_once))
+                    kept.append([p.data.clone() for p in layer.parameters()] if len(kept) < 2 else None)
+                assert all(torch.equal(a, b) for a, b in zip(kept[0], kept[1], strict=True))
+                own = sum(p.numel() * p.element_size() for p in layer.parameters())
+                read = statistics.median(read_bandwidth(args.checkpoint, "*-1.safetensors")[1] for _ in range(3))
+                result = {k: statistics.median(v) for k, v in found.items()} | {"read whole files": read, "bytes": own}
+                results["ranks"][f"tensor parallel {tp}" if ep == 1 else f"expert parallel {ep}"] = result
+                print(f"tp {tp} ep {ep}", {k: round(v, 3) for k, v in result.items()}, flush=True)
+                del layer, kept, param
+                torch.cuda.empty_cache()
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+FIGURES = ("prefill tokens/s", *(f"decode tokens/s, batch {b}" for b in DECODE))
+
+
+def table(args: argparse.Namespace) -> None:
+    found = json.loads(args.out.read_text())["runs"]
+    names = [name for name in RUNS if name in found]
+    rows = [*FIGURES, "load s", "read s", "load peak bytes", "peak bytes"]
+    values = {n: {r: [run[r] for run in found[n] if r in run] for r in rows} for n in names}
+    print("| |", " | ".join(f"{n} ({len(found[n])} runs)" for n in names), "|")
+    print("|---" * (len(names) + 1) + "|")
+    for row in rows:
+        cells = []
+        for n in names:
+            middle = statistics.median(values[n][row])
+            low, high = min(values[n][row]), max(values[n][row])
+            cells.append(f"{middle / 1e9:.1f} GB" if "bytes" in row else f"{middle:.5g} ({low:.5g}-{high:.5g})")
+        print(f"| {row} |", " | ".join(cells), "|")
+    if args.plot:
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(1, len(FIGURES), figsize=(12, 3.5))
+        for axis, row in zip(axes, FIGURES, strict=True):
+            middles = [statistics.median(values[n][row]) for n in names]
+            spread = [[m - min(values[n][row]) for n, m in zip(names, middles, strict=True)],
+                      [max(values[n][row]) - m for n, m in zip(names, middles, strict=True)]]  # fmt: skip
+            axis.bar(names, middles, yerr=spread, capsize=3)
+            axis.set_title(row, fontsize=9)
+            axis.tick_params(axis="x", rotation=30, labelsize=7)
+        figure.tight_layout()
+        figure.savefig(args.plot)
 
 
 def main() -> int:
@@ -294,13 +407,23 @@ def main() -> int:
     whole.add_argument("--stock", type=Path, required=True, help="folder that holds stock vllm/")
     whole.add_argument("--series", type=Path, required=True, help="one with the series (vllm-quark shadow)")
     whole.add_argument("--moe-layers", type=int, default=4)
-    whole.add_argument("--repeats", type=int, default=1)
+    default = "quark-series,compressed-tensors,quark-stock,bf16"
+    whole.add_argument("--runs", default=default, help=f"in their order, names repeated at will (default {default})")
+    whole.add_argument("--keep", action="store_true", help="leave the checkpoints in --work")
     whole.add_argument("--timeout", type=float, default=200)
     whole.set_defaults(run=every)
     part = sub.add_parser("one")
     part.add_argument("checkpoint", type=Path)
     part.add_argument("out", type=Path)
     part.set_defaults(run=one)
+    ranks = sub.add_parser("shards")
+    ranks.add_argument("out", type=Path)
+    ranks.add_argument("checkpoint", type=Path)
+    ranks.set_defaults(run=shards)
+    shown = sub.add_parser("table")
+    shown.add_argument("out", type=Path)
+    shown.add_argument("--plot", type=Path)
+    shown.set_defaults(run=table)
     args = parser.parse_args()
     args.run(args)
     return 0

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+//
+// AMX tiles. INT8_MOE_EMULATE_AMX computes them in plain C++, for tests on
+// processors that have none; where it is set, "amx" counts as supported.
+#include <cstring>
+
+#include "vnni.h"
+
+#if defined(__linux__) && !defined(INT8_MOE_EMULATE_AMX)
+  #include <cpuid.h>
+  #include <sys/syscall.h>
+  #include <unistd.h>
+#endif
+
+namespace int8_moe {
+namespace {
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+#if defined(INT8_MOE_EMULATE_AMX)
+struct Emulated {
+  TileConfig config;
+  uint8_t tile[8][16][64];
+};
+thread_local Emulated emulated;
+
+template <int T>
+void tile_load(const void* from, int64_t stride) {
+  for (int r = 0; r < emulated.config.rows[T]; ++r) {
+    std::memcpy(emulated.tile[T][r],
+                static_cast<const uint8_t*>(from) + r * stride,
+                emulated.config.row_bytes[T]);
+  }
+}
+template <int T>
+void tile_store(void* to, int64_t stride) {
+  for (int r = 0; r < emulated.config.rows[T]; ++r) {
+    std::memcpy(static_cast<uint8_t*>(to) + r * stride, emulated.tile[T][r],
+                emulated.config.row_bytes[T]);
+  }
+}
+template <int T>
+void tile_zero() {
+  std::memset(emulated.tile[T], 0, sizeof(emulated.tile[T]));
+}
+template <int C, int A, int B>
+void tile_dot() {
+  for (int r = 0; r < emulated.config.rows[C]; ++r) {
+    for (int n = 0; n < emulated.config.row_bytes[C] / 4; ++n) {
+      int32_t sum;
+      std::memcpy(&sum, emulated.tile[C][r] + 4 * n, 4);
+      for (int k = 0; k < emulated.config.row_bytes[A]; ++k) {
+        sum += emulated.tile[A][r][k] *
+               static_cast<int8_t>(emulated.tile[B][k / 4][4 * n + k % 4]);
+      }
+      std::memcpy(emulated.tile[C][r] + 4 * n, &sum, 4);
+    }
+  }
+}
+void tile_configure(const TileConfig& config) { emulated.config = config; }
+void tile_release() {}
+bool amx_supported() { return __builtin_cpu_supports("avx512vnni"); }
+  #define TILE_LOAD(t, from, stride) tile_load<t>(from, stride)
+  #define TILE_STORE(t, to, stride) tile_store<t>(to, stride)
+  #define TILE_ZERO(t) tile_zero<t>()
+  #define TILE_DOT(c, a, b) tile_dot<c, a, b>()
+#else
+  // Macros: GCC's intrinsics write a tile's number into the assembly.
+  #define TILE_LOAD(t, from, stride) _tile_loadd(t, from, stride)
+  #define TILE_STORE(t, to, stride) _tile_stored(t, to, stride)
+  #define TILE_ZERO(t) _tile_zero(t)
+  #define TILE_DOT(c, a, b) _tile_dpbusd(c, a, b)
+void tile_configure(const TileConfig& config) { _tile_loadconfig(&config); }
+void tile_release() { _tile_release(); }
+
+bool amx_supported() {
+  #if defined(__linux__)
+  static const bool found = [] {
+    unsigned a, b, c, d;
+    constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    if ((d & kTile) == 0 || (d & kInt8) == 0) return false;
+    if (!__builtin_cpu_supports("avx512vnni")) return false;
+    // Linux gives a process tiles when it asks for them (ARCH_REQ_XCOMP_PERM,
+    // XFEATURE_XTILEDATA).
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  }();
+  return found;
+  #else
+  return false;
+  #endif
+}
+#endif
+
+// Tiles 0 to 3: sums of rows 0-15 and 16-31, left and right half of the columns.
+// 4, 5: the rows' activations. 6, 7: the halves' weights.
+struct Dot {
+  static constexpr int kOffset = 128;
+  // Below this many rows vpdpbusd keeps up with memory, and tiles are mostly air.
+  static constexpr int64_t kFewRows = 4;
+
+  static void begin() {}
+  static void end() { tile_release(); }
+
+  static void configure(int64_t upper, int64_t lower) {
+    TileConfig config;
+    const int64_t rows[8] = {upper, upper, lower, lower, upper, lower, 16, 16};
+    for (int t = 0; t < 8; ++t) {
+      config.rows[t] = static_cast<uint8_t>(rows[t] ? rows[t] : 1);
+      config.row_bytes[t] = 64;
+    }
+    tile_configure(config);
+  }
+
+  template <bool kLower>
+  static void tiles(const uint8_t* a, int64_t stride, const int8_t* block,
+                    int64_t k, int32_t* c) {
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    if (kLower) {
+      TILE_ZERO(2);
+      TILE_ZERO(3);
+    }
+    for (int64_t i = 0; i < k; i += 64) {
+      TILE_LOAD(6, block + i * 32, 128);
+      TILE_LOAD(7, block + i * 32 + 64, 128);
+      TILE_LOAD(4, a + i, stride);
+      TILE_DOT(0, 4, 6);
+      TILE_DOT(1, 4, 7);
+      if (kLower) {
+        TILE_LOAD(5, a + 16 * stride + i, stride);
+        TILE_DOT(2, 5, 6);
+        TILE_DOT(3, 5, 7);
+      }
+    }
+    TILE_STORE(0, c, 128);
+    TILE_STORE(1, c + 16, 128);
+    if (kLower) {
+      TILE_STORE(2, c + 16 * 32, 128);
+      TILE_STORE(3, c + 16 * 32 + 16, 128);
+    }
+  }
+
+  static void rows(const uint8_t* a, int64_t stride, const int8_t* block,
+                   int64_t k, int64_t m, int32_t* c) {
+    if (m <= kFewRows) return vnni_rows(a, stride, block, k, m, c);
+    if (m >= 32) configure(16, 16);
+    for (; m >= 32; m -= 32, a += 32 * stride, c += 32 * 32) {
+      tiles<true>(a, stride, block, k, c);
+    }
+    if (m > 16) {
+      configure(16, m - 16);
+      tiles<true>(a, stride, block, k, c);
+    } else if (m > 0) {
+      configure(m, 0);
+      tiles<false>(a, stride, block, k, c);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace int8_moe
+
+#include "kernel.h"
+
+namespace int8_moe {
+
+extern const Isa kAmx = {"amx", amx_supported, experts, route};
+
+}  // namespace int8_moe

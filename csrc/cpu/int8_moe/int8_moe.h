@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+//
+// INT8 W8A8 routed experts on CPU: plain C++, knows nothing of PyTorch.
+//
+// A packed weight [experts, blocks, k_padded / 4, 32, 4] int8 holds columns
+// (output features) in blocks of 32, four values of K side by side: what
+// vpdpbusd, AMX tiles and sdot read, and one stream through memory. k_padded is
+// K rounded up to 64; what is padded is zero. The blocks of w13 are 16 gates and
+// their 16 ups.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace int8_moe {
+
+constexpr int64_t kBlock = 32;      // columns of a block
+constexpr int64_t kGroup = 64;      // K is padded to multiples of this
+constexpr int64_t kMaxK = 1 << 16;  // 255 * 128 * K has to fit an int32
+
+enum class Dtype { f32, bf16, f16 };
+enum class Activation { silu, gelu, gelu_tanh, swigluoai, swiglustep };
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+struct Weight {
+  const int8_t* packed;  // [experts, columns / 32, k_padded / 4, 32, 4]
+  const int32_t* sums;   // [experts, columns]: 128 times the sum over K
+  const float* scale;    // [experts, columns]
+  const float* bias;     // [experts, columns], or null
+  int64_t columns;       // padded
+  int64_t k;             // not padded
+
+  int64_t k_padded() const { return round_up(k, kGroup); }
+  const int8_t* block(int64_t expert, int64_t index) const {
+    return packed + (expert * columns + index * kBlock) * k_padded();
+  }
+};
+
+// Calls body(context, i) for i of 0 .. threads - 1, each once.
+struct Threads {
+  int count;
+  void (*run)(int count, void (*body)(void* context, int thread), void* context);
+};
+
+struct Problem {
+  const void* x;  // [tokens, hidden], rows x_stride elements apart
+  int64_t x_stride;
+  void* out;  // [tokens, hidden], contiguous
+  Dtype dtype;
+  int64_t tokens, hidden, intermediate, experts, top_k;
+  const float* topk_weights;   // [tokens, top_k]
+  const int32_t* experts_of;   // [tokens, top_k]: below experts; negative: none
+  Weight w13, w2;
+  Activation activation;
+  float limit;             // of swiglustep and swigluoai
+  const float* a1_scale;   // one static input scale, or null: per token
+  const float* a2_scale;
+  bool weight_on_input;    // top_k is 1: x times its weight, in x's dtype
+};
+
+struct Router {
+  const void* logits;  // [tokens, experts], contiguous
+  Dtype dtype;
+  int64_t tokens, experts, top_k;
+  const float* bias;  // [experts], added for the choice only; or null
+  bool softmax;       // else sigmoid
+  bool renormalize;
+  float scale;
+  float* weights;  // [tokens, top_k]
+  int32_t* ids;    // [tokens, top_k]
+};
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  void (*experts)(const Problem&, const Threads&);
+  void (*route)(const Router&, const Threads&);
+};
+
+// Those of this build, best first; the last one runs everywhere.
+extern const Isa* const kIsas[];
+extern const size_t kIsaCount;
+
+// weight [experts, rows, k] int8, expert after expert, to `packed` and `sums` as
+// in Weight; order: row of each column, negative: none.
+void pack(const int8_t* weight, int64_t experts, int64_t rows, int64_t k,
+          const int32_t* order, int64_t columns, int8_t* packed, int32_t* sums,
+          const Threads& threads);
+
+}  // namespace int8_moe

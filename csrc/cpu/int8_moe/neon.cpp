@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+#include <arm_neon.h>
+
+#include <cstdint>
+
+#if defined(__linux__)
+  #include <asm/hwcap.h>
+  #include <sys/auxv.h>
+#endif
+
+namespace int8_moe {
+namespace {
+
+struct Dot {
+  static constexpr int kOffset = 0;
+  static void begin() {}
+  static void end() {}
+
+  template <int M>
+  static void some(const uint8_t* a, int64_t stride, const int8_t* half,
+                   int64_t k, int32_t* c) {
+    int32x4_t sum[M][4];
+    for (auto& row : sum) {
+      for (auto& s : row) s = vdupq_n_s32(0);
+    }
+    for (int64_t i = 0; i < k; i += 4) {
+      int8x16_t w[4];
+      for (int j = 0; j < 4; ++j) w[j] = vld1q_s8(half + i * 32 + 16 * j);
+      for (int r = 0; r < M; ++r) {
+        int32_t four;
+        __builtin_memcpy(&four, a + r * stride + i, 4);
+        const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(four));
+        for (int j = 0; j < 4; ++j) sum[r][j] = vdotq_s32(sum[r][j], w[j], x);
+      }
+    }
+    for (int r = 0; r < M; ++r) {
+      for (int j = 0; j < 4; ++j) vst1q_s32(c + r * 32 + 4 * j, sum[r][j]);
+    }
+  }
+
+  static void rows(const uint8_t* a, int64_t stride, const int8_t* block,
+                   int64_t k, int64_t m, int32_t* c) {
+    for (int half = 0; half < 2; ++half) {
+      const int8_t* w = block + half * 64;
+      int32_t* to = c + half * 16;
+      int64_t r = 0;
+      for (; r + 4 <= m; r += 4) some<4>(a + r * stride, stride, w, k, to + r * 32);
+      for (; r < m; ++r) some<1>(a + r * stride, stride, w, k, to + r * 32);
+    }
+  }
+};
+
+bool dot_products() {
+#if defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+  return true;  // every Apple silicon
+#endif
+}
+
+}  // namespace
+}  // namespace int8_moe
+
+#include "kernel.h"
+
+namespace int8_moe {
+
+extern const Isa kNeon = {"neon_dotprod", dot_products, experts, route};
+
+}  // namespace int8_moe

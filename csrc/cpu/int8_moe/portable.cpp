@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+#include <cstdint>
+
+namespace int8_moe {
+namespace {
+
+struct Dot {
+  static constexpr int kOffset = 0;
+  static void begin() {}
+  static void end() {}
+
+  static void rows(const uint8_t* a, int64_t stride, const int8_t* block,
+                   int64_t k, int64_t m, int32_t* c) {
+    for (int64_t r = 0; r < m; ++r) {
+      const int8_t* x = reinterpret_cast<const int8_t*>(a + r * stride);
+      int32_t sum[32] = {};
+      for (int64_t i = 0; i < k; i += 4) {
+        const int8_t* w = block + i * 32;
+        for (int j = 0; j < 32; ++j) {
+          sum[j] += x[i] * w[4 * j] + x[i + 1] * w[4 * j + 1] +
+                    x[i + 2] * w[4 * j + 2] + x[i + 3] * w[4 * j + 3];
+        }
+      }
+      for (int j = 0; j < 32; ++j) c[r * 32 + j] = sum[j];
+    }
+  }
+};
+
+}  // namespace
+}  // namespace int8_moe
+
+#include "kernel.h"
+
+namespace int8_moe {
+
+extern const Isa kPortable = {"portable", [] { return true; }, experts, route};
+
+}  // namespace int8_moe

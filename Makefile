@@ -14,9 +14,9 @@ export VLLM_NO_USAGE_STATS := 1
 BASE := 0.26.0
 BASE_ENV := build/base-$(BASE)
 
-.PHONY: env quark-env demo test test-base test-gpu matrix releases drift ckpts tree lint lock clean
+.PHONY: env quark-env demo test sanitize test-base test-gpu matrix releases drift ckpts tree lint lock clean
 
-env: .venv/.made
+env: .venv/.made .venv/.operator
 .venv/.made: requirements/cpu.txt requirements/cpu-override.txt setup.py
 	@echo "set-up: vLLM $(RELEASE) for CPU into .venv"
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info[:2] != (3, 11))" || \
@@ -24,9 +24,14 @@ env: .venv/.made
 	@$(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv 2> .venv/pip.log || (cat .venv/pip.log; exit 1)
 	@$(UV) pip install $(QUIET) --python $(BIN)/python --override requirements/cpu-override.txt -r requirements/cpu.txt
-	@$(UV) pip install $(QUIET) --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@echo "set-up: compiling bytecode (each engine starts twice as fast)"
 	@$(BIN)/python -m compileall -q -j 0 .venv/lib > .venv/compile.log 2>&1 || true
+	@touch $@
+
+# vllm-quark itself, with csrc/cpu/int8_moe where there is a C++ compiler.
+.venv/.operator: .venv/.made CMakeLists.txt $(wildcard csrc/cpu/int8_moe/*)
+	@echo "set-up: vllm-quark and its CPU operator"
+	@$(UV) pip install $(QUIET) --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
 
 quark-env: build/quark-env/.made
@@ -55,6 +60,18 @@ test: env quark-env lint
 	$(BIN)/python benchmarks/releases.py 0.20.0 0.21.0 0.26.0 newest
 	@$(BIN)/python $(NANO)/lab.py $(CKPTS)
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/e2e
+
+# The operator's tests with -fsanitize: its library, and Python with the sanitizers' runtime first.
+SANITIZERS := address,undefined
+sanitize: env
+	@$(BIN)/cmake -G Ninja -S . -B build/sanitize -DTORCH_HOME=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])') \
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DSANITIZE=$(SANITIZERS) -DINT8_MOE_EMULATE_AMX=ON > /dev/null
+	@$(BIN)/cmake --build build/sanitize
+	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/shadow \
+	  VLLM_INT8_MOE_LIBRARY=$(CURDIR)/build/sanitize/csrc/cpu/int8_moe/_int8_moe_C.abi3.so \
+	  $(BIN)/python -m pytest -q tests/quantization/quark/test_cpu_native.py tests/quantization/quark/test_cpu_moe.py
 
 # The layer tests on the other base.
 test-base: $(BASE_ENV)/.made

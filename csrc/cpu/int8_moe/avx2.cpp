@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "unrolled.h"
+
 namespace int8_moe {
 namespace {
 
@@ -17,34 +19,30 @@ struct Dot {
   template <int M>
   static void some(const uint8_t* a, int64_t stride, const int8_t* half,
                    int64_t k, int32_t* c) {
-    __m256i sum[M][4];
-    for (auto& row : sum) {
-      for (auto& s : row) s = _mm256_setzero_si256();
-    }
+    __m256i sum[4 * M];
+    unrolled<4 * M>(INT8_MOE_EACH(j) { sum[j] = _mm256_setzero_si256(); });
     for (int64_t i = 0; i < k; i += 4) {
       const __m128i* w = reinterpret_cast<const __m128i*>(half + i * 32);
       __m256i x[M];
-      for (int r = 0; r < M; ++r) {
+      unrolled<M>(INT8_MOE_EACH(r) {
         int32_t four;
         __builtin_memcpy(&four, a + r * stride + i, 4);
         x[r] = _mm256_broadcastq_epi64(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(four)));
-      }
-      for (int j = 0; j < 4; ++j) {
+      });
+      unrolled<4>(INT8_MOE_EACH(j) {
         const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(w + j));
-        for (int r = 0; r < M; ++r) {
-          sum[r][j] = _mm256_add_epi32(sum[r][j], _mm256_madd_epi16(wide, x[r]));
-        }
-      }
+        unrolled<M>(INT8_MOE_EACH(r) {
+          sum[4 * r + j] =
+              _mm256_add_epi32(sum[4 * r + j], _mm256_madd_epi16(wide, x[r]));
+        });
+      });
     }
-    for (int r = 0; r < M; ++r) {
-      for (int j = 0; j < 4; ++j) {
-        alignas(32) int32_t parts[8];
-        _mm256_store_si256(reinterpret_cast<__m256i*>(parts), sum[r][j]);
-        for (int n = 0; n < 4; ++n) {
-          c[r * 32 + 4 * j + n] = parts[2 * n] + parts[2 * n + 1];
-        }
-      }
-    }
+    unrolled<4 * M>(INT8_MOE_EACH(j) {
+      alignas(32) int32_t parts[8];
+      _mm256_store_si256(reinterpret_cast<__m256i*>(parts), sum[j]);
+      int32_t* to = c + j / 4 * 32 + j % 4 * 4;
+      for (int n = 0; n < 4; ++n) to[n] = parts[2 * n] + parts[2 * n + 1];
+    });
   }
 
   static void rows(const uint8_t* a, int64_t stride, const int8_t* block,

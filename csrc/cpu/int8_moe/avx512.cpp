@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "unrolled.h"
+
 namespace int8_moe {
 namespace {
 
@@ -16,35 +18,30 @@ struct Dot {
   template <int M>
   static void some(const uint8_t* a, int64_t stride, const int8_t* block,
                    int64_t k, int32_t* c) {
-    __m512i sum[M][4];
-    for (auto& row : sum) {
-      for (auto& s : row) s = _mm512_setzero_si512();
-    }
+    __m512i sum[4 * M];
+    unrolled<4 * M>(INT8_MOE_EACH(j) { sum[j] = _mm512_setzero_si512(); });
     for (int64_t i = 0; i < k; i += 4) {
       const __m256i* w = reinterpret_cast<const __m256i*>(block + i * 32);
       __m512i wide[4];
-      for (int j = 0; j < 4; ++j) {
+      unrolled<4>(INT8_MOE_EACH(j) {
         wide[j] = _mm512_cvtepi8_epi16(_mm256_loadu_si256(w + j));
-      }
-      for (int r = 0; r < M; ++r) {
+      });
+      unrolled<M>(INT8_MOE_EACH(r) {
         int32_t four;
         __builtin_memcpy(&four, a + r * stride + i, 4);
         const __m512i x =
             _mm512_broadcastq_epi64(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(four)));
-        for (int j = 0; j < 4; ++j) {
-          sum[r][j] = _mm512_add_epi32(sum[r][j], _mm512_madd_epi16(wide[j], x));
-        }
-      }
+        unrolled<4>(INT8_MOE_EACH(j) {
+          sum[4 * r + j] =
+              _mm512_add_epi32(sum[4 * r + j], _mm512_madd_epi16(wide[j], x));
+        });
+      });
     }
-    for (int r = 0; r < M; ++r) {
-      for (int j = 0; j < 4; ++j) {
-        alignas(64) int32_t parts[16];
-        _mm512_store_si512(parts, sum[r][j]);
-        for (int n = 0; n < 8; ++n) {
-          c[r * 32 + 8 * j + n] = parts[2 * n] + parts[2 * n + 1];
-        }
-      }
-    }
+    unrolled<4 * M>(INT8_MOE_EACH(j) {
+      alignas(64) int32_t parts[16];
+      _mm512_store_si512(parts, sum[j]);
+      for (int n = 0; n < 8; ++n) c[8 * j + n] = parts[2 * n] + parts[2 * n + 1];
+    });
   }
 
   static void rows(const uint8_t* a, int64_t stride, const int8_t* block,

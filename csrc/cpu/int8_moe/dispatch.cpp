@@ -22,44 +22,47 @@ namespace {
 
 struct Packing {
   const int8_t* weight;
-  int64_t experts, rows, k;
+  const float *scale, *bias;
+  int64_t experts, rows;
   const int32_t* order;
-  int64_t columns;
-  int8_t* packed;
-  int32_t* sums;
+  Weight to;
   int count;
 
   void block(int64_t expert, int64_t index) const {
-    const int64_t padded = round_up(k, kGroup);
-    int8_t* to = packed + (expert * columns + index * kBlock) * padded;
-    std::memset(to, 0, kBlock * padded);
+    int8_t* packed = to.block(expert, index);
+    std::memset(packed, 0, kBlock * to.k_padded());
     for (int64_t j = 0; j < kBlock; ++j) {
       const int64_t column = index * kBlock + j;
       int32_t sum = 0;
+      float factor = 0, offset = 0;
       if (order[column] >= 0) {
-        const int8_t* from = weight + (expert * rows + order[column]) * k;
-        for (int64_t i = 0; i < k; ++i) {
-          to[(i / 4 * kBlock + j) * 4 + i % 4] = from[i];
+        const int64_t row = expert * rows + order[column];
+        const int8_t* from = weight + row * to.k;
+        for (int64_t i = 0; i < to.k; ++i) {
+          packed[(i / 4 * kBlock + j) * 4 + i % 4] = from[i];
           sum += from[i];
         }
+        factor = scale[row];
+        if (bias != nullptr) offset = bias[row];
       }
-      sums[expert * columns + column] = 128 * sum;
+      to.sums(expert)[column] = 128 * sum;
+      to.scale(expert)[column] = factor;
+      to.bias(expert)[column] = offset;
     }
   }
 };
 
 }  // namespace
 
-void pack(const int8_t* weight, int64_t experts, int64_t rows, int64_t k,
-          const int32_t* order, int64_t columns, int8_t* packed, int32_t* sums,
+void pack(const int8_t* weight, const float* scale, const float* bias,
+          int64_t experts, int64_t rows, const int32_t* order, const Weight& to,
           const Threads& threads) {
-  Packing packing = {weight,  experts, rows, k,            order,
-                     columns, packed,  sums, threads.count};
+  Packing packing = {weight, scale, bias, experts, rows, order, to, threads.count};
   threads.run(
       threads.count,
       [](void* context, int thread) {
         const Packing& p = *static_cast<const Packing*>(context);
-        const int64_t blocks = p.columns / kBlock, all = p.experts * blocks;
+        const int64_t blocks = p.to.columns / kBlock, all = p.experts * blocks;
         for (int64_t i = thread; i < all; i += p.count) {
           p.block(i / blocks, i % blocks);
         }

@@ -3,11 +3,15 @@
 //
 // INT8 W8A8 routed experts on CPU: plain C++, knows nothing of PyTorch.
 //
-// A packed weight [experts, blocks, k_padded / 4, 32, 4] int8 holds columns
-// (output features) in blocks of 32, four values of K side by side: what
-// vpdpbusd, AMX tiles and sdot read, and one stream through memory. k_padded is
-// K rounded up to 64; what is padded is zero. The blocks of w13 are 16 gates and
-// their 16 ups.
+// A packed weight is one run of bytes an expert:
+//   [columns / 32, k_padded / 4, 32, 4] int8   the weight
+//   [columns] int32                            128 times the sum over K
+//   [columns] float32                          scale
+//   [columns] float32                          bias
+// Columns (output features) lie in blocks of 32, four values of K side by side:
+// what vpdpbusd, AMX tiles and sdot read, and one stream through memory. k_padded
+// is K rounded up to 64; what is padded is zero. The blocks of w13 are 16 gates
+// and their 16 ups.
 #pragma once
 
 #include <cstddef>
@@ -25,17 +29,23 @@ enum class Activation { silu, gelu, gelu_tanh, swigluoai, swiglustep };
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct Weight {
-  const int8_t* packed;  // [experts, columns / 32, k_padded / 4, 32, 4]
-  const int32_t* sums;   // [experts, columns]: 128 times the sum over K
-  const float* scale;    // [experts, columns]
-  const float* bias;     // [experts, columns], or null
-  int64_t columns;       // padded
-  int64_t k;             // not padded
+  int8_t* packed;
+  int64_t columns;  // padded
+  int64_t k;        // not padded
 
   int64_t k_padded() const { return round_up(k, kGroup); }
-  const int8_t* block(int64_t expert, int64_t index) const {
-    return packed + (expert * columns + index * kBlock) * k_padded();
+  // of an expert
+  int64_t bytes() const { return columns * (k_padded() + 12); }
+  int8_t* block(int64_t expert, int64_t index) const {
+    return packed + expert * bytes() + index * kBlock * k_padded();
   }
+  int32_t* sums(int64_t expert) const {
+    return reinterpret_cast<int32_t*>(block(expert, columns / kBlock));
+  }
+  float* scale(int64_t expert) const {
+    return reinterpret_cast<float*>(sums(expert) + columns);
+  }
+  float* bias(int64_t expert) const { return scale(expert) + columns; }
 };
 
 // Calls body(context, i) for i of 0 .. threads - 1, each once.
@@ -83,10 +93,10 @@ struct Isa {
 extern const Isa* const kIsas[];
 extern const size_t kIsaCount;
 
-// weight [experts, rows, k] int8, expert after expert, to `packed` and `sums` as
-// in Weight; order: row of each column, negative: none.
-void pack(const int8_t* weight, int64_t experts, int64_t rows, int64_t k,
-          const int32_t* order, int64_t columns, int8_t* packed, int32_t* sums,
+// weight [experts, rows, k] int8, scale and bias (or null) [experts, rows], to
+// `to`; order: row of each column, negative: none.
+void pack(const int8_t* weight, const float* scale, const float* bias,
+          int64_t experts, int64_t rows, const int32_t* order, const Weight& to,
           const Threads& threads);
 
 }  // namespace int8_moe

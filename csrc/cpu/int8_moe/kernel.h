@@ -17,6 +17,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <thread>
 
 #include "int8_moe.h"
 
@@ -73,33 +74,44 @@ inline Arena& own_arena() {
 // ----------------------------------------------------------------- threads
 
 template <typename F>
-void on_threads(const Threads& threads, int64_t items, const F& body) {
-  const int count = static_cast<int>(std::min<int64_t>(threads.count, items));
-  if (count <= 1) {
-    if (items > 0) body(0);
-    return;
-  }
-  threads.run(count,
+void on_threads(const Threads& threads, const F& body) {
+  if (threads.count <= 1) return body(0);
+  threads.run(threads.count,
               [](void* f, int thread) { (*static_cast<const F*>(f))(thread); },
               const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Items go to whichever thread is free. Each writes what no other one writes.
-template <typename Setup, typename F>
-void each(const Threads& threads, int64_t items, int64_t at_once,
-          const Setup& setup, const F& body) {
-  std::atomic<int64_t> next{0};
-  on_threads(threads, (items + at_once - 1) / at_once, [&](int) {
-    setup();
-    Dot::begin();
+// The steps of one parallel region. Items of a step go to whichever thread is free;
+// each writes what no other one writes. A step begins when those before it are
+// done. Whoever waits waits for items that others have begun, so that threads that
+// run one after the other, as in a nested region, wait for nothing.
+template <int kSteps>
+class Steps {
+ public:
+  template <typename F>
+  void step(int which, int64_t items, int64_t at_once, const F& body) {
+    Counters& c = counters_[which];
+    int64_t finished = 0;
     while (true) {
-      const int64_t start = next.fetch_add(at_once, std::memory_order_relaxed);
+      const int64_t start = c.next.fetch_add(at_once, std::memory_order_relaxed);
       if (start >= items) break;
-      for (int64_t i = start; i < std::min(items, start + at_once); ++i) body(i);
+      const int64_t end = std::min(items, start + at_once);
+      for (int64_t i = start; i < end; ++i) body(i);
+      finished += end - start;
     }
-    Dot::end();
-  });
-}
+    c.done.fetch_add(finished, std::memory_order_acq_rel);
+    for (int spins = 0; c.done.load(std::memory_order_acquire) < items; ++spins) {
+      if (spins > 10000) std::this_thread::yield();
+    }
+  }
+
+ private:
+  struct alignas(64) Counters {
+    std::atomic<int64_t> next{0};
+    alignas(64) std::atomic<int64_t> done{0};
+  };
+  Counters counters_[kSteps];
+};
 
 // ------------------------------------------------------------ numbers
 
@@ -319,51 +331,61 @@ inline void sort_rows(const Problem& p, Rows& rows, int64_t* counts) {
   }
 }
 
-inline void quantize_tokens(const Plan& plan, const Threads& threads) {
+inline void quantize_token(const Plan& plan, int64_t t) {
   const Problem& p = plan.p;
   const int64_t padded = p.w13.k_padded();
-  each(
-      threads, p.tokens, 4,
-      [&] { own_arena().reserve(Arena::space<float>(p.hidden)); },
-      [&](int64_t t) {
-        const int32_t* places = plan.rows.row_of + t * p.top_k;
-        const int32_t* first = std::find_if(places, places + p.top_k,
-                                            [](int32_t row) { return row >= 0; });
-        if (first == places + p.top_k) return;
-        Arena& arena = own_arena();
-        arena.reserve(0);
-        float* row = arena.take<float>(p.hidden);
-        to_float(static_cast<const char*>(p.x) +
-                     t * p.x_stride * size_of(p.dtype),
-                 p.dtype, p.hidden, row);
-        if (p.weight_on_input) {
-          // in x's dtype, as PyTorch does it
-          float weight = p.topk_weights[t];
-          uint16_t buffer[1024];
-          if (p.dtype != Dtype::f32) {
-            from_float(&weight, p.dtype, 1, buffer);
-            to_float(buffer, p.dtype, 1, &weight);
-          }
-          for (int64_t i = 0; i < p.hidden; ++i) row[i] *= weight;
-          for (int64_t i = 0; p.dtype != Dtype::f32 && i < p.hidden; i += 1024) {
-            const int64_t n = std::min<int64_t>(1024, p.hidden - i);
-            from_float(row + i, p.dtype, n, buffer);
-            to_float(buffer, p.dtype, n, row + i);
-          }
-        }
-        uint8_t* q = plan.x_q + *first * padded;
-        const float scale = quantize(row, p.hidden, padded, p.a1_scale, q);
-        for (const int32_t* place = first; place < places + p.top_k; ++place) {
-          if (*place < 0) continue;
-          plan.x_s[*place] = scale;
-          if (place != first) std::memcpy(plan.x_q + *place * padded, q, padded);
-        }
-      });
+  const int32_t* places = plan.rows.row_of + t * p.top_k;
+  const int32_t* last = places + p.top_k;
+  const int32_t* first = std::find_if(places, last, [](int32_t r) { return r >= 0; });
+  if (first == last) return;
+  Arena& arena = own_arena();
+  arena.reserve(0);
+  float* row = arena.take<float>(p.hidden);
+  to_float(static_cast<const char*>(p.x) + t * p.x_stride * size_of(p.dtype), p.dtype,
+           p.hidden, row);
+  if (p.weight_on_input) {
+    // in x's dtype, as PyTorch does it
+    float weight = p.topk_weights[t];
+    uint16_t buffer[1024];
+    if (p.dtype != Dtype::f32) {
+      from_float(&weight, p.dtype, 1, buffer);
+      to_float(buffer, p.dtype, 1, &weight);
+    }
+    for (int64_t i = 0; i < p.hidden; ++i) row[i] *= weight;
+    for (int64_t i = 0; p.dtype != Dtype::f32 && i < p.hidden; i += 1024) {
+      const int64_t n = std::min<int64_t>(1024, p.hidden - i);
+      from_float(row + i, p.dtype, n, buffer);
+      to_float(buffer, p.dtype, n, row + i);
+    }
+  }
+  uint8_t* q = plan.x_q + *first * padded;
+  const float scale = quantize(row, p.hidden, padded, p.a1_scale, q);
+  for (const int32_t* place = first; place < last; ++place) {
+    if (*place < 0) continue;
+    plan.x_s[*place] = scale;
+    if (place != first) std::memcpy(plan.x_q + *place * padded, q, padded);
+  }
 }
 
-// One work item: some blocks of columns times some rows of one expert.
+// What a block's int32 sums become: (sum - 128 * sum of weights) * scales + bias.
+struct Columns {
+  alignas(64) float scale[kBlock], bias[kBlock];
+  alignas(64) int32_t sums[kBlock] = {};
+
+  Columns(const Weight& w, int64_t expert, int64_t block) {
+    const int64_t at = block * kBlock;
+    std::memcpy(scale, w.scale(expert) + at, sizeof(scale));
+    std::memcpy(bias, w.bias(expert) + at, sizeof(bias));
+    if (Dot::kOffset) std::memcpy(sums, w.sums(expert) + at, sizeof(sums));
+  }
+  float value(int32_t sum, float row_scale, int j) const {
+    return static_cast<float>(sum - sums[j]) * (row_scale * scale[j]) + bias[j];
+  }
+};
+
+// Some rows of one expert.
 struct Tile {
-  int64_t expert, first_block, last_block, first_row, last_row;
+  int64_t expert, first_row, last_row;
 };
 
 template <Activation kind>
@@ -372,150 +394,137 @@ void gate_up_block(const Plan& plan, const Tile& tile, int64_t block, int32_t* c
   const int64_t padded = p.w13.k_padded(), m = tile.last_row - tile.first_row;
   Dot::rows(plan.x_q + tile.first_row * padded, padded,
             p.w13.block(tile.expert, block), padded, m, c);
-  const int64_t at = tile.expert * p.w13.columns + block * kBlock;
+  const Columns columns(p.w13, tile.expert, block);
   const int64_t width = std::min<int64_t>(16, p.intermediate - block * 16);
-  alignas(64) float scale[kBlock], bias[kBlock] = {};
-  alignas(64) int32_t sums[kBlock] = {};
-  std::copy(p.w13.scale + at, p.w13.scale + at + kBlock, scale);
-  if (p.w13.bias != nullptr) {
-    std::copy(p.w13.bias + at, p.w13.bias + at + kBlock, bias);
-  }
-  if (Dot::kOffset) std::copy(p.w13.sums + at, p.w13.sums + at + kBlock, sums);
   const float limit = p.limit;
   for (int64_t r = 0; r < m; ++r) {
     const float s = plan.x_s[tile.first_row + r];
     const int32_t* both = c + r * kBlock;
     alignas(64) float done[16];
     for (int j = 0; j < 16; ++j) {
-      const float gate =
-          static_cast<float>(both[j] - sums[j]) * (s * scale[j]) + bias[j];
-      const float up =
-          static_cast<float>(both[16 + j] - sums[16 + j]) * (s * scale[16 + j]) +
-          bias[16 + j];
-      done[j] = activate<kind>(gate, up, limit);
+      done[j] = activate<kind>(columns.value(both[j], s, j),
+                               columns.value(both[16 + j], s, 16 + j), limit);
     }
     float* to = plan.act + (tile.first_row + r) * plan.act_stride + block * 16;
-    if (width == 16) {
-      std::memcpy(to, done, sizeof(done));
-    } else {
-      std::memcpy(to, done, width * sizeof(float));
-    }
+    std::memcpy(to, done, width * sizeof(float));
   }
 }
 
-inline void gate_up(const Plan& plan, const Threads& threads) {
-  const Problem& p = plan.p;
-  const int64_t blocks = p.w13.columns / kBlock;
-  // Fewer blocks an item where there would be too few items to share out.
-  int64_t group = kBlocksAtOnce;
-  while (group > 1 && plan.rows.active * (blocks / group) < 4 * threads.count) {
-    group /= 2;
+using GateUp = void (*)(const Plan&, const Tile&, int64_t, int32_t*);
+
+inline GateUp gate_up_of(Activation kind) {
+  switch (kind) {
+    case Activation::silu: return gate_up_block<Activation::silu>;
+    case Activation::gelu: return gate_up_block<Activation::gelu>;
+    case Activation::gelu_tanh: return gate_up_block<Activation::gelu_tanh>;
+    case Activation::swigluoai: return gate_up_block<Activation::swigluoai>;
+    case Activation::swiglustep: return gate_up_block<Activation::swiglustep>;
   }
-  const int64_t groups = (blocks + group - 1) / group;
-  using Body = void (*)(const Plan&, const Tile&, int64_t, int32_t*);
-  Body body = nullptr;
-  switch (p.activation) {
-    case Activation::silu: body = gate_up_block<Activation::silu>; break;
-    case Activation::gelu: body = gate_up_block<Activation::gelu>; break;
-    case Activation::gelu_tanh: body = gate_up_block<Activation::gelu_tanh>; break;
-    case Activation::swigluoai: body = gate_up_block<Activation::swigluoai>; break;
-    case Activation::swiglustep: body = gate_up_block<Activation::swiglustep>; break;
-  }
-  each(
-      threads, plan.rows.active * groups, 1,
-      [] { own_arena().reserve(Arena::space<int32_t>(kRowChunk * kBlock)); },
-      [&](int64_t item) {
-        Arena& arena = own_arena();
-        arena.reserve(0);
-        int32_t* c = arena.take<int32_t>(kRowChunk * kBlock);
-        const int64_t e = item / groups, first = item % groups * group;
-        const int64_t end = plan.rows.start[e + 1];
-        for (int64_t row = plan.rows.start[e]; row < end; row += kRowChunk) {
-          const Tile tile = {plan.rows.expert[e], first,
-                             std::min(blocks, first + group), row,
-                             std::min(end, row + kRowChunk)};
-          for (int64_t b = tile.first_block; b < tile.last_block; ++b) {
-            body(plan, tile, b, c);
-          }
-        }
-      });
+  return nullptr;
 }
 
-inline void quantize_between(const Plan& plan, const Threads& threads) {
-  const Problem& p = plan.p;
-  const int64_t padded = p.w2.k_padded();
-  each(
-      threads, plan.rows.count, 8, [] {},
-      [&](int64_t row) {
-        plan.act_s[row] =
-            quantize(plan.act + row * plan.act_stride, p.intermediate, padded,
-                     p.a2_scale, plan.act_q + row * padded);
-      });
+// Some blocks of one expert, all of its rows.
+inline void gate_up(const Plan& plan, GateUp body, int64_t e, int64_t first,
+                    int64_t last) {
+  Arena& arena = own_arena();
+  arena.reserve(0);
+  int32_t* c = arena.take<int32_t>(kRowChunk * kBlock);
+  const int64_t end = plan.rows.start[e + 1];
+  for (int64_t row = plan.rows.start[e]; row < end; row += kRowChunk) {
+    const Tile tile = {plan.rows.expert[e], row, std::min(end, row + kRowChunk)};
+    for (int64_t block = first; block < last; ++block) body(plan, tile, block, c);
+  }
 }
 
-// Each item has all experts' part of its columns, so that tokens are summed in
-// the order of the experts by one thread.
-inline void down(const Plan& plan, const Threads& threads) {
+// Some blocks of all experts, so that one thread sums a token's parts, in the order
+// of the experts.
+inline void down(const Plan& plan, int64_t first, int64_t last) {
   const Problem& p = plan.p;
   const Rows& rows = plan.rows;
-  const int64_t blocks = p.w2.columns / kBlock, padded = p.w2.k_padded();
-  int64_t group = kBlocksAtOnce;
-  while (group > 1 && blocks / group < 4 * threads.count) group /= 2;
-  const int64_t items = (blocks + group - 1) / group;
-  const auto space = [&] {
-    own_arena().reserve(Arena::space<int32_t>(kRowChunk * kBlock) +
-                        Arena::space<float>(p.tokens * group * kBlock));
-  };
-  each(threads, items, 1, space, [&](int64_t item) {
-    Arena& arena = own_arena();
-    arena.reserve(0);
-    int32_t* c = arena.take<int32_t>(kRowChunk * kBlock);
-    float* sum = arena.take<float>(p.tokens * group * kBlock);
-    const int64_t first = item * group, last = std::min(blocks, first + group);
-    const int64_t width = group * kBlock;
-    std::fill(sum, sum + p.tokens * width, 0.0f);
-    for (int64_t e = 0; e < rows.active; ++e) {
-      const int64_t expert = rows.expert[e], end = rows.start[e + 1];
-      for (int64_t row = rows.start[e]; row < end; row += kRowChunk) {
-        const int64_t m = std::min(kRowChunk, end - row);
-        for (int64_t b = first; b < last; ++b) {
-          Dot::rows(plan.act_q + row * padded, padded, p.w2.block(expert, b),
-                    padded, m, c);
-          const int64_t at = expert * p.w2.columns + b * kBlock;
-          alignas(64) float scale[kBlock], bias[kBlock] = {};
-          alignas(64) int32_t sums[kBlock] = {};
-          std::copy(p.w2.scale + at, p.w2.scale + at + kBlock, scale);
-          if (p.w2.bias != nullptr) {
-            std::copy(p.w2.bias + at, p.w2.bias + at + kBlock, bias);
-          }
-          if (Dot::kOffset) std::copy(p.w2.sums + at, p.w2.sums + at + kBlock, sums);
-          for (int64_t r = 0; r < m; ++r) {
-            const float s = plan.act_s[row + r];
-            const float weight = p.weight_on_input ? 1.0f : rows.weight[row + r];
-            const int32_t* from = c + r * kBlock;
-            float* to = sum + rows.token[row + r] * width + (b - first) * kBlock;
-            for (int64_t j = 0; j < kBlock; ++j) {
-              to[j] += weight * (static_cast<float>(from[j] - sums[j]) *
-                                     (s * scale[j]) +
-                                 bias[j]);
-            }
+  const int64_t padded = p.w2.k_padded(), width = (last - first) * kBlock;
+  Arena& arena = own_arena();
+  arena.reserve(0);
+  int32_t* c = arena.take<int32_t>(kRowChunk * kBlock);
+  float* sum = arena.take<float>(p.tokens * width);
+  std::fill(sum, sum + p.tokens * width, 0.0f);
+  for (int64_t e = 0; e < rows.active; ++e) {
+    const int64_t expert = rows.expert[e], end = rows.start[e + 1];
+    for (int64_t row = rows.start[e]; row < end; row += kRowChunk) {
+      const int64_t m = std::min(kRowChunk, end - row);
+      for (int64_t block = first; block < last; ++block) {
+        Dot::rows(plan.act_q + row * padded, padded, p.w2.block(expert, block), padded,
+                  m, c);
+        const Columns columns(p.w2, expert, block);
+        for (int64_t r = 0; r < m; ++r) {
+          const float s = plan.act_s[row + r];
+          const float weight = p.weight_on_input ? 1.0f : rows.weight[row + r];
+          const int32_t* from = c + r * kBlock;
+          float* to = sum + rows.token[row + r] * width + (block - first) * kBlock;
+          for (int j = 0; j < kBlock; ++j) {
+            to[j] += weight * columns.value(from[j], s, j);
           }
         }
       }
     }
-    const int64_t columns = std::min(p.hidden, last * kBlock) - first * kBlock;
-    for (int64_t t = 0; t < p.tokens; ++t) {
-      from_float(sum + t * width, p.dtype, columns,
-                 static_cast<char*>(p.out) +
-                     (t * p.hidden + first * kBlock) * size_of(p.dtype));
-    }
+  }
+  const int64_t columns = std::min(p.hidden, last * kBlock) - first * kBlock;
+  for (int64_t t = 0; t < p.tokens; ++t) {
+    from_float(sum + t * width, p.dtype, columns,
+               static_cast<char*>(p.out) +
+                   (t * p.hidden + first * kBlock) * size_of(p.dtype));
+  }
+}
+
+// How many blocks one item has: fewer where there would be too few items to share.
+inline int64_t blocks_at_once(int64_t blocks, int64_t times, int threads) {
+  int64_t found = kBlocksAtOnce;
+  while (found > 1 && times * (blocks / found) < 4 * threads) found /= 2;
+  return found;
+}
+
+inline void run(const Plan& plan, const Threads& threads) {
+  const Problem& p = plan.p;
+  const int64_t blocks = p.w13.columns / kBlock, out_blocks = p.w2.columns / kBlock;
+  const int64_t group = blocks_at_once(blocks, plan.rows.active, threads.count);
+  const int64_t out_group = blocks_at_once(out_blocks, 1, threads.count);
+  const int64_t groups = (blocks + group - 1) / group;
+  const GateUp body = gate_up_of(p.activation);
+  const size_t space = std::max(
+      Arena::space<float>(p.hidden),
+      Arena::space<int32_t>(kRowChunk * kBlock) +
+          Arena::space<float>(p.tokens * out_group * kBlock));
+  Steps<4> steps;
+  on_threads(threads, [&](int) {
+    own_arena().reserve(space);
+    Dot::begin();
+    steps.step(0, p.tokens, 4, [&](int64_t t) { quantize_token(plan, t); });
+    steps.step(1, plan.rows.active * groups, 1, [&](int64_t item) {
+      const int64_t first = item % groups * group;
+      gate_up(plan, body, item / groups, first, std::min(blocks, first + group));
+    });
+    steps.step(2, plan.rows.count, 8, [&](int64_t row) {
+      const int64_t padded = p.w2.k_padded();
+      plan.act_s[row] = quantize(plan.act + row * plan.act_stride, p.intermediate,
+                                 padded, p.a2_scale, plan.act_q + row * padded);
+    });
+    steps.step(3, (out_blocks + out_group - 1) / out_group, 1, [&](int64_t item) {
+      const int64_t first = item * out_group;
+      down(plan, first, std::min(out_blocks, first + out_group));
+    });
+    Dot::end();
   });
 }
 
 constexpr int64_t kRowsAtOnce = 32768;
 
-inline void experts(const Problem& whole, const Threads& threads) {
+// Products that keep a thread busy for longer than it takes to wake it.
+constexpr int64_t kWorthAThread = 1 << 20;
+
+inline void experts(const Problem& whole, const Threads& all) {
   Plan plan;
+  const int64_t work = whole.tokens * whole.top_k * 3 * whole.intermediate * whole.hidden;
+  const Threads threads = {
+      static_cast<int>(std::min<int64_t>(all.count, 1 + work / kWorthAThread)), all.run};
   Problem& p = plan.p;
   const int64_t chunk =
       std::max<int64_t>(1, std::min(whole.tokens, kRowsAtOnce / whole.top_k));
@@ -548,53 +557,60 @@ inline void experts(const Problem& whole, const Threads& threads) {
     p.topk_weights = whole.topk_weights + t * whole.top_k;
     p.experts_of = whole.experts_of + t * whole.top_k;
     sort_rows(p, plan.rows, counts);
-    quantize_tokens(plan, threads);
-    gate_up(plan, threads);
-    quantize_between(plan, threads);
-    down(plan, threads);
+    run(plan, threads);
   }
 }
 
 // ------------------------------------------------------------------ router
 
-inline void route(const Router& r, const Threads& threads) {
-  const auto space = [&] { own_arena().reserve(2 * Arena::space<float>(r.experts)); };
-  each(threads, r.tokens, 16, space, [&](int64_t t) {
-    Arena& arena = own_arena();
-    arena.reserve(0);
-    float* score = arena.take<float>(r.experts);
-    float* choice = arena.take<float>(r.experts);
-    to_float(static_cast<const char*>(r.logits) + t * r.experts * size_of(r.dtype),
-             r.dtype, r.experts, score);
-    if (r.softmax) {
-      float most = score[0], total = 0.0f;
-      for (int64_t e = 1; e < r.experts; ++e) most = std::max(most, score[e]);
-      for (int64_t e = 0; e < r.experts; ++e) score[e] = exponential(score[e] - most);
-      for (int64_t e = 0; e < r.experts; ++e) total += score[e];
-      for (int64_t e = 0; e < r.experts; ++e) score[e] /= total;
-    } else {
-      for (int64_t e = 0; e < r.experts; ++e) score[e] = sigmoid(score[e]);
+inline void route_token(const Router& r, int64_t t) {
+  Arena& arena = own_arena();
+  arena.reserve(0);
+  float* score = arena.take<float>(r.experts);
+  float* choice = arena.take<float>(r.experts);
+  to_float(static_cast<const char*>(r.logits) + t * r.experts * size_of(r.dtype),
+           r.dtype, r.experts, score);
+  if (r.softmax) {
+    float most = score[0], total = 0.0f;
+    for (int64_t e = 1; e < r.experts; ++e) most = std::max(most, score[e]);
+    for (int64_t e = 0; e < r.experts; ++e) score[e] = exponential(score[e] - most);
+    for (int64_t e = 0; e < r.experts; ++e) total += score[e];
+    for (int64_t e = 0; e < r.experts; ++e) score[e] /= total;
+  } else {
+    for (int64_t e = 0; e < r.experts; ++e) score[e] = sigmoid(score[e]);
+  }
+  for (int64_t e = 0; e < r.experts; ++e) {
+    const float v = r.bias == nullptr ? score[e] : score[e] + r.bias[e];
+    // NaN first, as torch.topk has it
+    choice[e] = v != v ? std::numeric_limits<float>::infinity() : v;
+  }
+  float* weights = r.weights + t * r.top_k;
+  int32_t* ids = r.ids + t * r.top_k;
+  int64_t kept = 0;
+  for (int64_t e = 0; e < r.experts; ++e) {
+    if (kept == r.top_k && !(choice[e] > choice[ids[kept - 1]])) continue;
+    int64_t place = kept < r.top_k ? kept++ : kept - 1;
+    for (; place > 0 && choice[e] > choice[ids[place - 1]]; --place) {
+      ids[place] = ids[place - 1];
     }
-    for (int64_t e = 0; e < r.experts; ++e) {
-      const float v = r.bias == nullptr ? score[e] : score[e] + r.bias[e];
-      // NaN first, as torch.topk has it
-      choice[e] = v != v ? std::numeric_limits<float>::infinity() : v;
-    }
-    float* weights = r.weights + t * r.top_k;
-    int32_t* ids = r.ids + t * r.top_k;
-    int64_t kept = 0;
-    for (int64_t e = 0; e < r.experts; ++e) {
-      if (kept == r.top_k && !(choice[e] > choice[ids[kept - 1]])) continue;
-      int64_t place = kept < r.top_k ? kept++ : kept - 1;
-      for (; place > 0 && choice[e] > choice[ids[place - 1]]; --place) {
-        ids[place] = ids[place - 1];
-      }
-      ids[place] = static_cast<int32_t>(e);
-    }
-    float total = 0.0f;
-    for (int64_t k = 0; k < r.top_k; ++k) total += weights[k] = score[ids[k]];
-    const float factor = r.renormalize ? r.scale / total : r.scale;
-    for (int64_t k = 0; k < r.top_k; ++k) weights[k] *= factor;
+    ids[place] = static_cast<int32_t>(e);
+  }
+  float total = 0.0f;
+  for (int64_t k = 0; k < r.top_k; ++k) total += weights[k] = score[ids[k]];
+  const float factor = r.renormalize ? r.scale / total : r.scale;
+  for (int64_t k = 0; k < r.top_k; ++k) weights[k] *= factor;
+}
+
+constexpr int64_t kTokensWorthAThread = 64;
+
+inline void route(const Router& r, const Threads& all) {
+  const Threads threads = {static_cast<int>(std::min<int64_t>(
+                               all.count, 1 + r.tokens / kTokensWorthAThread)),
+                           all.run};
+  Steps<1> steps;
+  on_threads(threads, [&](int) {
+    own_arena().reserve(2 * Arena::space<float>(r.experts));
+    steps.step(0, r.tokens, 16, [&](int64_t t) { route_token(r, t); });
   });
 }
 

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "unrolled.h"
+
 #if defined(__linux__)
   #include <asm/hwcap.h>
   #include <sys/auxv.h>
@@ -20,23 +22,23 @@ struct Dot {
   template <int M>
   static void some(const uint8_t* a, int64_t stride, const int8_t* half,
                    int64_t k, int32_t* c) {
-    int32x4_t sum[M][4];
-    for (auto& row : sum) {
-      for (auto& s : row) s = vdupq_n_s32(0);
-    }
+    int32x4_t sum[4 * M];
+    unrolled<4 * M>(INT8_MOE_EACH(j) { sum[j] = vdupq_n_s32(0); });
     for (int64_t i = 0; i < k; i += 4) {
       int8x16_t w[4];
-      for (int j = 0; j < 4; ++j) w[j] = vld1q_s8(half + i * 32 + 16 * j);
-      for (int r = 0; r < M; ++r) {
+      unrolled<4>(INT8_MOE_EACH(j) { w[j] = vld1q_s8(half + i * 32 + 16 * j); });
+      unrolled<M>(INT8_MOE_EACH(r) {
         int32_t four;
         __builtin_memcpy(&four, a + r * stride + i, 4);
         const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(four));
-        for (int j = 0; j < 4; ++j) sum[r][j] = vdotq_s32(sum[r][j], w[j], x);
-      }
+        unrolled<4>(INT8_MOE_EACH(j) {
+          sum[4 * r + j] = vdotq_s32(sum[4 * r + j], w[j], x);
+        });
+      });
     }
-    for (int r = 0; r < M; ++r) {
-      for (int j = 0; j < 4; ++j) vst1q_s32(c + r * 32 + 4 * j, sum[r][j]);
-    }
+    unrolled<4 * M>(INT8_MOE_EACH(j) {
+      vst1q_s32(c + j / 4 * 32 + j % 4 * 4, sum[j]);
+    });
   }
 
   static void rows(const uint8_t* a, int64_t stride, const int8_t* block,

@@ -10,6 +10,8 @@ from vllm.platforms import current_platform
 from .utils import (
     DTYPE,
     assert_close,
+    emulate_activation,
+    emulate_linear,
     emulate_moe,
     random_input,
     random_weight,
@@ -27,6 +29,18 @@ def environment():
     torch.manual_seed(0)
     with vllm_environment():
         yield
+
+
+@pytest.fixture(autouse=True, params=["native", "onednn"])
+def path(request, monkeypatch):
+    """Both ways, whether or not this vLLM has the native operator."""
+    from vllm.model_executor.layers.fused_moe import cpu_int8_moe
+
+    if request.param == "onednn":
+        monkeypatch.setattr(cpu_int8_moe, "native", lambda: None)
+    elif cpu_int8_moe.native() is None:
+        pytest.skip("csrc/cpu/int8_moe is not built here")
+    return request.param
 
 
 class Layer(torch.nn.Module):
@@ -163,13 +177,35 @@ def test_unknown_activation_names_the_layer():
         packed(layer)
 
 
-def test_operator_contract():
+def test_operator_contract(path):
     layer = Layer()
     experts = packed(layer)
     x = random_input(5, K)
     weights, ids = routing(5)
+    if path == "native":
+        args = (x, weights, ids, *experts.packed, None, False)
+        torch.library.opcheck(torch.ops._int8_moe_C.experts.default, args)
+        return
     args = (
         *(x, weights, ids, experts.w13, experts.w2, experts.w13_out_size),
         *("silu", None, None, None, None, None, False),
     )
     torch.library.opcheck(torch.ops.vllm.cpu_int8_experts.default, args)
+
+
+def test_biases():
+    layer = Layer()
+    layer.w13_bias = torch.randn(E, 2 * I, dtype=torch.float32)
+    layer.w2_bias = torch.randn(E, K, dtype=torch.float32)
+    x = random_input(9, K)
+    ids = torch.randint(0, E, (9, 1), dtype=torch.int32)
+    weights = torch.rand(9, 1, dtype=torch.float32)
+    out = packed(layer)(layer, x, weights, ids)
+    (w13, s13), (w2, s2) = layer.w13_reference, layer.w2_reference
+    rows = []
+    for t, e in enumerate(ids.flatten().tolist()):
+        h = emulate_linear(x[t : t + 1], w13[e], s13[e]) + layer.w13_bias[e]
+        h = emulate_activation("silu", h)
+        row = emulate_linear(h, w2[e], s2[e]) + layer.w2_bias[e]
+        rows.append(weights[t].double() * row)
+    assert_close(out, torch.cat(rows))

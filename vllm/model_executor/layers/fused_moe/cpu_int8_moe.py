@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""INT8 W8A8 routed experts on CPU, on oneDNN's scaled matmul."""
+"""INT8 W8A8 routed experts on CPU: a native operator, or oneDNN's scaled matmul."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,8 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from vllm import _custom_ops as ops
+from vllm.model_executor.layers.fused_moe.cpu_int8_native import (
+    columns,
+    native,
+)
 from vllm.model_executor.utils import replace_parameter
 from vllm.utils.torch_utils import direct_register_custom_op
+
+
+# of swiglustep and swigluoai, where a layer gives none
+LIMIT = 7.0
 
 
 def _gated(
@@ -23,13 +31,13 @@ def _gated(
     return gated
 
 
-def _swiglustep(gate_up: torch.Tensor, limit: float = 7.0) -> torch.Tensor:
+def _swiglustep(gate_up: torch.Tensor, limit: float = LIMIT) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
 
 
 def _swigluoai(
-    gate_up: torch.Tensor, limit: float = 7.0, alpha: float = 1.702
+    gate_up: torch.Tensor, limit: float = LIMIT, alpha: float = 1.702
 ) -> torch.Tensor:
     """gpt-oss's: gates and ups take turns."""
     gate = gate_up[..., ::2].clamp(max=limit)
@@ -140,7 +148,8 @@ direct_register_custom_op(
 
 
 class CPUInt8Experts:
-    """Routed INT8 experts of one layer, packed for oneDNN.
+    """Routed INT8 experts of one layer, packed for the native operator where it
+    is built (csrc/cpu/int8_moe), else for oneDNN.
 
     Takes over `layer.w13_weight` [E, 2I, K] and `layer.w2_weight` [E, K, I],
     both int8, and their float32 scales: per channel ([E, N] or [E, N, 1]) or
@@ -160,10 +169,38 @@ class CPUInt8Experts:
                 f"{layer.layer_name}: INT8 experts on CPU know no "
                 f"{activation} activation"
             )
+        self.operators = native()
+        if self.operators is not None:
+            self._pack_native(layer, activation == "swigluoai")
+        else:
+            self._pack_onednn(layer)
+
+    def _pack_native(self, layer: torch.nn.Module, interleaved: bool) -> None:
+        self.run = self.operators.experts.default
+        sizes = layer.w2_weight.shape[1:]
+        packed = []
+        for name in ("w13", "w2"):
+            weight = getattr(layer, f"{name}_weight").data
+            rows = weight.size(1)
+            scale = getattr(layer, f"{name}_weight_scale").data.float()
+            bias = getattr(layer, f"{name}_bias")
+            packed.append(
+                self.operators.pack(
+                    weight.contiguous(),
+                    scale.reshape(scale.size(0), -1).expand(-1, rows).contiguous(),
+                    bias if bias is None else bias.float().contiguous(),
+                    columns(rows, name == "w13", interleaved),
+                )
+            )
+            replace_parameter(layer, f"{name}_weight", weight.new_empty(0))
+        static = layer.w13_input_scale, layer.w2_input_scale
+        self.packed = *packed, *sizes, layer.activation.value, LIMIT, *static
+
+    def _pack_onednn(self, layer: torch.nn.Module) -> None:
         self.w13_out_size = layer.w13_weight.size(1)
         dynamic = layer.w13_input_scale is None
         self._handlers = {
-            name: self._pack(layer, name, dynamic) for name in ("w13", "w2")
+            name: self._handlers_of(layer, name, dynamic) for name in ("w13", "w2")
         }
         self.w13, self.w2 = (
             torch.stack([h.handler_tensor for h in handlers])
@@ -176,7 +213,7 @@ class CPUInt8Experts:
         )
 
     @staticmethod
-    def _pack(layer: torch.nn.Module, name: str, dynamic: bool):
+    def _handlers_of(layer: torch.nn.Module, name: str, dynamic: bool):
         weight = getattr(layer, f"{name}_weight")
         scale = getattr(layer, f"{name}_weight_scale")
         # oneDNN reads the scales in place: they stay parameters of the layer.
@@ -196,6 +233,15 @@ class CPUInt8Experts:
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
     ) -> torch.Tensor:
+        if self.operators is not None:
+            return self.run(
+                x,
+                topk_weights,
+                topk_ids,
+                *self.packed,
+                layer.expert_map,
+                layer.apply_router_weight_on_input,
+            )
         return torch.ops.vllm.cpu_int8_experts(
             x,
             topk_weights,

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routed INT8 experts on CPU: the native operator against oneDNN by expert, vLLM's BF16 and INT8 experts, and memory.
+
+    make env && PYTHONPATH=build/shadow .venv/bin/python benchmarks/cpu_moe.py [--json OUT]
+
+Needs a vLLM with the series first on PYTHONPATH (`vllm-quark shadow -o build/shadow`). Times are medians of rounds in
+which all contestants run one after the other on the same fresh input and routing, so compare within a run. The
+bandwidth is that of summing an int64 tensor of the weights' size with the same threads, in the same rounds. What a
+processor or a release does not have is left out, with the reason.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.fused_moe import cpu_int8_moe
+
+SHAPES = {"nano": (16, 64, 128, 4), "E=32, N=1280, K=4096": (32, 1280, 4096, 8)}
+TOKENS = (1, 8, 64, 512)
+
+
+def layer(experts: int, width: int, hidden: int):
+    """What CPUInt8Experts reads of a FusedMoE layer, with random weights."""
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    made = torch.nn.Module()
+    made.layer_name, made.activation = "benchmark", MoEActivation.SILU
+    made.expert_map, made.apply_router_weight_on_input = None, False
+    made.w13_bias = made.w2_bias = made.w13_input_scale = made.w2_input_scale = None
+    for name, shape in (("w13", (experts, 2 * width, hidden)), ("w2", (experts, hidden, width))):
+        weight = torch.randint(-127, 128, shape, dtype=torch.int8)
+        scale = (torch.rand(*shape[:2], 1) + 0.5) / (73 * shape[2] ** 0.5)
+        made.register_parameter(f"{name}_weight", torch.nn.Parameter(weight, requires_grad=False))
+        made.register_parameter(f"{name}_weight_scale", torch.nn.Parameter(scale, requires_grad=False))
+    return made
+
+
+def onednn(made: torch.nn.Module):
+    kept = cpu_int8_moe.native
+    cpu_int8_moe.native = lambda: None
+    try:
+        experts = cpu_int8_moe.CPUInt8Experts(made)
+    finally:
+        cpu_int8_moe.native = kept
+    return lambda x, w, i: experts(made, x, w, i)
+
+
+def bf16(made: torch.nn.Module):
+    w13, w2 = (
+        (getattr(made, f"{n}_weight").float() * getattr(made, f"{n}_weight_scale")).bfloat16() for n in ("w13", "w2")
+    )
+    if not hasattr(torch.ops._C, "prepack_moe_weight"):
+        return "this vLLM has no BF16 CPU experts for this processor"
+    if torch.cpu._is_amx_tile_supported():
+        isa = "amx"
+    elif w13.shape[1] % 32 or w2.shape[1] % 32:
+        return "its BF16 CPU experts do not take these widths"
+    else:
+        isa = "vec"
+    w13, w2 = ops.cpu_prepack_moe_weight(w13, isa), ops.cpu_prepack_moe_weight(w2, isa)
+    return lambda x, w, i: ops.cpu_fused_moe(x, w13, w2, None, None, w, i, "silu", isa)
+
+
+def upstream_int8(made: torch.nn.Module):
+    if not torch.cpu._is_amx_tile_supported():
+        return "upstream's fused_experts_cpu needs AMX, which this processor does not have"
+    pack = torch.ops._C.convert_weight_packed
+    w13, w2 = pack(made.w13_weight), pack(made.w2_weight)
+    s13, s2 = made.w13_weight_scale.data, made.w2_weight_scale.data
+
+    def run(x, w, i):
+        return torch.ops._C.fused_experts_cpu(
+            x, w13, w2, w, i, False, True, False, False, s13, s2, None, None, None, None, None, True
+        )
+
+    return run
+
+
+def measure(name: str, rounds: int, tokens: tuple[int, ...]) -> list[dict]:
+    experts, width, hidden, top_k = SHAPES[name]
+    made = layer(experts, width, hidden)
+    runs, reasons = {}, {}
+    for kind, make in (("upstream INT8", upstream_int8), ("BF16", bf16)):
+        found = make(made)
+        (reasons if isinstance(found, str) else runs)[kind] = found
+    copy = layer(experts, width, hidden)
+    for n in ("w13", "w2"):
+        getattr(copy, f"{n}_weight").data.copy_(getattr(made, f"{n}_weight").data)
+        getattr(copy, f"{n}_weight_scale").data.copy_(getattr(made, f"{n}_weight_scale").data)
+    runs["oneDNN"] = onednn(copy)
+    operator = cpu_int8_moe.CPUInt8Experts(made)
+    runs["native"] = lambda x, w, i: operator(made, x, w, i)
+    memory = torch.ones(max(64 << 20, experts * width * hidden * 3) // 8, dtype=torch.int64)
+    rows = []
+    for count in tokens:
+        times: dict[str, list[float]] = {kind: [] for kind in [*runs, "memory"]}
+        touched = []
+        for round_ in range(rounds + 2):
+            x = torch.randn(count, hidden, dtype=torch.bfloat16)
+            weights, ids = torch.rand(count, experts).topk(top_k)
+            ids = ids.int()
+            if round_ >= 2:
+                touched.append(ids.unique().numel() * width * hidden * 3)
+            order = list(runs.items())[round_ % len(runs) :] + list(runs.items())[: round_ % len(runs)]
+            for kind, run in order:
+                start = time.perf_counter()
+                run(x.clone(), weights, ids)
+                took = time.perf_counter() - start
+                if round_ >= 2:
+                    times[kind].append(took)
+            start = time.perf_counter()
+            memory.sum()
+            times["memory"].append(time.perf_counter() - start)
+        middle = {kind: statistics.median(t) for kind, t in times.items()}
+        bandwidth = memory.numel() * 8 / middle.pop("memory")
+        read = statistics.median(touched) / middle["native"]
+        row = {"shape": name, "tokens": count, "us": {k: 1e6 * v for k, v in middle.items()}}
+        row |= {"bandwidth": bandwidth, "of bandwidth": read / bandwidth, "left out": reasons}
+        rows.append(row)
+        ratios = ", ".join(f"{k} / native {v / middle['native']:.2f}x" for k, v in middle.items() if k != "native")
+        print(f"{name}, {count} tokens: native {1e6 * middle['native']:.0f} us, {ratios}, "
+              f"{100 * read / bandwidth:.0f} % of {bandwidth / 1e9:.1f} GB/s", flush=True)  # fmt: skip
+    return rows
+
+
+def router(rounds: int) -> list[dict]:
+    """Sigmoid, bias, top-8 of 288 renormalized: the native operator against the PyTorch it stands for."""
+    rows = []
+    bias = torch.rand(288)
+    for count in TOKENS:
+        times: dict[str, list[float]] = {"PyTorch": [], "native": []}
+        for _ in range(rounds * 5):
+            logits = torch.randn(count, 288)
+            start = time.perf_counter()
+            scores = logits.sigmoid()
+            ids = torch.topk(scores + bias, k=8, dim=-1)[1]
+            weights = scores.gather(1, ids)
+            weights = weights / weights.sum(dim=-1, keepdim=True) * 3.0
+            ids = ids.to(torch.int32)
+            middle = time.perf_counter()
+            cpu_int8_moe.native().route(logits, bias, 8, False, True, 3.0)
+            times["native"].append(time.perf_counter() - middle)
+            times["PyTorch"].append(middle - start)
+        row = {k: 1e6 * statistics.median(v) for k, v in times.items()}
+        rows.append({"shape": "router", "tokens": count, "us": row})
+        print(f"router, {count} tokens: native {row['native']:.0f} us, PyTorch / native "
+              f"{row['PyTorch'] / row['native']:.2f}x", flush=True)  # fmt: skip
+    return rows
+
+
+def processor() -> dict:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.partition(":")[2].strip() for line in flags.splitlines() if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "isas": list(cpu_int8_moe.native().isas()),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--shapes", default="nano;E=32, N=1280, K=4096", help="separated by semicolons")
+    args = parser.parse_args()
+    if cpu_int8_moe.native() is None:
+        sys.exit("cpu_moe.py: the native operator is not built here: make env with a C++ compiler")
+    torch.manual_seed(0)
+    found = {"machine": processor(), "rows": []}
+    print(found["machine"])
+    tokens = tuple(map(int, args.tokens.split(",")))
+    for shape in args.shapes.split(";"):
+        found["rows"] += measure(shape, args.rounds, tokens)
+    found["rows"] += router(args.rounds)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

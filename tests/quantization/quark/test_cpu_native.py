@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The native INT8 experts and router (csrc/cpu/int8_moe) against float64, on every
+instruction set that this processor has.
+
+Run `pytest tests/quantization/quark/test_cpu_native.py`.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vllm.platforms import current_platform
+
+from .utils import assert_close, emulate_moe, random_input, random_weight
+
+if not current_platform.is_cpu():
+    pytest.skip("tests of the CPU platform", allow_module_level=True)
+from vllm.model_executor.layers.fused_moe import cpu_int8_native
+from vllm.model_executor.layers.fused_moe.cpu_int8_native import (
+    columns,
+    native,
+    route_on_cpu,
+)
+
+operators = native()
+needs_operators = pytest.mark.skipif(
+    operators is None, reason="csrc/cpu/int8_moe is not built here"
+)
+ISAS = operators.isas() if operators else ["none"]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# E, I, K, k; multiples of nothing, one of each, a block, more than a block
+SHAPES = [(3, 5, 3, 2), (1, 1, 1, 1), (5, 37, 71, 3), (2, 16, 64, 2), (4, 80, 160, 2)]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=range(len(ISAS)), ids=ISAS)
+def isa(request):
+    return request.param
+
+
+class Experts:
+    """Random experts, plain and packed."""
+
+    def __init__(self, experts: int, width: int, hidden: int, activation="silu"):
+        self.sizes, self.activation = (hidden, width), activation
+        self.plain, self.packed = [], []
+        for shape in ((experts, 2 * width, hidden), (experts, hidden, width)):
+            weight, scale = random_weight(*shape)
+            self.plain += [weight, scale]
+            order = columns(shape[1], not len(self.packed), activation == "swigluoai")
+            self.packed.append(operators.pack(weight, scale, None, order))
+
+    def __call__(self, x, weights, ids, isa=-1, a1=None, a2=None, expert_map=None):
+        return operators.experts(
+            *(x, weights, ids, *self.packed, *self.sizes, self.activation, 7.0),
+            *(a1, a2, expert_map, False, isa),
+        )
+
+    def emulate(self, x, weights, ids, a1=None, a2=None):
+        return emulate_moe(x, *self.plain, weights, ids, self.activation, a1, a2)
+
+
+def routing(tokens: int, experts: int, top_k: int):
+    weights, ids = torch.rand(tokens, experts).topk(top_k)
+    return weights, ids.int()
+
+
+@needs_operators
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 13, 47])
+def test_any_shape(isa, shape, tokens):
+    *sizes, top_k = shape
+    experts = Experts(*sizes)
+    x = random_input(tokens, sizes[2]).float()
+    weights, ids = routing(tokens, sizes[0], top_k)
+    assert_close(experts(x, weights, ids, isa), experts.emulate(x, weights, ids))
+
+
+@needs_operators
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "swigluoai", "swiglustep"])
+def test_activations_and_dtypes(isa, activation, dtype):
+    experts = Experts(4, 48, 96, activation)
+    x = random_input(21, 96).to(dtype)
+    weights, ids = routing(21, 4, 2)
+    out = experts(x, weights, ids, isa)
+    assert out.dtype == dtype
+    assert_close(out, experts.emulate(x, weights, ids))
+
+
+@needs_operators
+def test_gelu_tanh(isa):
+    experts = Experts(4, 48, 96, "gelu")
+    experts.activation = "gelu_tanh"
+    x = random_input(21, 96).float()
+    weights, ids = routing(21, 4, 2)
+    out = experts(x, weights, ids, isa)
+    experts.activation = "gelu"
+    assert_close(out, experts.emulate(x, weights, ids))
+
+
+@needs_operators
+def test_extreme_weights_and_activations(isa):
+    """-128 in weights and static activations, and a K that fills the sums."""
+    experts = Experts(1, 32, 8192)
+    experts.plain[0].fill_(-128)
+    order = columns(64, True)
+    experts.packed[0] = operators.pack(*experts.plain[:2], None, order)
+    x = torch.full((3, 8192), -1e6)
+    x[1] = 1e6
+    one, weights = torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)
+    a1, a2 = torch.tensor(0.5), torch.tensor(1e3)
+    out = experts(x, weights, one, isa, a1, a2)
+    assert_close(out, experts.emulate(x, weights, one, a1, a2))
+
+
+@needs_operators
+@pytest.mark.parametrize("tokens", [5, 700])
+def test_all_tokens_on_one_expert(isa, tokens):
+    """More rows than the operator takes at once."""
+    experts = Experts(4, 32, 64)
+    x = random_input(tokens, 64).float()
+    weights, ids = torch.rand(tokens, 1), torch.full((tokens, 1), 2, dtype=torch.int32)
+    assert_close(experts(x, weights, ids, isa), experts.emulate(x, weights, ids))
+
+
+@needs_operators
+def test_more_rows_than_one_call_computes(isa):
+    """Tokens are taken in chunks: here two and a bit."""
+    experts = Experts(2, 1, 2)
+    x = random_input(36000, 2).float()
+    weights, ids = torch.rand(36000, 2), torch.tensor([0, 1], dtype=torch.int32)
+    out = experts(x, weights, ids.expand(36000, 2).contiguous(), isa)
+    some = torch.tensor([0, 16383, 16384, 32767, 32768, 35999])
+    reference = experts.emulate(x[some], weights[some], ids.expand(6, 2))
+    assert_close(out[some], reference)
+
+
+@needs_operators
+def test_no_tokens(isa):
+    experts = Experts(4, 32, 64)
+    ids = torch.empty(0, 2, dtype=torch.int32)
+    assert experts(torch.empty(0, 64), ids.float(), ids, isa).shape == (0, 64)
+
+
+@needs_operators
+def test_same_for_any_thread_count(isa):
+    experts = Experts(6, 96, 160)
+    x = random_input(65, 160)
+    weights, ids = routing(65, 6, 3)
+    kept = torch.get_num_threads()
+    outs = []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            outs.append(experts(x, weights, ids, isa))
+    finally:
+        torch.set_num_threads(kept)
+    assert all(torch.equal(outs[0], out) for out in outs[1:])
+
+
+@needs_operators
+def test_a_tokens_result_does_not_depend_on_the_others(isa):
+    experts = Experts(6, 96, 160)
+    x = random_input(65, 160)
+    weights, ids = routing(65, 6, 3)
+    out = experts(x, weights, ids, isa)
+    for t in (0, 31, 64):
+        alone = experts(x[t : t + 1], weights[t : t + 1], ids[t : t + 1], isa)
+        assert torch.equal(alone[0], out[t])
+
+
+@needs_operators
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_stays_in_its_token(isa, bad, dtype):
+    experts = Experts(4, 32, 64)
+    x = random_input(9, 64).to(dtype)
+    weights, ids = routing(9, 4, 2)
+    clean = experts(x, weights, ids, isa)
+    x[4, 63] = bad
+    out = experts(x, weights, ids, isa)
+    assert out[4].isnan().all()
+    rest = torch.arange(9) != 4
+    assert torch.equal(out[rest], clean[rest])
+
+
+@needs_operators
+def test_nan_with_static_scales(isa):
+    experts = Experts(4, 32, 64)
+    x = random_input(9, 64).float()
+    x[4, 0] = float("nan")
+    x[5, 0] = float("inf")
+    weights, ids = routing(9, 4, 2)
+    scales = torch.tensor(0.05), torch.tensor(0.5)
+    out = experts(x, weights, ids, isa, *scales)
+    assert out[4].isnan().all()
+    rest = torch.arange(9) != 4
+    reference = experts.emulate(x[rest], weights[rest], ids[rest], *scales)
+    assert_close(out[rest], reference)
+
+
+@needs_operators
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_bad_ids_are_refused(dtype):
+    experts = Experts(4, 32, 64)
+    x, ids = random_input(3, 64), torch.full((3, 1), 4, dtype=dtype)
+    with pytest.raises(ValueError, match="expert id 4 out of range: 4 experts"):
+        experts(x, ids.float(), ids)
+    mapped = torch.full((8,), 9, dtype=torch.int32)
+    with pytest.raises(ValueError, match="local expert 9 out of range: 4"):
+        experts(x, ids.float(), ids, expert_map=mapped)
+    assert not experts(x, ids.float(), ids - 5).any(), "negative ids are no expert"
+
+
+@needs_operators
+def test_misfits_are_refused():
+    experts = Experts(4, 32, 64)
+    x, (weights, ids) = random_input(3, 64), routing(3, 4, 2)
+    with pytest.raises(ValueError, match="K as wide as the experts"):
+        experts(x[:, :63], weights, ids)
+    with pytest.raises(ValueError, match="w13 has to be"):
+        experts.sizes = 64, 33
+        experts(x, weights, ids)
+    experts.sizes = 64, 32
+    with pytest.raises(ValueError, match="topk_weights has to be"):
+        experts(x, weights[:2], ids)
+    with pytest.raises(ValueError, match="x has to be float32, bfloat16 or float16"):
+        experts(x.double(), weights, ids)
+    with pytest.raises(ValueError, match="no activation relu"):
+        experts.activation = "relu"
+        experts(x, weights, ids)
+    weight, scale = random_weight(1, 2, 65537)
+    with pytest.raises(ValueError, match="K has to be between 1 and 65536"):
+        operators.pack(weight, scale, None, columns(2, False))
+
+
+@needs_operators
+def test_inputs_that_are_not_contiguous(isa):
+    experts = Experts(4, 32, 64)
+    wide = random_input(9, 128)
+    weights, ids = routing(9, 4, 2)
+    for x in (wide[:, 64:], wide[:, ::2], wide[:, :64].t().contiguous().t()):
+        expected = experts(x.contiguous(), weights, ids, isa)
+        assert torch.equal(experts(x, weights, ids, isa), expected)
+    turned = weights.t().contiguous().t(), ids.t().contiguous().t()
+    assert torch.equal(experts(x, *turned, isa), expected)
+
+
+@needs_operators
+def test_contracts():
+    experts = Experts(4, 32, 64)
+    x, (weights, ids) = random_input(5, 64), routing(5, 4, 2)
+    args = (x, weights, ids, *experts.packed, 64, 32, "silu", 7.0, None, None, None, False)
+    torch.library.opcheck(torch.ops._int8_moe_C.experts.default, args)
+    args = (*experts.plain[:2], None, columns(64, True))
+    torch.library.opcheck(torch.ops._int8_moe_C.pack.default, args)
+    args = (torch.randn(5, 16), torch.rand(16), 4, False, True, 3.0)
+    torch.library.opcheck(torch.ops._int8_moe_C.route.default, args)
+
+
+@needs_operators
+def test_compiles():
+    experts = Experts(4, 32, 64)
+    x = random_input(5, 64)
+    bias = torch.rand(4)
+
+    def layer(x, logits):
+        weights, ids = operators.route(logits, bias, 2, False, True, 3.0)
+        return experts(x * 2, weights, ids) + 1
+
+    logits = torch.randn(5, 4)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
+    for tokens in (5, 3):
+        out = compiled(x[:tokens], logits[:tokens])
+        assert torch.equal(out, layer(x[:tokens], logits[:tokens]))
+
+
+def emulate_router(logits, bias, top_k, softmax, renormalize, scale):
+    scores = logits.double().softmax(-1) if softmax else logits.double().sigmoid()
+    ids = (scores + (0 if bias is None else bias.double())).topk(top_k).indices
+    weights = scores.gather(1, ids)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights * scale, ids
+
+
+@needs_operators
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("tokens, experts, top_k", [(1, 288, 8), (70, 17, 3), (3, 1, 1)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_router(isa, softmax, renormalize, tokens, experts, top_k, biased):
+    logits = torch.randn(tokens, experts) * 3
+    bias = torch.rand(experts) if biased else None
+    weights, ids = operators.route(
+        logits, bias, top_k, softmax, renormalize, 3.0, isa
+    )
+    reference, wanted = emulate_router(logits, bias, top_k, softmax, renormalize, 3.0)
+    assert torch.equal(ids.long(), wanted)
+    torch.testing.assert_close(weights.double(), reference, rtol=1e-5, atol=1e-9)
+
+
+@needs_operators
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_router_dtypes_and_ties(isa, dtype):
+    """Scores are float32 whatever the logits' dtype; of equals the lower id."""
+    logits = torch.zeros(2, 12, dtype=dtype)
+    logits[1, 7] = 1
+    weights, ids = operators.route(logits, None, 3, False, False, 1.0, isa)
+    assert ids.tolist() == [[0, 1, 2], [7, 0, 1]]
+    expected = torch.tensor([[0.5] * 3, [torch.tensor(1.0).sigmoid(), 0.5, 0.5]])
+    torch.testing.assert_close(weights, expected)
+
+
+@needs_operators
+def test_router_extremes(isa):
+    logits = torch.tensor([[-1e4, 1e4, 0.0, -200.0], [float("nan"), 1.0, 2.0, 3.0]])
+    weights, ids = operators.route(logits, None, 2, False, True, 1.0, isa)
+    assert ids[0].tolist() == [1, 2] and ids[1, 0] == 0
+    torch.testing.assert_close(weights[0], torch.tensor([2 / 3, 1 / 3]))
+    assert weights[1].isnan().all()
+    with pytest.raises(ValueError, match="top_k has to be between"):
+        operators.route(logits, None, 5, False, True, 1.0, isa)
+    weights, ids = operators.route(logits[:0], None, 2, False, True, 1.0, isa)
+    assert weights.shape == ids.shape == (0, 2)
+
+
+def test_route_on_cpu_leaves_other_scores(monkeypatch):
+    logits = torch.randn(3, 8)
+    args = (logits, None, 2, True)
+    assert route_on_cpu(*args, "sqrtsoftplus", None) is None
+    if operators is not None:
+        weights, ids = route_on_cpu(*args, "sigmoid", torch.int64)
+        assert ids.dtype == torch.int64 and weights.dtype == torch.float32
+    monkeypatch.setattr(cpu_int8_native, "native", lambda: None)
+    assert route_on_cpu(*args, "sigmoid", None) is None
+
+
+SAYS = """
+from vllm.model_executor.layers.fused_moe.cpu_int8_native import native
+found = [native() for _ in range(3)]
+assert all(f is None for f in found)
+"""
+
+
+@pytest.mark.parametrize("library", ["", "/no/such/library.so"])
+def test_without_the_operator_it_says_so_once(library):
+    environment = {**os.environ, "VLLM_INT8_MOE_LIBRARY": library}
+    environment["VLLM_LOGGING_LEVEL"] = "WARNING"
+    environment.pop("LD_PRELOAD", None)
+    done = subprocess.run(
+        [sys.executable, "-c", SAYS], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).count("expert by expert, which is slower") == 1
+
+
+@needs_operators
+def test_its_library_and_instruction_set_are_logged():
+    library = cpu_int8_native._library()
+    code = (
+        "from vllm.model_executor.layers.fused_moe.cpu_int8_native import native;"
+        "assert native() is not None"
+    )
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert f"run on {library}, {ISAS[0]}" in done.stdout + done.stderr

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The native operators of csrc/cpu/int8_moe: INT8 experts and their router on CPU."""
+
+import functools
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from vllm.logger import init_logger
+
+logger = init_logger(__name__)
+
+BLOCK = 32
+# Of vLLM's own build, or of the vllm-quark wheel for an installed vLLM.
+_HOMES = ("vllm", "vllm_quark")
+_NAME = "_int8_moe_C.abi3.so"
+
+
+def _library() -> Path | None:
+    """The library's file. VLLM_INT8_MOE_LIBRARY names another one; empty: none."""
+    named = os.environ.get("VLLM_INT8_MOE_LIBRARY")
+    if named is not None:
+        return Path(named) if named else None
+    for home in _HOMES:
+        spec = importlib.util.find_spec(home)
+        for folder in spec.submodule_search_locations or () if spec else ():
+            if (file := Path(folder) / _NAME).is_file():
+                return file
+    return None
+
+
+@functools.cache
+def native() -> Any | None:
+    """Namespace of the operators (`isas`, `pack`, `experts`, `route`), or None.
+
+    Says once, in the log, which of both it is.
+    """
+    library = _library()
+    if library is None:
+        logger.warning(
+            "INT8 experts on CPU run on oneDNN, expert by expert, which is slower: "
+            "the native operator (%s) is not built. It needs a C++ compiler and "
+            "CMake when vLLM or vllm-quark is installed from source",
+            _NAME,
+        )
+        return None
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        logger.warning(
+            "INT8 experts on CPU run on oneDNN, expert by expert, which is slower: "
+            "%s does not load (%s). Build it again with this PyTorch",
+            library,
+            error.__cause__ or error,
+        )
+        return None
+    found = torch.ops._int8_moe_C
+    torch.library.register_fake("_int8_moe_C::pack", _pack_fake)
+    torch.library.register_fake("_int8_moe_C::experts", _experts_fake)
+    torch.library.register_fake("_int8_moe_C::route", _route_fake)
+    logger.info("INT8 experts on CPU run on %s, %s", library, found.isas()[0])
+    return found
+
+
+def _pack_fake(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    order: torch.Tensor,
+) -> torch.Tensor:
+    experts, _, k = weight.shape
+    return weight.new_empty(experts, order.size(0) * (-(-k // 64) * 64 + 12))
+
+
+def _experts_fake(x: torch.Tensor, *args) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def _route_fake(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    top_k: int,
+    softmax: bool,
+    renormalize: bool,
+    scale: float,
+    isa: int = -1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = logits.size(0), top_k
+    return (
+        logits.new_empty(shape, dtype=torch.float32),
+        logits.new_empty(shape, dtype=torch.int32),
+    )
+
+
+def columns(rows: int, gated: bool, interleaved: bool = False) -> torch.Tensor:
+    """Row of a weight with `rows` rows for each column of its packed form, int32;
+    negative: a column of zeros.
+
+    gated: blocks are 16 gates and their 16 ups. Gates are the upper half of the
+    rows, or the even ones where `interleaved`.
+    """
+    if not gated:
+        order = torch.arange(rows, device="cpu")
+        return F.pad(order, (0, -rows % BLOCK), value=-1).int()
+    order = torch.arange(rows, device="cpu")
+    halves = order.view(-1, 2).t() if interleaved else order.view(2, -1)
+    padded = F.pad(halves, (0, -(rows // 2) % 16), value=-1)
+    return padded.reshape(2, -1, 16).transpose(0, 1).flatten().int()
+
+
+def route_on_cpu(
+    gating_output: torch.Tensor,
+    bias: torch.Tensor | None,
+    topk: int,
+    renormalize: bool,
+    scoring_func: str,
+    indices_type: torch.dtype | None,
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """float32 weights and ids, both [T, k], of router logits [T, E]: scored in
+    float32, the top k of score plus bias kept (the lower id of equals),
+    renormalized if asked, times `scale`.
+
+    None where the native operator does not run: not built, or another score.
+    """
+    if scoring_func not in ("softmax", "sigmoid") or (operators := native()) is None:
+        return None
+    weights, ids = operators.route(
+        gating_output,
+        bias if bias is None else bias.float(),
+        topk,
+        scoring_func == "softmax",
+        renormalize,
+        scale,
+    )
+    return weights, ids.to(indices_type or torch.int32)

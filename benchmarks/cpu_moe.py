@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe import cpu_int8_moe
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from vllm_quark import cmake
 from vllm_quark.imports import add_import
 from vllm_quark.patches import FileEdit, PatchError, QuarkError, Rewrite
 
@@ -94,6 +95,33 @@ def _rules(edit: FileEdit) -> str:
     return _documents(rules)
 
 
+def _cmake(source: str, edit: FileEdit) -> dict[str, list[dict[str, Any]]]:
+    """As `_scan`, of a CMake file."""
+    rules = {"present": edit.present} | ({"needs": edit.needs} if edit.needs else {})
+    rules |= {f"rewrite-{k}": r.rule for k, r in enumerate(edit.rewrite)}
+    rules |= {f"where-{k}": r.where for k, r in enumerate(edit.rewrite) if r.where}
+    return {
+        id_: [{"range": {"byteOffset": {"start": c.start, "end": c.end}}} for c in cmake.matching(source, rule)]
+        for id_, rule in rules.items()
+    }
+
+
+def _found(source: str, edit: FileEdit) -> dict[str, list[dict[str, Any]]]:
+    return _cmake(source, edit) if edit.is_cmake else _scan(source.encode(), _rules(edit))
+
+
+def _parse(source: str, edit: FileEdit) -> ast.Module:
+    """The syntax tree; of what is not Python an empty one, if it is valid. Raises SyntaxError."""
+    if not edit.is_cmake:
+        return ast.parse(source)
+    try:
+        cmake.commands(source)
+    except ValueError as e:
+        line, _, reason = str(e).partition(": ")
+        raise SyntaxError(reason, (None, int(line), None, None)) from e
+    return ast.parse("")
+
+
 def matches(source: str, rule: dict[str, Any]) -> bool:
     """Whether `rule` matches anywhere in `source`."""
     return bool(_scan(source.encode(), _documents({"rule": {"rule": rule}})))
@@ -169,18 +197,23 @@ def edit(source: str, rules: FileEdit) -> Edited:
 
     PRESENT where the edit is there already, ABSENT where `needs` is not, CONFLICT where a rewrite's
     rule does not match exactly once (the detail names its anchor). Raises PatchError where the
-    result is not valid Python or would not be recognised as edited.
+    result is not valid Python (or CMake) or would not be recognised as edited.
     """
-    raw = source.encode()
-    found = _scan(raw, _rules(rules))
+    raw, kind = source.encode(), "CMake" if rules.is_cmake else "Python"
+    try:
+        tree = _parse(source, rules)
+    except SyntaxError as e:
+        broken = Edited(Outcome.CONFLICT, source, f"{rules.file}:{e.lineno}: not valid {kind}: {e.msg}: mend it first")
+        if rules.is_cmake:
+            return broken
+        tree = None
+    found = _found(source, rules)
     if found.get("present"):
         return Edited(Outcome.PRESENT, source)
     if rules.needs and not found.get("needs"):
         return Edited(Outcome.ABSENT, source, f"{rules.file} lacks what it edits")
-    try:
-        tree = ast.parse(source)
-    except SyntaxError as e:
-        return Edited(Outcome.CONFLICT, source, f"{rules.file}:{e.lineno}: not valid Python: {e.msg}: mend it first")
+    if tree is None:
+        return broken
     changes: list[tuple[int, int, str]] = []
     for k, rewrite in enumerate(rules.rewrite):
         if rewrite.where and not found.get(f"where-{k}"):
@@ -205,11 +238,11 @@ def edit(source: str, rules: FileEdit) -> Edited:
         raw = raw[:start] + text.encode() + raw[end:]
     result = raw.decode()
     try:
-        ast.parse(result)
+        _parse(result, rules)
         for statement in rules.imports:
             result = add_import(result, statement, rules.file.split("/")[0])
     except SyntaxError as e:
-        raise PatchError(f"{rules.file}:{e.lineno}: the patch leaves no valid Python here: {e.msg}") from e
-    if not _scan(result.encode(), _rules(rules)).get("present"):
+        raise PatchError(f"{rules.file}:{e.lineno}: the patch leaves no valid {kind} here: {e.msg}") from e
+    if not _found(result, rules).get("present"):
         raise PatchError(f"{rules.file}: 'present' does not match what the rewrites make: mend the patch file")
     return Edited(Outcome.APPLIES, result)

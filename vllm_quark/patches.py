@@ -72,6 +72,21 @@ class FileEdit(_Strict):
     imports: list[str] = []
     rewrite: list[Rewrite] = Field(min_length=1)
 
+    @property
+    def is_cmake(self) -> bool:
+        """Its rules are those of vllm_quark.cmake, not ast-grep's."""
+        return self.file.endswith((".cmake", "CMakeLists.txt"))
+
+    @model_validator(mode="after")
+    def _cmake_rules(self) -> "FileEdit":
+        rules = [self.present, self.needs, *(x for r in self.rewrite for x in (r.rule, r.where))]
+        for rule in rules if self.is_cmake else ():
+            if rule and not {"command"} <= rule.keys() <= {"command", "argument"}:
+                raise ValueError("a rule for CMake has a command and perhaps an argument")
+        if self.is_cmake and (self.imports or any(r.above is None and r.below is None for r in self.rewrite)):
+            raise ValueError("a CMake file takes lines above or below a command")
+        return self
+
     def in_package(self, package: str) -> "FileEdit":
         """The same for a tree whose package is not called vllm."""
         return FileEdit(**_renamed(self.model_dump(), package))

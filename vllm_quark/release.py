@@ -29,7 +29,9 @@ _INDEX_VARIABLES = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")
 
 CACHE = Path.home() / ".cache/vllm-quark"
 # What patching and judging a release wants of its source distribution.
-_KEPT = re.compile(r"(vllm/.*\.py|tests/quantization/.*\.py|tests/[^/]*\.py|pyproject\.toml|setup\.py|PKG-INFO)")
+_KEPT = re.compile(
+    r"(vllm/.*\.py|tests/quantization/.*\.py|tests/[^/]*\.py|pyproject\.toml|setup\.py|PKG-INFO|cmake/[^/]*\.cmake)"
+)
 
 
 @contextlib.contextmanager
@@ -102,12 +104,12 @@ class _Hashed(io.RawIOBase):
 
 
 def sources(version: str, cache: Path = CACHE) -> dict[str, bytes]:
-    """Python sources and settings of vLLM `version`: path and content.
+    """Python sources, settings and CMake modules of vLLM `version`: path and content.
 
     Read out of the source distribution, the one in `cache` or while it comes in (it is one compressed stream, so
     all of it has to), and kept, without the rest, in `cache`. Raises QuarkError as `fetch` does.
     """
-    kept = cache / f"vllm-{version}-py.tar.gz"
+    kept = cache / f"vllm-{version}-kept.tar.gz"
     if kept.is_file():
         with tarfile.open(kept) as tar:
             return {m.name: tar.extractfile(m).read() for m in tar}

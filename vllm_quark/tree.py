@@ -173,6 +173,10 @@ class Tree:
         """Files of `patch` that belong here: an installed package takes only what lies in vllm/."""
         return [f for f in patch.files if self.is_source or f.startswith(f"{self.package}/")]
 
+    def edits(self, patch: Patch) -> list[FileEdit]:
+        """Edits of `patch` that belong here: an installed package has no build of its own."""
+        return [e for e in patch.edits if self.is_source or e.file.startswith(f"{self.package}/")]
+
     def _holders(self, rules: FileEdit, text: Mapping[str, bytes | None]) -> list[str]:
         """Files of the whole package, but for the named one, that have what `rules` need.
 
@@ -223,7 +227,8 @@ class Tree:
         touched: list[str] = []
         outcomes: list[Outcome] = []
         details: dict[Outcome, str] = {}
-        for rules in patch.edits:
+        edits = self.edits(patch)
+        for rules in edits:
             result = done(rules)
             if result.outcome is Outcome.ABSENT and (holders := self._holders(rules, ChainMap(changed, text))):
                 # What it edits moved: within its folder that is the same to us, elsewhere it is not.
@@ -252,9 +257,9 @@ class Tree:
             if theirs is None:
                 missing.append(file)
                 changed[file] = ours
-            elif _lf(theirs) != _lf(ours) and (edited or not patch.edits):
+            elif _lf(theirs) != _lf(ours) and (edited or not edits):
                 return "conflict", f"{file}: there already, with other content", {}, touched
-        if edited or (missing and not patch.edits):
+        if edited or (missing and not edits):
             partly = "partly applied" if Outcome.PRESENT in outcomes else ""
             return "applies", partly, changed, touched
         return "present", "" if not missing else "files", {}, touched

@@ -91,7 +91,7 @@ def test_cover_letter(unpacked, tmp_path, author):
     assert git(unpacked, "rev-list", "--count", "HEAD").strip() == str(count + 1)
     # Without the pages there is no such text.
     home = tmp_path / "home"
-    for name in ("vllm_quark", "patches", "vllm", "tests"):
+    for name in ("vllm_quark", "patches", "vllm", "csrc", "tests"):
         shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.unpack_archive(RELEASE_ARCHIVE, tmp_path / "again", filter="data")
     done = cli(home, "format-patch", tmp_path / "again" / f"vllm-{RELEASE}", "-o", tmp_path / "none", "--cover")

@@ -259,7 +259,20 @@ def test_inputs_that_are_not_contiguous(isa):
 def test_contracts():
     experts = Experts(4, 32, 64)
     x, (weights, ids) = random_input(5, 64), routing(5, 4, 2)
-    args = (x, weights, ids, *experts.packed, 64, 32, "silu", 7.0, None, None, None, False)
+    args = (
+        x,
+        weights,
+        ids,
+        *experts.packed,
+        64,
+        32,
+        "silu",
+        7.0,
+        None,
+        None,
+        None,
+        False,
+    )
     torch.library.opcheck(torch.ops._int8_moe_C.experts.default, args)
     args = (*experts.plain[:2], None, columns(64, True))
     torch.library.opcheck(torch.ops._int8_moe_C.pack.default, args)
@@ -296,14 +309,14 @@ def emulate_router(logits, bias, top_k, softmax, renormalize, scale):
 @needs_operators
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("renormalize", [False, True])
-@pytest.mark.parametrize("tokens, experts, top_k", [(1, 288, 8), (70, 17, 3), (3, 1, 1)])
+@pytest.mark.parametrize(
+    "tokens, experts, top_k", [(1, 288, 8), (70, 17, 3), (3, 1, 1)]
+)
 @pytest.mark.parametrize("biased", [False, True])
 def test_router(isa, softmax, renormalize, tokens, experts, top_k, biased):
     logits = torch.randn(tokens, experts) * 3
     bias = torch.rand(experts) if biased else None
-    weights, ids = operators.route(
-        logits, bias, top_k, softmax, renormalize, 3.0, isa
-    )
+    weights, ids = operators.route(logits, bias, top_k, softmax, renormalize, 3.0, isa)
     reference, wanted = emulate_router(logits, bias, top_k, softmax, renormalize, 3.0)
     assert torch.equal(ids.long(), wanted)
     torch.testing.assert_close(weights.double(), reference, rtol=1e-5, atol=1e-9)

@@ -16,7 +16,6 @@ from vllm.model_executor.layers.fused_moe.cpu_int8_native import (
 from vllm.model_executor.utils import replace_parameter
 from vllm.utils.torch_utils import direct_register_custom_op
 
-
 # of swiglustep and swigluoai, where a layer gives none
 LIMIT = 7.0
 

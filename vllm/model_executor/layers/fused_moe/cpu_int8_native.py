@@ -17,7 +17,7 @@ logger = init_logger(__name__)
 
 BLOCK = 32
 # Of vLLM's own build, or of the vllm-quark wheel for an installed vLLM.
-_HOMES = ("vllm", "vllm_quark")
+_HOMES = (__name__.partition(".")[0], "vllm_quark")
 _NAME = "_int8_moe_C.abi3.so"
 
 

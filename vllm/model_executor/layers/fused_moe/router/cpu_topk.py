@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Top-k routing in PyTorch, for platforms without the CUDA top-k kernels."""
+"""Top-k routing on CPU: the native operator, or PyTorch."""
 
 import torch
+
+from vllm.model_executor.layers.fused_moe.cpu_int8_native import route_on_cpu
 
 
 def topk_on_cpu(
@@ -17,6 +19,11 @@ def topk_on_cpu(
 
     Raises ValueError for scoring functions other than softmax and sigmoid.
     """
+    tokens = gating_output.size(0)
+    rows = torch.arange(tokens * topk, dtype=torch.int32).view(topk, tokens).t()
+    args = gating_output, None, topk, renormalize, scoring_func, indices_type
+    if (routed := route_on_cpu(*args)) is not None:
+        return *routed, rows
     logits = gating_output.float()
     if scoring_func == "softmax":
         scores = logits.softmax(dim=-1)
@@ -27,6 +34,4 @@ def topk_on_cpu(
     weights, ids = scores.topk(topk, dim=-1)
     if renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
-    tokens = logits.size(0)
-    rows = torch.arange(tokens * topk, dtype=torch.int32).view(topk, tokens).t()
     return weights, ids.to(indices_type or torch.int32), rows

@@ -56,7 +56,7 @@ demo: env quark-env
 test: env quark-env lint
 	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
 	PYTHONPATH=$(CURDIR)/build/shadow $(BIN)/python -m pytest -q tests/quantization tests/entrypoints
-	$(BIN)/python -m pytest -q tests/tool tests/benchmarks
+	$(BIN)/python -m pytest -q tests/tool tests/csrc tests/benchmarks
 	$(BIN)/python benchmarks/releases.py 0.20.0 0.21.0 0.26.0 newest
 	@$(BIN)/python $(NANO)/lab.py $(CKPTS)
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/e2e

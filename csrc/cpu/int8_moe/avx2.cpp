@@ -22,7 +22,7 @@ struct Dot {
     __m256i sum[4 * M];
     unrolled<4 * M>(INT8_MOE_EACH(j) { sum[j] = _mm256_setzero_si256(); });
     for (int64_t i = 0; i < k; i += 4) {
-      const __m128i* w = reinterpret_cast<const __m128i*>(half + i * 32);
+      const __m128i* w = reinterpret_cast<const __m128i*>(half + i * 16);
       __m256i x[M];
       unrolled<M>(INT8_MOE_EACH(r) {
         int32_t four;
@@ -48,7 +48,7 @@ struct Dot {
   static void rows(const uint8_t* a, int64_t stride, const int8_t* block,
                    int64_t k, int64_t m, int32_t* c) {
     for (int half = 0; half < 2; ++half) {
-      const int8_t* w = block + half * 64;
+      const int8_t* w = block + half * k * 16;
       int64_t r = 0;
       for (; r + 2 <= m; r += 2) {
         some<2>(a + r * stride, stride, w, k, c + r * 32 + half * 16);

@@ -21,10 +21,11 @@ struct Dot {
     __m512i sum[4 * M];
     unrolled<4 * M>(INT8_MOE_EACH(j) { sum[j] = _mm512_setzero_si512(); });
     for (int64_t i = 0; i < k; i += 4) {
-      const __m256i* w = reinterpret_cast<const __m256i*>(block + i * 32);
       __m512i wide[4];
       unrolled<4>(INT8_MOE_EACH(j) {
-        wide[j] = _mm512_cvtepi8_epi16(_mm256_loadu_si256(w + j));
+        const int8_t* w = block + (j / 2 * k + i) * 16 + j % 2 * 32;
+        wide[j] = _mm512_cvtepi8_epi16(
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
       });
       unrolled<M>(INT8_MOE_EACH(r) {
         int32_t four;

@@ -2,6 +2,10 @@
 // SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 #include <cstring>
 
+#if defined(__linux__)
+  #include <sys/mman.h>
+#endif
+
 #include "int8_moe.h"
 
 namespace int8_moe {
@@ -38,8 +42,9 @@ struct Packing {
       if (order[column] >= 0) {
         const int64_t row = expert * rows + order[column];
         const int8_t* from = weight + row * to.k;
+        int8_t* half = packed + j / 16 * 16 * to.k_padded() + j % 16 * 4;
         for (int64_t i = 0; i < to.k; ++i) {
-          packed[(i / 4 * kBlock + j) * 4 + i % 4] = from[i];
+          half[i / 4 * 64 + i % 4] = from[i];
           sum += from[i];
         }
         factor = scale[row];
@@ -52,11 +57,26 @@ struct Packing {
   }
 };
 
+// Not yet touched memory in large pages, where the system gives them when asked:
+// a page is walked to, and prefetched within, once for 2 MiB, not once for 4 KiB.
+void ask_for_large_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kLarge = 2 << 20;
+  const uintptr_t start = (reinterpret_cast<uintptr_t>(data) + kLarge - 1) & ~(kLarge - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kLarge - 1);
+  if (end > start) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
 }  // namespace
 
 void pack(const int8_t* weight, const float* scale, const float* bias,
           int64_t experts, int64_t rows, const int32_t* order, const Weight& to,
           const Threads& threads) {
+  ask_for_large_pages(to.packed, experts * to.bytes());
   Packing packing = {weight, scale, bias, experts, rows, order, to, threads.count};
   threads.run(
       threads.count,

@@ -4,14 +4,14 @@
 // INT8 W8A8 routed experts on CPU: plain C++, knows nothing of PyTorch.
 //
 // A packed weight is one run of bytes an expert:
-//   [columns / 32, k_padded / 4, 32, 4] int8   the weight
-//   [columns] int32                            128 times the sum over K
-//   [columns] float32                          scale
-//   [columns] float32                          bias
-// Columns (output features) lie in blocks of 32, four values of K side by side:
-// what vpdpbusd, AMX tiles and sdot read, and one stream through memory. k_padded
-// is K rounded up to 64; what is padded is zero. The blocks of w13 are 16 gates
-// and their 16 ups.
+//   [columns / 32, 2, k_padded / 4, 16, 4] int8   the weight
+//   [columns] int32                               128 times the sum over K
+//   [columns] float32                             scale
+//   [columns] float32                             bias
+// Columns (output features) lie in blocks of two halves of 16, four values of K
+// side by side: what vpdpbusd, AMX tiles and sdot read, and one stream through
+// memory. k_padded is K rounded up to 64; what is padded is zero. The halves of
+// w13's blocks are gates and their ups.
 #pragma once
 
 #include <cstddef>

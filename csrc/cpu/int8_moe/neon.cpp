@@ -26,7 +26,7 @@ struct Dot {
     unrolled<4 * M>(INT8_MOE_EACH(j) { sum[j] = vdupq_n_s32(0); });
     for (int64_t i = 0; i < k; i += 4) {
       int8x16_t w[4];
-      unrolled<4>(INT8_MOE_EACH(j) { w[j] = vld1q_s8(half + i * 32 + 16 * j); });
+      unrolled<4>(INT8_MOE_EACH(j) { w[j] = vld1q_s8(half + i * 16 + 16 * j); });
       unrolled<M>(INT8_MOE_EACH(r) {
         int32_t four;
         __builtin_memcpy(&four, a + r * stride + i, 4);
@@ -44,7 +44,7 @@ struct Dot {
   static void rows(const uint8_t* a, int64_t stride, const int8_t* block,
                    int64_t k, int64_t m, int32_t* c) {
     for (int half = 0; half < 2; ++half) {
-      const int8_t* w = block + half * 64;
+      const int8_t* w = block + half * k * 16;
       int32_t* to = c + half * 16;
       int64_t r = 0;
       for (; r + 4 <= m; r += 4) some<4>(a + r * stride, stride, w, k, to + r * 32);

@@ -16,10 +16,12 @@ struct Dot {
       const int8_t* x = reinterpret_cast<const int8_t*>(a + r * stride);
       int32_t sum[32] = {};
       for (int64_t i = 0; i < k; i += 4) {
-        const int8_t* w = block + i * 32;
-        for (int j = 0; j < 32; ++j) {
-          sum[j] += x[i] * w[4 * j] + x[i + 1] * w[4 * j + 1] +
-                    x[i + 2] * w[4 * j + 2] + x[i + 3] * w[4 * j + 3];
+        for (int half = 0; half < 2; ++half) {
+          const int8_t* w = block + (half * k + i) * 16;
+          for (int j = 0; j < 16; ++j) {
+            sum[16 * half + j] += x[i] * w[4 * j] + x[i + 1] * w[4 * j + 1] +
+                                  x[i + 2] * w[4 * j + 2] + x[i + 3] * w[4 * j + 3];
+          }
         }
       }
       for (int j = 0; j < 32; ++j) c[r * 32 + j] = sum[j];

@@ -6,6 +6,7 @@
 
 #include <immintrin.h>
 
+#include <array>
 #include <cstdint>
 
 #include "unrolled.h"
@@ -13,20 +14,26 @@
 namespace int8_moe {
 namespace {
 
-// How far ahead of its use a block is asked for, bytes: one row leaves no time to.
+// How far ahead of its use the weight is asked for, bytes, where one row leaves no
+// time to.
 constexpr int64_t kAhead = 4096;
+// Rows in registers: 32 of them hold the sums, the weight and an activation.
+constexpr int kMostWhole = 12;
+constexpr int kMostHalf = 28;
 
-// ahead: what lies so far behind the block is asked for, kLines of two lines a step.
-template <int M, int kLines>
+// M rows times both halves of a block.
+template <int M, bool kFirst>
 inline void vnni_some(const uint8_t* a, int64_t stride, const int8_t* block,
-                      int64_t k, int64_t ahead, int32_t* c) {
+                      int64_t k, int32_t* c) {
   __m512i left[M], right[M];
   unrolled<M>(INT8_MOE_EACH(r) { left[r] = right[r] = _mm512_setzero_si512(); });
   for (int64_t i = 0; i < k; i += 4) {
-    const int8_t* w = block + i * 32;
-    const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
-    if (kLines > 0) _mm_prefetch(w + ahead, _MM_HINT_T1);
-    if (kLines > 1) _mm_prefetch(w + ahead + 64, _MM_HINT_T1);
+    const __m512i w0 = _mm512_loadu_si512(block + i * 16);
+    const __m512i w1 = _mm512_loadu_si512(block + (k + i) * 16);
+    if (kFirst) {
+      _mm_prefetch(block + i * 16 + kAhead, _MM_HINT_T0);
+      _mm_prefetch(block + (k + i) * 16 + kAhead, _MM_HINT_T0);
+    }
     unrolled<M>(INT8_MOE_EACH(r) {
       int32_t four;
       __builtin_memcpy(&four, a + r * stride + i, 4);
@@ -41,67 +48,62 @@ inline void vnni_some(const uint8_t* a, int64_t stride, const int8_t* block,
   });
 }
 
-// One row: as fast as memory gives, so more sums at once, and asked for early.
-inline void vnni_one(const uint8_t* a, const int8_t* block, int64_t k, int32_t* c) {
-  __m512i sum[8];
-  for (auto& s : sum) s = _mm512_setzero_si512();
-  for (int64_t i = 0; i < k; i += 16) {
-    const int8_t* w = block + i * 32;
-    for (int j = 0; j < 4; ++j) {
-      _mm_prefetch(w + kAhead + j * 128, _MM_HINT_T0);
-      _mm_prefetch(w + kAhead + j * 128 + 64, _MM_HINT_T0);
-      int32_t four;
-      __builtin_memcpy(&four, a + i + 4 * j, 4);
-      const __m512i x = _mm512_set1_epi32(four);
-      sum[2 * j] = _mm512_dpbusd_epi32(sum[2 * j], x,
-                                       _mm512_loadu_si512(w + j * 128));
-      sum[2 * j + 1] = _mm512_dpbusd_epi32(sum[2 * j + 1], x,
-                                           _mm512_loadu_si512(w + j * 128 + 64));
+// One row, or more than vnni_some takes, one half after the other: the weight comes
+// from memory once, in order. Few rows have more sums each, to wait for none.
+template <int M>
+inline void vnni_halves(const uint8_t* a, int64_t stride, const int8_t* block,
+                        int64_t k, int32_t* c) {
+  constexpr int kSums = M == 1 ? 4 : 1;
+  for (int half = 0; half < 2; ++half, block += k * 16, c += 16) {
+    __m512i sum[M * kSums];
+    unrolled<M * kSums>(INT8_MOE_EACH(j) { sum[j] = _mm512_setzero_si512(); });
+    for (int64_t i = 0; i < k; i += 4 * kSums) {
+      unrolled<kSums>(INT8_MOE_EACH(j) {
+        const int64_t at = i + 4 * j;
+        _mm_prefetch(block + at * 16 + kAhead, _MM_HINT_T0);
+        const __m512i w = _mm512_loadu_si512(block + at * 16);
+        unrolled<M>(INT8_MOE_EACH(r) {
+          int32_t four;
+          __builtin_memcpy(&four, a + r * stride + at, 4);
+          sum[kSums * r + j] =
+              _mm512_dpbusd_epi32(sum[kSums * r + j], _mm512_set1_epi32(four), w);
+        });
+      });
     }
-  }
-  for (int half = 0; half < 2; ++half) {
-    _mm512_storeu_si512(
-        c + half * 16,
-        _mm512_add_epi32(_mm512_add_epi32(sum[half], sum[2 + half]),
-                         _mm512_add_epi32(sum[4 + half], sum[6 + half])));
-  }
-}
-
-template <int kLines>
-inline void vnni_rows(const uint8_t* a, int64_t stride, const int8_t* block,
-                      int64_t k, int64_t n, int64_t ahead, int32_t* c) {
-  switch (n) {
-    case 1: return vnni_one(a, block, k, c);
-    case 2: return vnni_some<2, kLines>(a, stride, block, k, ahead, c);
-    case 3: return vnni_some<3, kLines>(a, stride, block, k, ahead, c);
-    case 4: return vnni_some<4, kLines>(a, stride, block, k, ahead, c);
-    case 5: return vnni_some<5, kLines>(a, stride, block, k, ahead, c);
-    case 6: return vnni_some<6, kLines>(a, stride, block, k, ahead, c);
-    case 7: return vnni_some<7, kLines>(a, stride, block, k, ahead, c);
-    case 8: return vnni_some<8, kLines>(a, stride, block, k, ahead, c);
-    case 9: return vnni_some<9, kLines>(a, stride, block, k, ahead, c);
-    case 10: return vnni_some<10, kLines>(a, stride, block, k, ahead, c);
-    case 11: return vnni_some<11, kLines>(a, stride, block, k, ahead, c);
-    case 12: return vnni_some<12, kLines>(a, stride, block, k, ahead, c);
+    unrolled<M>(INT8_MOE_EACH(r) {
+      __m512i whole = sum[kSums * r];
+      if (kSums == 4) {
+        whole = _mm512_add_epi32(_mm512_add_epi32(whole, sum[kSums * r + kSums / 4]),
+                                 _mm512_add_epi32(sum[kSums * r + kSums / 2],
+                                                  sum[kSums * r + kSums - 1]));
+      }
+      _mm512_storeu_si512(c + r * 32, whole);
+    });
   }
 }
 
-// The next block comes into the cache while this one is computed with: of two
-// passes over it, each asks for half.
+using VnniRows = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int32_t*);
+
+template <bool kFirst, int... M>
+constexpr std::array<VnniRows, sizeof...(M)> vnni_of(std::integer_sequence<int, M...>) {
+  return {(M == 0 || M >= kMostWhole ? vnni_halves<M + 1> : vnni_some<M + 1, kFirst>)...};
+}
+
 inline void vnni_rows(const uint8_t* a, int64_t stride, const int8_t* block,
                       int64_t k, int64_t m, int32_t* c) {
-  constexpr int kMost = 12;
-  const int64_t passes = (m + kMost - 1) / kMost, size = k * 32;
+  static constexpr auto kFirst =
+      vnni_of<true>(std::make_integer_sequence<int, kMostHalf>());
+  static constexpr auto kLater =
+      vnni_of<false>(std::make_integer_sequence<int, kMostWhole>());
+  if (m <= kMostHalf) {
+    if (m > 0) kFirst[m - 1](a, stride, block, k, c);
+    return;
+  }
+  const int64_t passes = (m + kMostWhole - 1) / kMostWhole;
   for (int64_t pass = 0; pass < passes; ++pass) {
-    // equal shares: 13 rows are 7 and 6, not 12 and 1
+    // equal shares: 37 rows are 10, 9, 9 and 9, not 12, 12, 12 and 1
     const int64_t n = (m + passes - pass - 1) / (passes - pass);
-    if (passes == 1) {
-      vnni_rows<2>(a, stride, block, k, n, size, c);
-    } else if (pass < 2) {
-      vnni_rows<1>(a, stride, block, k, n, size + 64 * pass, c);
-    } else {
-      vnni_rows<0>(a, stride, block, k, n, size, c);
-    }
+    (pass == 0 ? kFirst[n - 1] : kLater[n - 1])(a, stride, block, k, c);
     a += n * stride;
     c += n * 32;
     m -= n;

@@ -287,7 +287,7 @@ def test_compiles():
     bias = torch.rand(4)
 
     def layer(x, logits):
-        weights, ids = operators.route(logits, bias, 2, False, True, 3.0)
+        weights, ids = route_on_cpu(logits, bias, 2, True, "sigmoid", None, 3.0)
         return experts(x * 2, weights, ids) + 1
 
     logits = torch.randn(5, 4)
@@ -356,6 +356,7 @@ def test_route_on_cpu_leaves_other_scores(monkeypatch):
         assert ids.dtype == torch.int64 and weights.dtype == torch.float32
     monkeypatch.setattr(cpu_int8_native, "native", lambda: None)
     assert route_on_cpu(*args, "sigmoid", None) is None
+    assert not cpu_int8_native.has_native()
 
 
 SAYS = """

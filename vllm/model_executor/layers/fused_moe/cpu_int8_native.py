@@ -97,6 +97,12 @@ def _route_fake(
     )
 
 
+@torch.compiler.assume_constant_result
+def has_native() -> bool:
+    """`native`, for code that torch.compile traces: it would trace the loading."""
+    return native() is not None
+
+
 def columns(rows: int, gated: bool, interleaved: bool = False) -> torch.Tensor:
     """Row of a weight with `rows` rows for each column of its packed form, int32;
     negative: a column of zeros.
@@ -128,9 +134,9 @@ def route_on_cpu(
 
     None where the native operator does not run: not built, or another score.
     """
-    if scoring_func not in ("softmax", "sigmoid") or (operators := native()) is None:
+    if scoring_func not in ("softmax", "sigmoid") or not has_native():
         return None
-    weights, ids = operators.route(
+    weights, ids = torch.ops._int8_moe_C.route(
         gating_output,
         bias if bias is None else bias.float(),
         topk,

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step-3.5-nano, INT8, through vLLM's engine on CPU: the native operator against oneDNN by expert.
+
+    make demo && .venv/bin/vllm-quark shadow -o build/shadow
+    PYTHONPATH=build/shadow .venv/bin/python benchmarks/cpu_engine.py build/demo/quark [--eager] [--json OUT]
+
+Each way is an engine in a process of its own, in turns, `--repeats` times: prefill of 8 prompts of 512 tokens, decode of
+128 tokens at batch 1 and 16, medians of 5.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+WAYS = {"native": {}, "oneDNN": {"VLLM_INT8_MOE_LIBRARY": ""}}
+STEPS, PROMPTS, LENGTH = 128, 8, 512
+
+
+def one(checkpoint: Path, out: Path, eager: bool) -> None:
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    import random
+
+    import torch
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        str(checkpoint),
+        max_model_len=1024,
+        max_num_seqs=16,
+        max_num_batched_tokens=PROMPTS * LENGTH,
+        enable_prefix_caching=False,
+        enforce_eager=eager,
+        disable_log_stats=True,
+    )
+    random.seed(0)
+
+    def took(batch: int, prompt: int, tokens: int) -> float:
+        prompts = [{"prompt_token_ids": random.choices(range(2, 250), k=prompt)} for _ in range(batch)]
+        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        return time.perf_counter() - start
+
+    took(PROMPTS, LENGTH, 2)
+    result = {"prefill": PROMPTS * LENGTH / statistics.median(took(PROMPTS, LENGTH, 1) for _ in range(5))}
+    for batch in (1, 16):
+        took(batch, 32, 4)
+        runs = [took(batch, 32, STEPS + 1) - took(batch, 32, 1) for _ in range(5)]
+        result[f"decode, batch {batch}"] = batch * STEPS / statistics.median(runs)
+    result["threads"] = torch.get_num_threads()
+    out.write_text(json.dumps(result))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--eager", action="store_true", help="no torch.compile")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        one(args.checkpoint, args.one, args.eager)
+        return 0
+    found: dict[str, list[dict]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(args.repeats):
+            for way, env in WAYS.items():
+                part = Path(folder) / "part.json"
+                words = [sys.executable, __file__, args.checkpoint, "--one", part] + ["--eager"] * args.eager
+                done = subprocess.run(words, env={**os.environ, **env}, capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(f"{way}: {done.stderr[-2000:]}")
+                said = done.stdout + done.stderr
+                assert ("expert by expert, which is slower" in said) == (way == "oneDNN"), "not the way it should be"
+                found[way].append(json.loads(part.read_text()))
+                print(way, found[way][-1], flush=True)
+    for name in [n for n in found["native"][0] if n != "threads"]:
+        middle = {way: statistics.median(run[name] for run in runs) for way, runs in found.items()}
+        print(f"{name}: native {middle['native']:.0f} tokens/s, oneDNN {middle['oneDNN']:.0f}, "
+              f"{middle['native'] / middle['oneDNN']:.2f}x")  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps({"eager": args.eager, **found}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

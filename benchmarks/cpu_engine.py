@@ -4,8 +4,8 @@
     make demo && .venv/bin/vllm-quark shadow -o build/shadow
     PYTHONPATH=build/shadow .venv/bin/python benchmarks/cpu_engine.py build/demo/quark [--eager] [--json OUT]
 
-Each way is an engine in a process of its own, in turns, `--repeats` times: prefill of 8 prompts of 512 tokens, decode of
-128 tokens at batch 1 and 16, medians of 5.
+Each way is an engine in a process of its own, in turns, `--repeats` times: prefill of 8 prompts of 512 tokens, decode
+of 128 tokens at batch 1 and 16, medians of 5.
 """
 
 import argparse

@@ -2,10 +2,12 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """Edits of CMake files, and the native operator's own build in a tree."""
 
+import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -104,3 +106,22 @@ def test_a_source_tree_builds_and_installs_the_operator(unpacked, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "portable", done.stderr
     assert RELEASE in (unpacked / "PKG-INFO").read_text()
+
+
+@pytest.mark.parametrize("operator", ["0", "1"])
+def test_the_wheel_has_the_operator_where_it_can_be_built(tmp_path, operator):
+    """Without it the wheel is for any machine; with it, for any Python of this one."""
+    if not shutil.which("c++"):
+        pytest.skip("no C++ compiler")
+    copy = tmp_path / "copy"
+    ignored = shutil.ignore_patterns(".git", ".venv", "build", ".gpu", "*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    words = ["build", "-q", "--wheel", "--no-build-isolation", "--python", sys.executable, "-o", tmp_path / "out", copy]
+    env = {**os.environ, "VLLM_QUARK_OPERATOR": operator}
+    done = subprocess.run([Path(sys.executable).with_name("uv"), *words], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "out").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert ("vllm_quark/_int8_moe_C.abi3.so" in names) == (operator == "1")
+    assert "vllm_quark/series/csrc/cpu/int8_moe/kernel.h" in names
+    assert wheel.name.endswith("-py3-none-any.whl") == (operator == "0") and "-py3-none-" in wheel.name

@@ -41,7 +41,7 @@ KEPT = ROOT / "build/releases"
 Files = dict[str, bytes]
 
 
-SERIES = ("patches", "vllm", "tests/quantization", "tests/entrypoints")
+SERIES = ("patches", "vllm", "csrc", "tests/quantization", "tests/entrypoints")
 
 
 def state(places: tuple[str, ...]) -> str:

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
@@ -76,10 +77,10 @@ Tensor dense(const Tensor& tensor) {
 template <typename T>
 T* data(const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape,
         const char* name) {
-  bool fits = tensor.scalar_type() == dtype && tensor.is_contiguous() &&
-              tensor.dim() == static_cast<int64_t>(shape.size()) && tensor.is_cpu();
-  int64_t axis = 0;
-  for (int64_t size : shape) fits = fits && tensor.size(axis++) == size;
+  const auto sizes = tensor.sizes();
+  const bool fits = tensor.scalar_type() == dtype && tensor.is_contiguous() &&
+                    tensor.is_cpu() && sizes.size() == shape.size() &&
+                    std::equal(shape.begin(), shape.end(), sizes.begin());
   if (!fits) {
     std::string wanted;
     for (int64_t size : shape) {
@@ -96,6 +97,11 @@ T* data(const std::optional<Tensor>& tensor, ScalarType dtype,
         std::initializer_list<int64_t> shape, const char* name) {
   return tensor ? data<T>(*tensor, dtype, shape, name) : nullptr;
 }
+
+const std::vector<std::string> kActivations = {"silu", "gelu", "gelu_tanh", "swigluoai",
+                                               "swiglustep"};
+
+std::vector<std::string> activations() { return kActivations; }
 
 std::vector<std::string> isas() {
   std::vector<std::string> found;
@@ -137,13 +143,11 @@ Weight weight_of(const Tensor& packed, int64_t experts, int64_t columns, int64_t
 
 Tensor experts(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids,
                const Tensor& w13, const Tensor& w2, int64_t hidden,
-               int64_t intermediate, std::string activation, double limit,
+               int64_t intermediate, int64_t activation, double limit,
                const std::optional<Tensor>& a1_scale,
                const std::optional<Tensor>& a2_scale,
                const std::optional<Tensor>& expert_map, bool weight_on_input,
                int64_t isa) {
-  static const std::vector<std::string> kNames = {"silu", "gelu", "gelu_tanh",
-                                                  "swigluoai", "swiglustep"};
   Problem p;
   check(x.dim() == 2 && x.is_cpu() && x.size(1) == hidden,
         "x has to be a CPU tensor [T, K], K as wide as the experts");
@@ -166,10 +170,9 @@ Tensor experts(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_i
                                "topk_weights");
   p.w13 = weight_of(w13, p.experts, round_up(intermediate, 16) * 2, p.hidden, "w13");
   p.w2 = weight_of(w2, p.experts, round_up(p.hidden, kBlock), intermediate, "w2");
-  size_t kind = 0;
-  while (kind < kNames.size() && kNames[kind] != activation) ++kind;
-  if (kind == kNames.size()) throw std::invalid_argument("no activation " + activation);
-  p.activation = static_cast<Activation>(kind);
+  check(activation >= 0 && activation < static_cast<int64_t>(kActivations.size()),
+        "activation is none of activations()");
+  p.activation = static_cast<Activation>(activation);
   p.limit = static_cast<float>(limit);
   p.a1_scale = a1_scale ? data<float>(torch::stable::reshape(*a1_scale, {-1}),
                                       ScalarType::Float, {1}, "a1_scale")
@@ -237,10 +240,11 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits,
 
 STABLE_TORCH_LIBRARY(_int8_moe_C, m) {
   m.def("isas() -> str[]");
+  m.def("activations() -> str[]");
   m.def("pack(Tensor weight, Tensor scale, Tensor? bias, Tensor order) -> Tensor");
   m.def(
       "experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w13, "
-      "Tensor w2, int hidden, int intermediate, str activation, float limit, "
+      "Tensor w2, int hidden, int intermediate, int activation, float limit, "
       "Tensor? a1_scale, Tensor? a2_scale, Tensor? expert_map, "
       "bool weight_on_input, int isa=-1) -> Tensor");
   m.def(
@@ -250,6 +254,7 @@ STABLE_TORCH_LIBRARY(_int8_moe_C, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(_int8_moe_C, CompositeExplicitAutograd, m) {
   m.impl("isas", TORCH_BOX(&isas));
+  m.impl("activations", TORCH_BOX(&activations));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_int8_moe_C, CPU, m) {

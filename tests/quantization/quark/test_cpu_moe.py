@@ -34,8 +34,10 @@ def environment():
 @pytest.fixture(autouse=True, params=["native", "onednn"])
 def path(request, monkeypatch):
     """Both ways, whether or not this vLLM has the native operator."""
-    from vllm.model_executor.layers.fused_moe import cpu_int8_moe
-
+    try:
+        from vllm.model_executor.layers.fused_moe import cpu_int8_moe
+    except ImportError:
+        return request.param  # the tests say what is missing
     if request.param == "onednn":
         monkeypatch.setattr(cpu_int8_moe, "native", lambda: None)
     elif cpu_int8_moe.native() is None:

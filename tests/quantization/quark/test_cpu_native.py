@@ -31,6 +31,7 @@ needs_operators = pytest.mark.skipif(
     operators is None, reason="csrc/cpu/int8_moe is not built here"
 )
 ISAS = operators.isas() if operators else ["none"]
+ACTIVATIONS = operators.activations() if operators else []
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # E, I, K, k; multiples of nothing, one of each, a block, more than a block
 SHAPES = [(3, 5, 3, 2), (1, 1, 1, 1), (5, 37, 71, 3), (2, 16, 64, 2), (4, 80, 160, 2)]
@@ -59,8 +60,9 @@ class Experts:
             self.packed.append(operators.pack(weight, scale, None, order))
 
     def __call__(self, x, weights, ids, isa=-1, a1=None, a2=None, expert_map=None):
+        kind = ACTIVATIONS.index(self.activation)
         return operators.experts(
-            *(x, weights, ids, *self.packed, *self.sizes, self.activation, 7.0),
+            *(x, weights, ids, *self.packed, *self.sizes, kind, 7.0),
             *(a1, a2, expert_map, False, isa),
         )
 
@@ -235,9 +237,12 @@ def test_misfits_are_refused():
         experts(x, weights[:2], ids)
     with pytest.raises(ValueError, match="x has to be float32, bfloat16 or float16"):
         experts(x.double(), weights, ids)
-    with pytest.raises(ValueError, match="no activation relu"):
-        experts.activation = "relu"
-        experts(x, weights, ids)
+    for kind in (-1, len(ACTIVATIONS)):
+        with pytest.raises(ValueError, match="none of activations"):
+            operators.experts(
+                *(x, weights, ids, *experts.packed, 64, 32, kind, 7.0),
+                *(None, None, None, False),
+            )
     weight, scale = random_weight(1, 2, 65537)
     with pytest.raises(ValueError, match="K has to be between 1 and 65536"):
         operators.pack(weight, scale, None, columns(2, False))
@@ -266,7 +271,7 @@ def test_contracts():
         *experts.packed,
         64,
         32,
-        "silu",
+        0,
         7.0,
         None,
         None,
@@ -345,6 +350,24 @@ def test_router_extremes(isa):
         operators.route(logits, None, 5, False, True, 1.0, isa)
     weights, ids = operators.route(logits[:0], None, 2, False, True, 1.0, isa)
     assert weights.shape == ids.shape == (0, 2)
+
+
+@needs_operators
+@pytest.mark.parametrize("scoring_func", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_models_are_routed_with_it(scoring_func, dtype):
+    """The PyTorch path scores in the logits' dtype."""
+    from vllm.model_executor.layers.fused_moe.router import fused_topk_bias_router
+
+    logits = (torch.randn(9, 288) * 3).to(dtype)
+    bias = torch.rand(288)
+    weights, ids = fused_topk_bias_router.fused_topk_bias(
+        torch.randn(9, 16), logits, scoring_func, bias, 8, True
+    )
+    softmax = scoring_func == "softmax"
+    reference, wanted = emulate_router(logits, bias, 8, softmax, True, 1.0)
+    assert torch.equal(ids.long(), wanted) and ids.dtype == torch.int32
+    torch.testing.assert_close(weights.double(), reference, rtol=1e-5, atol=1e-9)
 
 
 def test_route_on_cpu_leaves_other_scores(monkeypatch):

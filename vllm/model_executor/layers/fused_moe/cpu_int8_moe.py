@@ -193,7 +193,8 @@ class CPUInt8Experts:
             )
             replace_parameter(layer, f"{name}_weight", weight.new_empty(0))
         static = layer.w13_input_scale, layer.w2_input_scale
-        self.packed = *packed, *sizes, layer.activation.value, LIMIT, *static
+        activation = self.operators.activations().index(layer.activation.value)
+        self.packed = *packed, *sizes, activation, LIMIT, *static
 
     def _pack_onednn(self, layer: torch.nn.Module) -> None:
         self.w13_out_size = layer.w13_weight.size(1)

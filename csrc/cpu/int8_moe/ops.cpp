@@ -157,8 +157,8 @@ Tensor experts(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_i
   p.hidden = x.size(1);
   p.x = rows.data_ptr();
   p.x_stride = rows.stride(0);
-  check(topk_ids.dim() == 2 && w13.dim() == 2 && intermediate > 0,
-        "topk_ids has to be [T, k], w13 packed, intermediate positive");
+  check(topk_ids.dim() == 2 && topk_ids.size(1) > 0 && w13.dim() == 2 && intermediate > 0,
+        "topk_ids has to be [T, k], w13 packed, k and intermediate positive");
   p.top_k = topk_ids.size(1);
   p.experts = w13.size(0);
   p.intermediate = intermediate;

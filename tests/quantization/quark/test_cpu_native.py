@@ -237,6 +237,8 @@ def test_misfits_are_refused():
         experts(x, weights[:2], ids)
     with pytest.raises(ValueError, match="x has to be float32, bfloat16 or float16"):
         experts(x.double(), weights, ids)
+    with pytest.raises(ValueError, match="k and intermediate positive"):
+        experts(x, weights[:, :0], ids[:, :0])
     for kind in (-1, len(ACTIVATIONS)):
         with pytest.raises(ValueError, match="none of activations"):
             operators.experts(

@@ -64,13 +64,12 @@ test: env quark-env lint
 # The operator's tests with -fsanitize: its library, and Python with the sanitizers' runtime first.
 SANITIZERS := address,undefined
 sanitize: env
-	@$(BIN)/cmake -G Ninja -S . -B build/sanitize -DTORCH_HOME=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])') \
-	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DSANITIZE=$(SANITIZERS) -DINT8_MOE_EMULATE_AMX=ON > /dev/null
-	@$(BIN)/cmake --build build/sanitize
+	@SANITIZE=$(SANITIZERS) CMAKE_ARGS=-DINT8_MOE_EMULATE_AMX=ON $(BIN)/python setup.py -q build_ext \
+	  --build-temp build/sanitize --build-lib build/sanitize/lib
 	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/shadow \
-	  VLLM_INT8_MOE_LIBRARY=$(CURDIR)/build/sanitize/csrc/cpu/int8_moe/_int8_moe_C.abi3.so \
+	  VLLM_INT8_MOE_LIBRARY=$(CURDIR)/build/sanitize/lib/vllm_quark/_int8_moe_C.abi3.so \
 	  $(BIN)/python -m pytest -q tests/quantization/quark/test_cpu_native.py tests/quantization/quark/test_cpu_moe.py
 
 # The layer tests on the other base.

@@ -11,24 +11,24 @@ of 128 tokens at batch 1 and 16, medians of 5.
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
+from serve_depth import decode_speed, took_for
+
 WAYS = {"native": {}, "oneDNN": {"VLLM_INT8_MOE_LIBRARY": ""}}
-STEPS, PROMPTS, LENGTH = 128, 8, 512
+PROMPTS, LENGTH, VOCABULARY = 8, 512, 250
 
 
 def one(checkpoint: Path, out: Path, eager: bool) -> None:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    import random
-
     import torch
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     llm = LLM(
         str(checkpoint),
@@ -40,20 +40,11 @@ def one(checkpoint: Path, out: Path, eager: bool) -> None:
         disable_log_stats=True,
     )
     random.seed(0)
-
-    def took(batch: int, prompt: int, tokens: int) -> float:
-        prompts = [{"prompt_token_ids": random.choices(range(2, 250), k=prompt)} for _ in range(batch)]
-        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        start = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
-        return time.perf_counter() - start
-
-    took(PROMPTS, LENGTH, 2)
-    result = {"prefill": PROMPTS * LENGTH / statistics.median(took(PROMPTS, LENGTH, 1) for _ in range(5))}
+    took_for(llm, VOCABULARY, PROMPTS, LENGTH, 2)
+    prefills = [took_for(llm, VOCABULARY, PROMPTS, LENGTH, 1) for _ in range(5)]
+    result = {"prefill": PROMPTS * LENGTH / statistics.median(prefills)}
     for batch in (1, 16):
-        took(batch, 32, 4)
-        runs = [took(batch, 32, STEPS + 1) - took(batch, 32, 1) for _ in range(5)]
-        result[f"decode, batch {batch}"] = batch * STEPS / statistics.median(runs)
+        result[f"decode, batch {batch}"] = decode_speed(llm, VOCABULARY, batch)
     result["threads"] = torch.get_num_threads()
     out.write_text(json.dumps(result))
 

@@ -11,6 +11,7 @@ out, with the reason.
 """
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -90,11 +91,7 @@ def measure(name: str, rounds: int, tokens: tuple[int, ...]) -> list[dict]:
     for kind, make in (("upstream INT8", upstream_int8), ("BF16", bf16)):
         found = make(made)
         (reasons if isinstance(found, str) else runs)[kind] = found
-    copy = layer(experts, width, hidden)
-    for n in ("w13", "w2"):
-        getattr(copy, f"{n}_weight").data.copy_(getattr(made, f"{n}_weight").data)
-        getattr(copy, f"{n}_weight_scale").data.copy_(getattr(made, f"{n}_weight_scale").data)
-    runs["oneDNN"] = onednn(copy)
+    runs["oneDNN"] = onednn(copy.deepcopy(made))
     operator = cpu_int8_moe.CPUInt8Experts(made)
     runs["native"] = lambda x, w, i: operator(made, x, w, i)
     memory = torch.ones(max(64 << 20, experts * width * hidden * 3) // 8, dtype=torch.int64)

@@ -16,6 +16,7 @@ reading the same files into one buffer: the load's bound.
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -196,11 +197,29 @@ def read_bandwidth(folder: Path, files: str = "*.safetensors") -> tuple[int, flo
     return total, took
 
 
+def took_for(llm, vocabulary: int, batch: int, prompt: int, out: int) -> float:
+    """Seconds to generate `out` tokens for each of `batch` random prompts of `prompt` tokens."""
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": random.choices(range(2, vocabulary), k=prompt)} for _ in range(batch)]
+    params = SamplingParams(temperature=0.0, max_tokens=out, ignore_eos=True, detokenize=False)
+    start = time.perf_counter()
+    llm.generate(prompts, params, use_tqdm=False)
+    return time.perf_counter() - start
+
+
+def decode_speed(llm, vocabulary: int, batch: int) -> float:
+    """Tokens per second, the median of five runs."""
+    took_for(llm, vocabulary, batch, 32, 4)
+    runs = [took_for(llm, vocabulary, batch, 32, STEPS + 1) - took_for(llm, vocabulary, batch, 32, 1) for _ in range(5)]
+    return batch * STEPS / statistics.median(runs)
+
+
 def one(args: argparse.Namespace) -> None:
     """One checkpoint through the engine of the vLLM that PYTHONPATH has first."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
     import torch
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     total, took = read_bandwidth(args.checkpoint)
@@ -227,23 +246,11 @@ def one(args: argparse.Namespace) -> None:
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": list(DECODE)},
         disable_log_stats=True,
     )
-    import random
-
     random.seed(0)
-
-    def took_for(batch: int, prompt: int, out: int) -> float:
-        prompts = [{"prompt_token_ids": random.choices(range(2, VOCAB), k=prompt)} for _ in range(batch)]
-        params = SamplingParams(temperature=0.0, max_tokens=out, ignore_eos=True, detokenize=False)
-        start = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
-        return time.perf_counter() - start
-
-    took_for(1, PREFILL, 2)
-    result["prefill tokens/s"] = PREFILL / statistics.median(took_for(1, PREFILL, 1) for _ in range(5))
+    took_for(llm, VOCAB, 1, PREFILL, 2)
+    result["prefill tokens/s"] = PREFILL / statistics.median(took_for(llm, VOCAB, 1, PREFILL, 1) for _ in range(5))
     for batch in DECODE:
-        took_for(batch, 32, 4)
-        runs = [took_for(batch, 32, STEPS + 1) - took_for(batch, 32, 1) for _ in range(5)]
-        result[f"decode tokens/s, batch {batch}"] = batch * STEPS / statistics.median(runs)
+        result[f"decode tokens/s, batch {batch}"] = decode_speed(llm, VOCAB, batch)
     result["peak bytes"] = torch.cuda.max_memory_allocated()
     args.out.write_text(json.dumps(result))
 

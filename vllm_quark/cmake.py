@@ -29,7 +29,7 @@ class Command:
 
 
 def commands(source: str) -> list[Command]:
-    """All of a file's, in order. Raises ValueError, with a line, where parentheses do not close."""
+    """All of a file's, in order. Raises SyntaxError, with a line, where parentheses do not close."""
     found: list[Command] = []
     name, begin, depth = "", 0, 0
     arguments: list[str] = []
@@ -54,7 +54,7 @@ def commands(source: str) -> list[Command]:
         previous = token
     if depth:
         line = source.count("\n", 0, begin) + 1
-        raise ValueError(f"{line}: parentheses do not match")
+        raise SyntaxError("parentheses do not match", (None, line, None, None))
     return found
 
 

@@ -84,42 +84,31 @@ def _documents(rules: dict[str, dict[str, Any]]) -> str:
     return yaml.safe_dump_all([{"language": "python", "id": id_, **d} for id_, d in rules.items()], sort_keys=False)
 
 
-def _rules(edit: FileEdit) -> str:
-    rules: dict[str, dict[str, Any]] = {"present": {"rule": edit.present}}
-    if edit.needs:
-        rules["needs"] = {"rule": edit.needs}
+def _named(edit: FileEdit) -> dict[str, dict[str, Any]]:
+    """The rules of `edit`, by the names that its matches are found under."""
+    named = {"present": edit.present} | ({"needs": edit.needs} if edit.needs else {})
     for k, r in enumerate(edit.rewrite):
         if r.where:
-            rules[f"where-{k}"] = {"rule": r.where}
-        rules[f"rewrite-{k}"] = {"rule": r.rule, "fix": (r.fix or "").rstrip("\n")}
+            named[f"where-{k}"] = r.where
+        named[f"rewrite-{k}"] = r.rule
+    return named
+
+
+def _rules(edit: FileEdit) -> str:
+    rules: dict[str, dict[str, Any]] = {id_: {"rule": rule} for id_, rule in _named(edit).items()}
+    for k, r in enumerate(edit.rewrite):
+        rules[f"rewrite-{k}"]["fix"] = (r.fix or "").rstrip("\n")
     return _documents(rules)
 
 
-def _cmake(source: str, edit: FileEdit) -> dict[str, list[dict[str, Any]]]:
-    """As `_scan`, of a CMake file."""
-    rules = {"present": edit.present} | ({"needs": edit.needs} if edit.needs else {})
-    rules |= {f"rewrite-{k}": r.rule for k, r in enumerate(edit.rewrite)}
-    rules |= {f"where-{k}": r.where for k, r in enumerate(edit.rewrite) if r.where}
+def _found(source: str, edit: FileEdit) -> dict[str, list[dict[str, Any]]]:
+    """Matches of the rules of `edit`, by name. Raises SyntaxError for a CMake file that is none."""
+    if not edit.is_cmake:
+        return _scan(source.encode(), _rules(edit))
     return {
         id_: [{"range": {"byteOffset": {"start": c.start, "end": c.end}}} for c in cmake.matching(source, rule)]
-        for id_, rule in rules.items()
+        for id_, rule in _named(edit).items()
     }
-
-
-def _found(source: str, edit: FileEdit) -> dict[str, list[dict[str, Any]]]:
-    return _cmake(source, edit) if edit.is_cmake else _scan(source.encode(), _rules(edit))
-
-
-def _parse(source: str, edit: FileEdit) -> ast.Module:
-    """The syntax tree; of what is not Python an empty one, if it is valid. Raises SyntaxError."""
-    if not edit.is_cmake:
-        return ast.parse(source)
-    try:
-        cmake.commands(source)
-    except ValueError as e:
-        line, _, reason = str(e).partition(": ")
-        raise SyntaxError(reason, (None, int(line), None, None)) from e
-    return ast.parse("")
 
 
 def matches(source: str, rule: dict[str, Any]) -> bool:
@@ -201,19 +190,14 @@ def edit(source: str, rules: FileEdit) -> Edited:
     """
     raw, kind = source.encode(), "CMake" if rules.is_cmake else "Python"
     try:
-        tree = _parse(source, rules)
+        found = _found(source, rules)
+        if found.get("present"):
+            return Edited(Outcome.PRESENT, source)
+        if rules.needs and not found.get("needs"):
+            return Edited(Outcome.ABSENT, source, f"{rules.file} lacks what it edits")
+        tree = ast.parse("" if rules.is_cmake else source)
     except SyntaxError as e:
-        broken = Edited(Outcome.CONFLICT, source, f"{rules.file}:{e.lineno}: not valid {kind}: {e.msg}: mend it first")
-        if rules.is_cmake:
-            return broken
-        tree = None
-    found = _found(source, rules)
-    if found.get("present"):
-        return Edited(Outcome.PRESENT, source)
-    if rules.needs and not found.get("needs"):
-        return Edited(Outcome.ABSENT, source, f"{rules.file} lacks what it edits")
-    if tree is None:
-        return broken
+        return Edited(Outcome.CONFLICT, source, f"{rules.file}:{e.lineno}: not valid {kind}: {e.msg}: mend it first")
     changes: list[tuple[int, int, str]] = []
     for k, rewrite in enumerate(rules.rewrite):
         if rewrite.where and not found.get(f"where-{k}"):
@@ -238,11 +222,13 @@ def edit(source: str, rules: FileEdit) -> Edited:
         raw = raw[:start] + text.encode() + raw[end:]
     result = raw.decode()
     try:
-        _parse(result, rules)
+        if not rules.is_cmake:
+            ast.parse(result)
         for statement in rules.imports:
             result = add_import(result, statement, rules.file.split("/")[0])
+        present = _found(result, rules).get("present")
     except SyntaxError as e:
         raise PatchError(f"{rules.file}:{e.lineno}: the patch leaves no valid {kind} here: {e.msg}") from e
-    if not _found(result, rules).get("present"):
+    if not present:
         raise PatchError(f"{rules.file}: 'present' does not match what the rewrites make: mend the patch file")
     return Edited(Outcome.APPLIES, result)

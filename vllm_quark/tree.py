@@ -169,13 +169,17 @@ class Tree:
         except OSError as e:
             raise TreeError(f"{self.root / file}: cannot be read: {e.strerror}") from e
 
+    def _takes(self, file: str) -> bool:
+        """An installed package has no build, docs or tests of its own: it takes only what lies in vllm/."""
+        return self.is_source or file.startswith(f"{self.package}/")
+
     def brings(self, patch: Patch) -> list[str]:
-        """Files of `patch` that belong here: an installed package takes only what lies in vllm/."""
-        return [f for f in patch.files if self.is_source or f.startswith(f"{self.package}/")]
+        """Files of `patch` that belong here."""
+        return [f for f in patch.files if self._takes(f)]
 
     def edits(self, patch: Patch) -> list[FileEdit]:
-        """Edits of `patch` that belong here: an installed package has no build of its own."""
-        return [e for e in patch.edits if self.is_source or e.file.startswith(f"{self.package}/")]
+        """Edits of `patch` that belong here."""
+        return [e for e in patch.edits if self._takes(e.file)]
 
     def _holders(self, rules: FileEdit, text: Mapping[str, bytes | None]) -> list[str]:
         """Files of the whole package, but for the named one, that have what `rules` need.

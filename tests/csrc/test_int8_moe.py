@@ -8,36 +8,23 @@ For NEON: apt-get install g++-aarch64-linux-gnu qemu-user
 import platform
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SOURCES = ROOT / "csrc/cpu/int8_moe"
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
-X86 = {
-    "dispatch": [],
-    "portable": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": AVX512,
-    "avx512_vnni": [*AVX512, "-mavx512vnni"],
-    "amx": [*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
-}
-ARM = {"dispatch": [], "portable": [], "neon": ["-march=armv8.2-a+dotprod"]}
+HERE = Path(__file__).parent
 
 
-def build(compiler: str, units: dict[str, list[str]], folder: Path, *flags: str) -> Path:
-    if not shutil.which(compiler):
-        pytest.skip(f"no {compiler}")
-    common = [compiler, "-std=c++20", "-O2", *flags]
-    objects = []
-    for name, own in units.items():
-        objects.append(folder / f"{name}.o")
-        subprocess.run([*common, *own, "-c", SOURCES / f"{name}.cpp", "-o", objects[-1]], check=True)
-    made = folder / "check"
-    source = ROOT / "tests/csrc/int8_moe_check.cpp"
-    subprocess.run([*common, "-static-libstdc++", source, *objects, "-o", made], check=True)
-    return made
+def build(compiler: str, folder: Path, *settings: str) -> Path:
+    cmake = shutil.which("cmake", path=sysconfig.get_path("scripts")) or shutil.which("cmake")
+    if not cmake or not shutil.which(compiler):
+        pytest.skip(f"no {compiler}" if cmake else "no cmake")
+    chosen = [f"-DCMAKE_CXX_COMPILER={compiler}", *settings]
+    for words in (["-S", HERE, "-B", folder, *chosen], ["--build", folder, "-j2"]):
+        done = subprocess.run([cmake, *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "check"
 
 
 def names(done: subprocess.CompletedProcess) -> list[str]:
@@ -47,7 +34,7 @@ def names(done: subprocess.CompletedProcess) -> list[str]:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86")
 def test_amx_in_plain_cpp(tmp_path):
-    made = build("c++", X86, tmp_path, "-DINT8_MOE_X86", "-DINT8_MOE_EMULATE_AMX")
+    made = build("c++", tmp_path, "-DINT8_MOE_EMULATE_AMX=ON")
     found = names(subprocess.run([made], capture_output=True, text=True))
     assert found[-1] == "portable"
     if "avx512_vnni" not in found:
@@ -60,7 +47,8 @@ def test_neon(tmp_path):
     if qemu == [None]:
         pytest.skip("no qemu-aarch64")
     compiler = "c++" if not qemu else "aarch64-linux-gnu-g++"
-    made = build(compiler, ARM, tmp_path, "-DINT8_MOE_NEON", "-static")
+    arm = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCMAKE_EXE_LINKER_FLAGS=-static"]
+    made = build(compiler, tmp_path, *arm)
     cpus = [["-cpu", "max"], ["-cpu", "cortex-a57"]] if qemu else [[]]
     found = [names(subprocess.run([*qemu, *cpu, made], capture_output=True, text=True)) for cpu in cpus]
     assert found[0] == ["neon_dotprod", "portable"]

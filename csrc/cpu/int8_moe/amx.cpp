@@ -104,7 +104,6 @@ struct Dot {
   // Below this many rows vpdpbusd keeps up with memory, and tiles are mostly air.
   static constexpr int64_t kFewRows = 4;
 
-  static void begin() {}
   static void end() { tile_release(); }
 
   static void configure(int64_t upper, int64_t lower) {

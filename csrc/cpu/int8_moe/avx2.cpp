@@ -13,7 +13,6 @@ namespace {
 // values 2, 3 of each four stay apart until the end.
 struct Dot {
   static constexpr int kOffset = 0;
-  static void begin() {}
   static void end() {}
 
   template <int M>

@@ -12,7 +12,6 @@ namespace {
 // As in avx2.cpp, 16 columns and more rows at once.
 struct Dot {
   static constexpr int kOffset = 0;
-  static void begin() {}
   static void end() {}
 
   template <int M>

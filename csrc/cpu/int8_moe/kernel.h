@@ -7,7 +7,7 @@
 //   kOffset   what is added to quantized activations: 128 (unsigned) or 0
 //   rows(a, stride, block, k, m, c)
 //             a [m, k] times a block of 32 columns -> c [m, 32] int32
-//   begin(), end()   around what a thread computes
+//   end()     after what a thread computes
 #pragma once
 
 #include <algorithm>
@@ -496,7 +496,6 @@ inline void run(const Plan& plan, const Threads& threads) {
   Steps<4> steps;
   on_threads(threads, [&](int) {
     own_arena().reserve(space);
-    Dot::begin();
     steps.step(0, p.tokens, 4, [&](int64_t t) { quantize_token(plan, t); });
     steps.step(1, plan.rows.active * groups, 1, [&](int64_t item) {
       const int64_t first = item % groups * group;

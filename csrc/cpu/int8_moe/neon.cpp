@@ -16,7 +16,6 @@ namespace {
 
 struct Dot {
   static constexpr int kOffset = 0;
-  static void begin() {}
   static void end() {}
 
   template <int M>

@@ -7,7 +7,6 @@ namespace {
 
 struct Dot {
   static constexpr int kOffset = 0;
-  static void begin() {}
   static void end() {}
 
   static void rows(const uint8_t* a, int64_t stride, const int8_t* block,

@@ -14,8 +14,7 @@
 namespace int8_moe {
 namespace {
 
-// How far ahead of its use the weight is asked for, bytes, where one row leaves no
-// time to.
+// How far ahead of its first use the weight is asked for, bytes.
 constexpr int64_t kAhead = 4096;
 // Rows in registers: 32 of them hold the sums, the weight and an activation.
 constexpr int kMostWhole = 12;

@@ -40,23 +40,22 @@ def native() -> Any | None:
 
     Says once, in the log, which of both it is.
     """
-    library = _library()
+    library, reason = _library(), None
     if library is None:
-        logger.warning(
-            "INT8 experts on CPU run on oneDNN, expert by expert, which is slower: "
-            "the native operator (%s) is not built. It needs a C++ compiler and "
-            "CMake when vLLM or vllm-quark is installed from source",
-            _NAME,
+        reason = (
+            f"the native operator ({_NAME}) is not built. It needs a C++ compiler "
+            "and CMake when vLLM or vllm-quark is installed from source"
         )
-        return None
-    try:
-        torch.ops.load_library(str(library))
-    except OSError as error:
+    else:
+        try:
+            torch.ops.load_library(str(library))
+        except OSError as error:
+            cause = error.__cause__ or error
+            reason = f"{library} does not load ({cause}). Build it with this PyTorch"
+    if reason:
         logger.warning(
-            "INT8 experts on CPU run on oneDNN, expert by expert, which is slower: "
-            "%s does not load (%s). Build it again with this PyTorch",
-            library,
-            error.__cause__ or error,
+            "INT8 experts on CPU run on oneDNN, expert by expert, which is slower: %s",
+            reason,
         )
         return None
     found = torch.ops._int8_moe_C

@@ -3,6 +3,7 @@
 //
 // AMX tiles. INT8_MOE_EMULATE_AMX computes them in plain C++, for tests on
 // processors that have none; where it is set, "amx" counts as supported.
+#include <algorithm>
 #include <cstring>
 
 #include "vnni.h"
@@ -97,23 +98,28 @@ bool amx_supported() {
 }
 #endif
 
+thread_local bool configured = false;
+
 // Tiles 0 to 3: sums of rows 0-15 and 16-31, left and right half of the columns.
-// 4, 5: the rows' activations. 6, 7: the halves' weights.
+// 4, 5: the rows' activations. 6, 7: the halves' weights. All have 16 rows; those
+// after the last one are whatever lies there, and their sums are not read.
 struct Dot {
   static constexpr int kOffset = 128;
-  // Below this many rows vpdpbusd keeps up with memory, and tiles are mostly air.
-  static constexpr int64_t kFewRows = 4;
+  static constexpr int kRowsRead = 16;
+  // Up to so many rows vpdpbusd is as fast, measured for K of 64 to 4096.
+  static constexpr int64_t kFewRows = 6;
 
-  static void end() { tile_release(); }
+  static void end() {
+    if (configured) tile_release();
+    configured = false;
+  }
 
-  static void configure(int64_t upper, int64_t lower) {
+  static void configure() {
     TileConfig config;
-    const int64_t rows[8] = {upper, upper, lower, lower, upper, lower, 16, 16};
-    for (int t = 0; t < 8; ++t) {
-      config.rows[t] = static_cast<uint8_t>(rows[t] ? rows[t] : 1);
-      config.row_bytes[t] = 64;
-    }
+    std::fill_n(config.rows, 8, uint8_t{16});
+    std::fill_n(config.row_bytes, 8, uint16_t{64});
     tile_configure(config);
+    configured = true;
   }
 
   template <bool kLower>
@@ -148,17 +154,11 @@ struct Dot {
   static void rows(const uint8_t* a, int64_t stride, const int8_t* block,
                    int64_t k, int64_t m, int32_t* c) {
     if (m <= kFewRows) return vnni_rows(a, stride, block, k, m, c);
-    if (m >= 32) configure(16, 16);
-    for (; m >= 32; m -= 32, a += 32 * stride, c += 32 * 32) {
+    if (!configured) configure();
+    for (; m > 16; m -= 32, a += 32 * stride, c += 32 * 32) {
       tiles<true>(a, stride, block, k, c);
     }
-    if (m > 16) {
-      configure(16, m - 16);
-      tiles<true>(a, stride, block, k, c);
-    } else if (m > 0) {
-      configure(m, 0);
-      tiles<false>(a, stride, block, k, c);
-    }
+    if (m > 0) tiles<false>(a, stride, block, k, c);
   }
 };
 

@@ -13,6 +13,7 @@ namespace {
 // values 2, 3 of each four stay apart until the end.
 struct Dot {
   static constexpr int kOffset = 0;
+  static constexpr int kRowsRead = 1;
   static void end() {}
 
   template <int M>

@@ -12,6 +12,7 @@ namespace {
 // As in avx2.cpp, 16 columns and more rows at once.
 struct Dot {
   static constexpr int kOffset = 0;
+  static constexpr int kRowsRead = 1;
   static void end() {}
 
   template <int M>

@@ -7,6 +7,7 @@ namespace {
 
 struct Dot {
   static constexpr int kOffset = 128;
+  static constexpr int kRowsRead = 1;
   static void end() {}
   static void rows(const uint8_t* a, int64_t stride, const int8_t* block,
                    int64_t k, int64_t m, int32_t* c) {

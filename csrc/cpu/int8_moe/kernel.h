@@ -7,6 +7,7 @@
 //   kOffset   what is added to quantized activations: 128 (unsigned) or 0
 //   rows(a, stride, block, k, m, c)
 //             a [m, k] times a block of 32 columns -> c [m, 32] int32
+//   kRowsRead of rows it may read, and of c write, a multiple, whatever m is
 //   end()     after what a thread computes
 #pragma once
 
@@ -293,15 +294,20 @@ struct Rows {
 struct Plan {
   Problem p;
   Rows rows;
-  uint8_t* x_q;  // [rows, k_padded of w13]
+  uint8_t* x_q;  // [rows, row_bytes of w13]
   float* x_s;    // [rows]
   float* act;    // [rows, act_stride]
-  uint8_t* act_q;
+  uint8_t* act_q;  // [rows, row_bytes of w2]
   float* act_s;
   int64_t act_stride;
 };
 
+// From one quantized row to the next: an odd number of cache lines, so that the same
+// place of many rows is not in one set of the cache, as with K = 4096 it would be.
+inline int64_t row_bytes(const Weight& w) { return w.k_padded() | kGroup; }
+
 constexpr int64_t kRowChunk = 192;
+static_assert(kRowChunk % Dot::kRowsRead == 0);
 constexpr int64_t kBlocksAtOnce = 4;
 
 inline void sort_rows(const Problem& p, Rows& rows, int64_t* counts) {
@@ -333,7 +339,7 @@ inline void sort_rows(const Problem& p, Rows& rows, int64_t* counts) {
 
 inline void quantize_token(const Plan& plan, int64_t t) {
   const Problem& p = plan.p;
-  const int64_t padded = p.w13.k_padded();
+  const int64_t padded = p.w13.k_padded(), stride = row_bytes(p.w13);
   const int32_t* places = plan.rows.row_of + t * p.top_k;
   const int32_t* last = places + p.top_k;
   const int32_t* first = std::find_if(places, last, [](int32_t r) { return r >= 0; });
@@ -358,12 +364,12 @@ inline void quantize_token(const Plan& plan, int64_t t) {
       to_float(buffer, p.dtype, n, row + i);
     }
   }
-  uint8_t* q = plan.x_q + *first * padded;
+  uint8_t* q = plan.x_q + *first * stride;
   const float scale = quantize(row, p.hidden, padded, p.a1_scale, q);
   for (const int32_t* place = first; place < last; ++place) {
     if (*place < 0) continue;
     plan.x_s[*place] = scale;
-    if (place != first) std::memcpy(plan.x_q + *place * padded, q, padded);
+    if (place != first) std::memcpy(plan.x_q + *place * stride, q, padded);
   }
 }
 
@@ -391,11 +397,10 @@ struct Tile {
 template <Activation kind>
 void gate_up_block(const Plan& plan, const Tile& tile, int64_t block, int32_t* c) {
   const Problem& p = plan.p;
-  const int64_t padded = p.w13.k_padded(), m = tile.last_row - tile.first_row;
-  Dot::rows(plan.x_q + tile.first_row * padded, padded,
-            p.w13.block(tile.expert, block), padded, m, c);
+  const int64_t stride = row_bytes(p.w13), m = tile.last_row - tile.first_row;
+  Dot::rows(plan.x_q + tile.first_row * stride, stride,
+            p.w13.block(tile.expert, block), p.w13.k_padded(), m, c);
   const Columns columns(p.w13, tile.expert, block);
-  const int64_t width = std::min<int64_t>(16, p.intermediate - block * 16);
   const float limit = p.limit;
   for (int64_t r = 0; r < m; ++r) {
     const float s = plan.x_s[tile.first_row + r];
@@ -406,7 +411,7 @@ void gate_up_block(const Plan& plan, const Tile& tile, int64_t block, int32_t* c
                                columns.value(both[16 + j], s, 16 + j), limit);
     }
     float* to = plan.act + (tile.first_row + r) * plan.act_stride + block * 16;
-    std::memcpy(to, done, width * sizeof(float));
+    std::memcpy(to, done, sizeof(done));
   }
 }
 
@@ -441,7 +446,7 @@ inline void gate_up(const Plan& plan, GateUp body, int64_t e, int64_t first,
 inline void down(const Plan& plan, int64_t first, int64_t last) {
   const Problem& p = plan.p;
   const Rows& rows = plan.rows;
-  const int64_t padded = p.w2.k_padded(), width = (last - first) * kBlock;
+  const int64_t stride = row_bytes(p.w2), width = (last - first) * kBlock;
   Arena& arena = own_arena();
   arena.reserve(0);
   int32_t* c = arena.take<int32_t>(kRowChunk * kBlock);
@@ -452,8 +457,8 @@ inline void down(const Plan& plan, int64_t first, int64_t last) {
     for (int64_t row = rows.start[e]; row < end; row += kRowChunk) {
       const int64_t m = std::min(kRowChunk, end - row);
       for (int64_t block = first; block < last; ++block) {
-        Dot::rows(plan.act_q + row * padded, padded, p.w2.block(expert, block), padded,
-                  m, c);
+        Dot::rows(plan.act_q + row * stride, stride, p.w2.block(expert, block),
+                  p.w2.k_padded(), m, c);
         const Columns columns(p.w2, expert, block);
         for (int64_t r = 0; r < m; ++r) {
           const float s = plan.act_s[row + r];
@@ -502,9 +507,9 @@ inline void run(const Plan& plan, const Threads& threads) {
       gate_up(plan, body, item / groups, first, std::min(blocks, first + group));
     });
     steps.step(2, plan.rows.count, 8, [&](int64_t row) {
-      const int64_t padded = p.w2.k_padded();
-      plan.act_s[row] = quantize(plan.act + row * plan.act_stride, p.intermediate,
-                                 padded, p.a2_scale, plan.act_q + row * padded);
+      plan.act_s[row] =
+          quantize(plan.act + row * plan.act_stride, p.intermediate, p.w2.k_padded(),
+                   p.a2_scale, plan.act_q + row * row_bytes(p.w2));
     });
     steps.step(3, (out_blocks + out_group - 1) / out_group, 1, [&](int64_t item) {
       const int64_t first = item * out_group;
@@ -527,15 +532,15 @@ inline void experts(const Problem& whole, const Threads& all) {
   Problem& p = plan.p;
   const int64_t chunk =
       std::max<int64_t>(1, std::min(whole.tokens, kRowsAtOnce / whole.top_k));
-  const int64_t most = chunk * whole.top_k;
-  const int64_t k1 = whole.w13.k_padded(), k2 = whole.w2.k_padded();
+  const int64_t most = chunk * whole.top_k, room = most + Dot::kRowsRead - 1;
+  const int64_t k1 = row_bytes(whole.w13), k2 = row_bytes(whole.w2);
   plan.act_stride = round_up(whole.intermediate, 16);
   Arena& arena = shared_arena();
   arena.reserve(Arena::space<int64_t>(whole.experts) +
                 Arena::space<int32_t>(whole.experts) +
                 Arena::space<int64_t>(whole.experts + 1) +
                 2 * Arena::space<int32_t>(most) + 3 * Arena::space<float>(most) +
-                Arena::space<uint8_t>(most * k1) + Arena::space<uint8_t>(most * k2) +
+                Arena::space<uint8_t>(room * k1) + Arena::space<uint8_t>(room * k2) +
                 Arena::space<float>(most * plan.act_stride));
   int64_t* counts = arena.take<int64_t>(whole.experts);
   plan.rows.expert = arena.take<int32_t>(whole.experts);
@@ -545,8 +550,8 @@ inline void experts(const Problem& whole, const Threads& all) {
   plan.rows.weight = arena.take<float>(most);
   plan.x_s = arena.take<float>(most);
   plan.act_s = arena.take<float>(most);
-  plan.x_q = arena.take<uint8_t>(most * k1);
-  plan.act_q = arena.take<uint8_t>(most * k2);
+  plan.x_q = arena.take<uint8_t>(room * k1);
+  plan.act_q = arena.take<uint8_t>(room * k2);
   plan.act = arena.take<float>(most * plan.act_stride);
   for (int64_t t = 0; t < whole.tokens; t += chunk) {
     p = whole;

@@ -16,6 +16,7 @@ namespace {
 
 struct Dot {
   static constexpr int kOffset = 0;
+  static constexpr int kRowsRead = 1;
   static void end() {}
 
   template <int M>

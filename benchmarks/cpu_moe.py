@@ -72,26 +72,27 @@ def bf16(made: torch.nn.Module):
 def upstream_int8(made: torch.nn.Module):
     if not torch.cpu._is_amx_tile_supported():
         return "upstream's fused_experts_cpu needs AMX, which this processor does not have"
+    if not hasattr(ops, "CPUQuantMethod"):
+        return "this vLLM's fused_experts_cpu is called in another way than 0.21.0's"
     pack = torch.ops._C.convert_weight_packed
     w13, w2 = pack(made.w13_weight), pack(made.w2_weight)
     s13, s2 = made.w13_weight_scale.data, made.w2_weight_scale.data
+    method = ops.CPUQuantMethod.INT8_W8A8
 
     def run(x, w, i):
-        return torch.ops._C.fused_experts_cpu(
-            x, w13, w2, w, i, False, True, False, False, s13, s2, None, None, None, None, None, True
-        )
+        return ops.fused_experts_cpu(x, w13, w2, w, i, False, method, s13, s2, None, None, None, True)
 
     return run
 
 
-def measure(name: str, rounds: int, tokens: tuple[int, ...]) -> list[dict]:
+def measure(name: str, rounds: int, tokens: tuple[int, ...], without: list[str]) -> list[dict]:
     experts, width, hidden, top_k = SHAPES[name]
     made = layer(experts, width, hidden)
     runs, reasons = {}, {}
-    for kind, make in (("upstream INT8", upstream_int8), ("BF16", bf16)):
-        found = make(made)
+    contestants = {"upstream INT8": upstream_int8, "BF16": bf16, "oneDNN": lambda made: onednn(copy.deepcopy(made))}
+    for kind, make in contestants.items():
+        found = "asked for" if kind in without else make(made)
         (reasons if isinstance(found, str) else runs)[kind] = found
-    runs["oneDNN"] = onednn(copy.deepcopy(made))
     operator = cpu_int8_moe.CPUInt8Experts(made)
     runs["native"] = lambda x, w, i: operator(made, x, w, i)
     memory = torch.ones(max(64 << 20, experts * width * hidden * 3) // 8, dtype=torch.int64)
@@ -172,6 +173,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--shapes", default="nano;E=32, N=1280, K=4096", help="separated by semicolons")
+    parser.add_argument("--without", default="", help="contestants to leave out, separated by semicolons")
     args = parser.parse_args()
     if cpu_int8_moe.native() is None:
         sys.exit("cpu_moe.py: the native operator is not built here: make env with a C++ compiler")
@@ -180,7 +182,7 @@ def main() -> int:
     print(found["machine"])
     tokens = tuple(map(int, args.tokens.split(",")))
     for shape in args.shapes.split(";"):
-        found["rows"] += measure(shape, args.rounds, tokens)
+        found["rows"] += measure(shape, args.rounds, tokens, args.without.split(";"))
     found["rows"] += router(args.rounds)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")

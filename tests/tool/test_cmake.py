@@ -3,6 +3,7 @@
 """Edits of CMake files, and the native operator's own build in a tree."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -75,23 +76,27 @@ def test_rules_of_another_language_are_refused(change):
 def test_a_source_tree_builds_and_installs_the_operator(unpacked, tmp_path):
     """As vLLM's setup.py does: configured with Torch found, one target built, one component installed.
 
-    The tree's own CMakeLists.txt fetches oneDNN; one with the line that the patch adds stands for it.
+    The tree's own CMakeLists.txt fetches oneDNN; one with its lines about installing and those that the patch adds
+    stands for it.
     """
     cmake = shutil.which("cmake", path=sysconfig.get_path("scripts"))
     if not cmake or not shutil.which("c++"):
         pytest.skip("needs cmake and a C++ compiler")
     stock = (unpacked / "setup.py").read_text()
+    before = (unpacked / "cmake/cpu_extension.cmake").read_text().splitlines()
     assert cli(ROOT, "apply", unpacked, "--only", "0015").returncode == 0
     added = (unpacked / "setup.py").read_text().replace(stock.partition("if _is_cpu():")[0], "")
     assert 'CMakeExtension(name="vllm._int8_moe_C")' in added
     module = (unpacked / "cmake/cpu_extension.cmake").read_text()
-    line = next(x for x in module.splitlines() if "int8_moe" in x)
+    lines = [x for x in module.splitlines() if x not in before]
+    rules = re.findall(r"^install\(.*\)$", (unpacked / "CMakeLists.txt").read_text(), re.M)
+    assert any("CMAKE_INSTALL_LOCAL_ONLY" in x for x in rules), "folders below may install here: their case is untested"
     torch = Path(subprocess.run(
         [sys.executable, "-c", "import importlib.util as u; print(u.find_spec('torch').origin)"],
         capture_output=True, text=True, check=True).stdout.strip()).parent  # fmt: skip
     (unpacked / "CMakeLists.txt").write_text(
         "cmake_minimum_required(VERSION 3.26)\nproject(stand_in LANGUAGES CXX)\n"
-        f"set(TORCH_INSTALL_PREFIX {torch})\n{line}\n"
+        f"set(TORCH_INSTALL_PREFIX {torch})\n" + "\n".join([*rules, *lines, ""])
     )
     build = tmp_path / "build"
     for words in (

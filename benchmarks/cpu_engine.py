@@ -66,7 +66,8 @@ def main() -> int:
             for way, env in WAYS.items():
                 part = Path(folder) / "part.json"
                 words = [sys.executable, __file__, args.checkpoint, "--one", part] + ["--eager"] * args.eager
-                done = subprocess.run(words, env={**os.environ, **env}, capture_output=True, text=True)
+                env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **env}  # the way it took is read from the log
+                done = subprocess.run(words, env=env, capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(f"{way}: {done.stderr[-2000:]}")
                 said = done.stdout + done.stderr

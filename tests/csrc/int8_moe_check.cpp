@@ -36,18 +36,10 @@ struct Plain {
       : experts(experts), rows(rows), k(k), weight(experts * rows * k), scale(experts * rows) {
     for (auto& w : weight) w = static_cast<int8_t>(random_bits() % 256 - 128);
     for (auto& s : scale) s = 0.001f + 0.001f * (random_bits() % 100);
-    std::vector<int32_t> order;
-    const int64_t half = rows / 2;
-    for (int64_t b = 0; gated && b < half; b += 16) {
-      for (int64_t part = 0; part < 2; ++part) {
-        for (int64_t i = b; i < b + 16; ++i) order.push_back(i < half ? part * half + i : -1);
-      }
-    }
-    for (int64_t i = 0; !gated && i < round_up(rows, kBlock); ++i) order.push_back(i < rows ? i : -1);
-    as = {nullptr, static_cast<int64_t>(order.size()), k};
+    as = {nullptr, gated ? 2 * round_up(rows / 2, 16) : round_up(rows, kBlock), k};
     packed.resize(experts * as.bytes() + 64);
     as.packed = packed.data() + (64 - reinterpret_cast<uintptr_t>(packed.data()) % 64) % 64;
-    pack(weight.data(), scale.data(), nullptr, experts, rows, order.data(), as,
+    pack(weight.data(), scale.data(), nullptr, experts, rows, gated ? Order::halves : Order::plain, as,
          {1, [](int, void (*body)(void*, int), void* context) { body(context, 0); }});
   }
 

@@ -28,19 +28,28 @@ struct Packing {
   const int8_t* weight;
   const float *scale, *bias;
   int64_t experts, rows;
-  const int32_t* order;
+  Order order;
   Weight to;
   int count;
+
+  // of a column; negative: none, a column of zeros
+  int64_t row_of(int64_t column) const {
+    if (order == Order::plain) return column < rows ? column : -1;
+    const int64_t part = column % kBlock / 16, half = rows / 2;
+    const int64_t i = column / kBlock * 16 + column % 16;
+    if (i >= half) return -1;
+    return order == Order::halves ? part * half + i : 2 * i + part;
+  }
 
   void block(int64_t expert, int64_t index) const {
     int8_t* packed = to.block(expert, index);
     std::memset(packed, 0, kBlock * to.k_padded());
     for (int64_t j = 0; j < kBlock; ++j) {
-      const int64_t column = index * kBlock + j;
+      const int64_t column = index * kBlock + j, found = row_of(column);
       int32_t sum = 0;
       float factor = 0, offset = 0;
-      if (order[column] >= 0) {
-        const int64_t row = expert * rows + order[column];
+      if (found >= 0) {
+        const int64_t row = expert * rows + found;
         const int8_t* from = weight + row * to.k;
         int8_t* half = packed + j / 16 * 16 * to.k_padded() + j % 16 * 4;
         for (int64_t i = 0; i < to.k; ++i) {
@@ -74,7 +83,7 @@ void ask_for_large_pages(void* data, int64_t bytes) {
 }  // namespace
 
 void pack(const int8_t* weight, const float* scale, const float* bias,
-          int64_t experts, int64_t rows, const int32_t* order, const Weight& to,
+          int64_t experts, int64_t rows, Order order, const Weight& to,
           const Threads& threads) {
   ask_for_large_pages(to.packed, experts * to.bytes());
   Packing packing = {weight, scale, bias, experts, rows, order, to, threads.count};

@@ -25,6 +25,9 @@ constexpr int64_t kMaxK = 1 << 16;  // 255 * 128 * K has to fit an int32
 
 enum class Dtype { f32, bf16, f16 };
 enum class Activation { silu, gelu, gelu_tanh, swigluoai, swiglustep };
+// Rows of a weight by the columns of its packed form: as they are, or 16 gates and
+// their 16 ups a block, gates first in the weight or (interleaved) every other row.
+enum class Order { plain, halves, interleaved };
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -93,10 +96,9 @@ struct Isa {
 extern const Isa* const kIsas[];
 extern const size_t kIsaCount;
 
-// weight [experts, rows, k] int8, scale and bias (or null) [experts, rows], to
-// `to`; order: row of each column, negative: none.
+// weight [experts, rows, k] int8, scale and bias (or null) [experts, rows], to `to`.
 void pack(const int8_t* weight, const float* scale, const float* bias,
-          int64_t experts, int64_t rows, const int32_t* order, const Weight& to,
+          int64_t experts, int64_t rows, Order order, const Weight& to,
           const Threads& threads);
 
 }  // namespace int8_moe

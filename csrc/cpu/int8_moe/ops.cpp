@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
@@ -61,11 +62,12 @@ Dtype dtype_of(const Tensor& tensor, const char* name) {
 }
 
 // Without the dispatcher's search for an operator by name, which new_empty is.
-Tensor empty(int64_t rows, int64_t columns, ScalarType dtype) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns > 0 ? columns : 1, 1};
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[2] = {1, 1};
+  if (sizes.size() == 2) strides[0] = std::max<int64_t>(1, sizes.begin()[1]);
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      2, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      sizes.size(), sizes.begin(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
@@ -111,75 +113,119 @@ std::vector<std::string> isas() {
   return found;
 }
 
-Tensor pack_weight(const Tensor& weight, const Tensor& scale,
-                   const std::optional<Tensor>& bias, const Tensor& order) {
-  check(weight.dim() == 3 && weight.scalar_type() == ScalarType::Char &&
-            weight.is_contiguous() && weight.is_cpu(),
-        "weight has to be a contiguous CPU tensor [E, N, K] int8");
-  const int64_t experts = weight.size(0), rows = weight.size(1), k = weight.size(2);
-  check(order.dim() == 1 && order.size(0) % kBlock == 0,
-        "order has to be [columns], a multiple of 32 of them");
-  check(k > 0 && k <= kMaxK, "K has to be between 1 and 65536");
-  Weight to = {nullptr, order.size(0), k};
-  const int32_t* rows_of = data<int32_t>(order, ScalarType::Int, {to.columns}, "order");
-  for (int64_t i = 0; i < to.columns; ++i) {
-    check(rows_of[i] < rows, "order names a row that weight does not have");
+// What a packed layer begins with; the weights of w13 and of w2 follow. One tensor, and
+// little else for the operator to be handed: taking an argument from Python costs it
+// as much as a small product.
+struct Header {
+  char name[8];
+  int64_t experts, hidden, intermediate;
+  Activation activation;
+  float limit, a1_scale, a2_scale;
+  bool a1_static, a2_static;
+  char rest[14];
+
+  bool fits() const {
+    return std::memcmp(name, kName, sizeof(name)) == 0 && experts >= 0 &&
+           experts <= kMostExperts && hidden > 0 && hidden <= kMaxK &&
+           intermediate > 0 && intermediate <= kMaxK;
   }
-  const Tensor packed = empty(experts, to.bytes(), ScalarType::Char);
-  to.packed = static_cast<int8_t*>(packed.data_ptr());
-  pack(static_cast<const int8_t*>(weight.data_ptr()),
-       data<float>(scale, ScalarType::Float, {experts, rows}, "scale"),
-       data<float>(bias, ScalarType::Float, {experts, rows}, "bias"), experts, rows,
-       rows_of, to, threads());
+  Weight w13(int8_t* packed) const {
+    return {packed + sizeof(Header), round_up(intermediate, 16) * 2, hidden};
+  }
+  Weight w2(int8_t* packed) const {
+    const Weight before = w13(packed);
+    return {before.packed + experts * before.bytes(), round_up(hidden, kBlock),
+            intermediate};
+  }
+  int64_t bytes() const {
+    return sizeof(Header) + experts * (w13(nullptr).bytes() + w2(nullptr).bytes());
+  }
+
+  static constexpr char kName[9] = "int8moe1";
+  static constexpr int64_t kMostExperts = 1 << 20;
+};
+static_assert(sizeof(Header) == 64);
+
+// One static input scale.
+float scale_of(const std::optional<Tensor>& scale, const char* name) {
+  if (!scale) return 0;
+  return *data<float>(torch::stable::reshape(*scale, {-1}), ScalarType::Float, {1}, name);
+}
+
+Tensor pack_layer(const Tensor& w13, const Tensor& w13_scale,
+                  const std::optional<Tensor>& w13_bias, const Tensor& w2,
+                  const Tensor& w2_scale, const std::optional<Tensor>& w2_bias,
+                  int64_t activation, double limit,
+                  const std::optional<Tensor>& a1_scale,
+                  const std::optional<Tensor>& a2_scale) {
+  check(w2.dim() == 3, "w2 has to be [E, K, I]");
+  check(activation >= 0 && activation < static_cast<int64_t>(kActivations.size()),
+        "activation is none of activations()");
+  Header h = {};
+  std::memcpy(h.name, Header::kName, sizeof(h.name));
+  h.experts = w2.size(0);
+  h.hidden = w2.size(1);
+  h.intermediate = w2.size(2);
+  h.activation = static_cast<Activation>(activation);
+  h.limit = static_cast<float>(limit);
+  h.a1_static = a1_scale.has_value();
+  h.a2_static = a2_scale.has_value();
+  h.a1_scale = scale_of(a1_scale, "a1_scale");
+  h.a2_scale = scale_of(a2_scale, "a2_scale");
+  check(h.fits(), "K and I have to be between 1 and 65536, with 2^20 experts at most");
+  const int64_t experts = h.experts, rows = 2 * h.intermediate;
+  const int8_t* from13 =
+      data<int8_t>(w13, ScalarType::Char, {experts, rows, h.hidden}, "w13");
+  const int8_t* from2 =
+      data<int8_t>(w2, ScalarType::Char, {experts, h.hidden, h.intermediate}, "w2");
+  const Tensor packed = empty({h.bytes()}, ScalarType::Char);
+  int8_t* to = static_cast<int8_t*>(packed.data_ptr());
+  std::memcpy(to, &h, sizeof(h));
+  pack(from13, data<float>(w13_scale, ScalarType::Float, {experts, rows}, "w13_scale"),
+       data<float>(w13_bias, ScalarType::Float, {experts, rows}, "w13_bias"), experts, rows,
+       h.activation == Activation::swigluoai ? Order::interleaved : Order::halves,
+       h.w13(to), threads());
+  pack(from2, data<float>(w2_scale, ScalarType::Float, {experts, h.hidden}, "w2_scale"),
+       data<float>(w2_bias, ScalarType::Float, {experts, h.hidden}, "w2_bias"), experts,
+       h.hidden, Order::plain, h.w2(to), threads());
   return packed;
 }
 
-Weight weight_of(const Tensor& packed, int64_t experts, int64_t columns, int64_t k,
-                 const char* name) {
-  Weight w = {nullptr, columns, k};
-  w.packed = data<int8_t>(packed, ScalarType::Char, {experts, w.bytes()}, name);
-  return w;
-}
-
 Tensor experts(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids,
-               const Tensor& w13, const Tensor& w2, int64_t hidden,
-               int64_t intermediate, int64_t activation, double limit,
-               const std::optional<Tensor>& a1_scale,
-               const std::optional<Tensor>& a2_scale,
-               const std::optional<Tensor>& expert_map, bool weight_on_input,
-               int64_t isa) {
+               const Tensor& packed, const std::optional<Tensor>& expert_map,
+               bool weight_on_input, int64_t isa) {
+  Header h = {};
+  int8_t* from = static_cast<int8_t*>(packed.data_ptr());
+  const int64_t size = packed.dim() == 1 ? packed.size(0) : 0;
+  const bool bytes = packed.scalar_type() == ScalarType::Char && packed.is_cpu() &&
+                     packed.is_contiguous() && size >= int64_t{sizeof(h)};
+  if (bytes) std::memcpy(&h, from, sizeof(h));
+  check(bytes && h.fits() && h.bytes() == size, "packed has to come from pack");
   Problem p;
-  check(x.dim() == 2 && x.is_cpu() && x.size(1) == hidden,
+  check(x.dim() == 2 && x.is_cpu() && x.size(1) == h.hidden,
         "x has to be a CPU tensor [T, K], K as wide as the experts");
   p.dtype = dtype_of(x, "x");
   const Tensor rows = x.stride(1) == 1 ? x : torch::stable::contiguous(x);
   p.tokens = x.size(0);
-  p.hidden = x.size(1);
+  p.hidden = h.hidden;
   p.x = rows.data_ptr();
   p.x_stride = rows.stride(0);
-  check(topk_ids.dim() == 2 && topk_ids.size(1) > 0 && w13.dim() == 2 && intermediate > 0,
-        "topk_ids has to be [T, k], w13 packed, k and intermediate positive");
+  check(topk_ids.dim() == 2 && topk_ids.size(1) > 0, "topk_ids has to be [T, k], k positive");
   p.top_k = topk_ids.size(1);
-  p.experts = w13.size(0);
-  p.intermediate = intermediate;
+  p.experts = h.experts;
+  p.intermediate = h.intermediate;
   const Tensor picked = topk_weights.scalar_type() == ScalarType::Float
                             ? dense(topk_weights)
                             : torch::stable::to(topk_weights, ScalarType::Float);
   const Tensor chosen = dense(topk_ids);
   p.topk_weights = data<float>(picked, ScalarType::Float, {p.tokens, p.top_k},
                                "topk_weights");
-  p.w13 = weight_of(w13, p.experts, round_up(intermediate, 16) * 2, p.hidden, "w13");
-  p.w2 = weight_of(w2, p.experts, round_up(p.hidden, kBlock), intermediate, "w2");
-  check(activation >= 0 && activation < static_cast<int64_t>(kActivations.size()),
-        "activation is none of activations()");
-  p.activation = static_cast<Activation>(activation);
-  p.limit = static_cast<float>(limit);
-  p.a1_scale = a1_scale ? data<float>(torch::stable::reshape(*a1_scale, {-1}),
-                                      ScalarType::Float, {1}, "a1_scale")
-                        : nullptr;
-  p.a2_scale = a2_scale ? data<float>(torch::stable::reshape(*a2_scale, {-1}),
-                                      ScalarType::Float, {1}, "a2_scale")
-                        : nullptr;
+  p.w13 = h.w13(from);
+  p.w2 = h.w2(from);
+  p.activation = h.activation;
+  p.limit = h.limit;
+  p.a1_scale = h.a1_static ? &h.a1_scale : nullptr;
+  p.a2_scale = h.a2_static ? &h.a2_scale : nullptr;
   p.weight_on_input = weight_on_input;
   check(!weight_on_input || p.top_k == 1,
         "router weights on the input take one expert a token");
@@ -205,7 +251,7 @@ Tensor experts(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_i
   }
   p.experts_of = experts_of.data();
 
-  Tensor out = empty(p.tokens, p.hidden, x.scalar_type());
+  Tensor out = empty({p.tokens, p.hidden}, x.scalar_type());
   p.out = out.data_ptr();
   if (p.tokens > 0) isa_of(isa).experts(p, threads());
   return out;
@@ -228,8 +274,8 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits,
   r.softmax = softmax;
   r.renormalize = renormalize;
   r.scale = static_cast<float>(scale);
-  Tensor weights = empty(r.tokens, top_k, ScalarType::Float);
-  Tensor ids = empty(r.tokens, top_k, ScalarType::Int);
+  Tensor weights = empty({r.tokens, top_k}, ScalarType::Float);
+  Tensor ids = empty({r.tokens, top_k}, ScalarType::Int);
   r.weights = static_cast<float*>(weights.data_ptr());
   r.ids = static_cast<int32_t*>(ids.data_ptr());
   if (r.tokens > 0) isa_of(isa).route(r, threads());
@@ -241,12 +287,13 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits,
 STABLE_TORCH_LIBRARY(_int8_moe_C, m) {
   m.def("isas() -> str[]");
   m.def("activations() -> str[]");
-  m.def("pack(Tensor weight, Tensor scale, Tensor? bias, Tensor order) -> Tensor");
   m.def(
-      "experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w13, "
-      "Tensor w2, int hidden, int intermediate, int activation, float limit, "
-      "Tensor? a1_scale, Tensor? a2_scale, Tensor? expert_map, "
-      "bool weight_on_input, int isa=-1) -> Tensor");
+      "pack(Tensor w13, Tensor w13_scale, Tensor? w13_bias, Tensor w2, "
+      "Tensor w2_scale, Tensor? w2_bias, int activation, float limit, "
+      "Tensor? a1_scale=None, Tensor? a2_scale=None) -> Tensor");
+  m.def(
+      "experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor packed, "
+      "Tensor? expert_map=None, bool weight_on_input=False, int isa=-1) -> Tensor");
   m.def(
       "route(Tensor logits, Tensor? bias, int top_k, bool softmax, "
       "bool renormalize, float scale, int isa=-1) -> (Tensor, Tensor)");
@@ -258,7 +305,7 @@ STABLE_TORCH_LIBRARY_IMPL(_int8_moe_C, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_int8_moe_C, CPU, m) {
-  m.impl("pack", TORCH_BOX(&pack_weight));
+  m.impl("pack", TORCH_BOX(&pack_layer));
   m.impl("experts", TORCH_BOX(&experts));
   m.impl("route", TORCH_BOX(&route));
 }

@@ -21,7 +21,6 @@ if not current_platform.is_cpu():
     pytest.skip("tests of the CPU platform", allow_module_level=True)
 from vllm.model_executor.layers.fused_moe import cpu_int8_native
 from vllm.model_executor.layers.fused_moe.cpu_int8_native import (
-    columns,
     native,
     route_on_cpu,
 )
@@ -51,23 +50,27 @@ class Experts:
     """Random experts, plain and packed."""
 
     def __init__(self, experts: int, width: int, hidden: int, activation="silu"):
-        self.sizes, self.activation = (hidden, width), activation
-        self.plain, self.packed = [], []
-        for shape in ((experts, 2 * width, hidden), (experts, hidden, width)):
-            weight, scale = random_weight(*shape)
-            self.plain += [weight, scale]
-            order = columns(shape[1], not len(self.packed), activation == "swigluoai")
-            self.packed.append(operators.pack(weight, scale, None, order))
+        self.activation = activation
+        self.plain = [
+            *random_weight(experts, 2 * width, hidden),
+            *random_weight(experts, hidden, width),
+        ]
+        self.pack()
 
-    def __call__(self, x, weights, ids, isa=-1, a1=None, a2=None, expert_map=None):
+    def pack(self, a1=None, a2=None):
+        w13, s13, w2, s2 = self.plain
         kind = ACTIVATIONS.index(self.activation)
-        return operators.experts(
-            *(x, weights, ids, *self.packed, *self.sizes, kind, 7.0),
-            *(a1, a2, expert_map, False, isa),
-        )
+        self.to_pack = w13, s13, None, w2, s2, None, kind, 7.0, a1, a2
+        self.packed = operators.pack(*self.to_pack)
+        self.static = a1, a2
 
-    def emulate(self, x, weights, ids, a1=None, a2=None):
-        return emulate_moe(x, *self.plain, weights, ids, self.activation, a1, a2)
+    def __call__(self, x, weights, ids, isa=-1, expert_map=None):
+        return operators.experts(x, weights, ids, self.packed, expert_map, False, isa)
+
+    def emulate(self, x, weights, ids):
+        return emulate_moe(
+            x, *self.plain, weights, ids, self.activation, *self.static
+        )
 
 
 def routing(tokens: int, experts: int, top_k: int):
@@ -100,8 +103,7 @@ def test_activations_and_dtypes(isa, activation, dtype):
 
 @needs_operators
 def test_gelu_tanh(isa):
-    experts = Experts(4, 48, 96, "gelu")
-    experts.activation = "gelu_tanh"
+    experts = Experts(4, 48, 96, "gelu_tanh")
     x = random_input(21, 96).float()
     weights, ids = routing(21, 4, 2)
     out = experts(x, weights, ids, isa)
@@ -114,14 +116,11 @@ def test_extreme_weights_and_activations(isa):
     """-128 in weights and static activations, and a K that fills the sums."""
     experts = Experts(1, 32, 8192)
     experts.plain[0].fill_(-128)
-    order = columns(64, True)
-    experts.packed[0] = operators.pack(*experts.plain[:2], None, order)
+    experts.pack(torch.tensor(0.5), torch.tensor(1e3))
     x = torch.full((3, 8192), -1e6)
     x[1] = 1e6
     one, weights = torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)
-    a1, a2 = torch.tensor(0.5), torch.tensor(1e3)
-    out = experts(x, weights, one, isa, a1, a2)
-    assert_close(out, experts.emulate(x, weights, one, a1, a2))
+    assert_close(experts(x, weights, one, isa), experts.emulate(x, weights, one))
 
 
 @needs_operators
@@ -202,11 +201,11 @@ def test_nan_with_static_scales(isa):
     x[4, 0] = float("nan")
     x[5, 0] = float("inf")
     weights, ids = routing(9, 4, 2)
-    scales = torch.tensor(0.05), torch.tensor(0.5)
-    out = experts(x, weights, ids, isa, *scales)
+    experts.pack(torch.tensor(0.05), torch.tensor(0.5))
+    out = experts(x, weights, ids, isa)
     assert out[4].isnan().all()
     rest = torch.arange(9) != 4
-    reference = experts.emulate(x[rest], weights[rest], ids[rest], *scales)
+    reference = experts.emulate(x[rest], weights[rest], ids[rest])
     assert_close(out[rest], reference)
 
 
@@ -229,25 +228,43 @@ def test_misfits_are_refused():
     x, (weights, ids) = random_input(3, 64), routing(3, 4, 2)
     with pytest.raises(ValueError, match="K as wide as the experts"):
         experts(x[:, :63], weights, ids)
-    with pytest.raises(ValueError, match="w13 has to be"):
-        experts.sizes = 64, 33
-        experts(x, weights, ids)
-    experts.sizes = 64, 32
     with pytest.raises(ValueError, match="topk_weights has to be"):
         experts(x, weights[:2], ids)
     with pytest.raises(ValueError, match="x has to be float32, bfloat16 or float16"):
         experts(x.double(), weights, ids)
-    with pytest.raises(ValueError, match="k and intermediate positive"):
+    with pytest.raises(ValueError, match="k positive"):
         experts(x, weights[:, :0], ids[:, :0])
-    for kind in (-1, len(ACTIVATIONS)):
-        with pytest.raises(ValueError, match="none of activations"):
-            operators.experts(
-                *(x, weights, ids, *experts.packed, 64, 32, kind, 7.0),
-                *(None, None, None, False),
-            )
-    weight, scale = random_weight(1, 2, 65537)
-    with pytest.raises(ValueError, match="K has to be between 1 and 65536"):
-        operators.pack(weight, scale, None, columns(2, False))
+    packed = experts.packed
+    no_name = packed.clone()
+    no_name[0] = 0
+    bad = packed[:-64], packed[:0], packed.view(1, -1), packed.float(), no_name
+    for experts.packed in bad:
+        with pytest.raises(ValueError, match="packed has to come from pack"):
+            experts(x, weights, ids)
+
+
+@needs_operators
+@pytest.mark.parametrize(
+    "place, value, match",
+    [
+        (0, torch.zeros(4, 63, 64, dtype=torch.int8), "w13 has to be"),
+        (0, torch.zeros(4, 64, 64), "w13 has to be"),
+        (1, torch.ones(4, 64, 1), "w13_scale has to be"),
+        (3, torch.zeros(4, 64, dtype=torch.int8), "w2 has to be"),
+        (4, torch.ones(4, 63), "w2_scale has to be"),
+        (5, torch.ones(3, 64), "w2_bias has to be"),
+        (6, -1, "none of activations"),
+        (6, len(ACTIVATIONS), "none of activations"),
+        (8, torch.ones(2), "a1_scale has to be"),
+        (3, torch.zeros(1, 65537, 2, dtype=torch.int8), "between 1 and 65536"),
+        (3, torch.zeros(4, 64, 0, dtype=torch.int8), "between 1 and 65536"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(place, value, match):
+    args = list(Experts(4, 32, 64).to_pack)
+    args[place] = value
+    with pytest.raises(ValueError, match=match):
+        operators.pack(*args)
 
 
 @needs_operators
@@ -266,23 +283,11 @@ def test_inputs_that_are_not_contiguous(isa):
 def test_contracts():
     experts = Experts(4, 32, 64)
     x, (weights, ids) = random_input(5, 64), routing(5, 4, 2)
-    args = (
-        x,
-        weights,
-        ids,
-        *experts.packed,
-        64,
-        32,
-        0,
-        7.0,
-        None,
-        None,
-        None,
-        False,
-    )
+    args = (x, weights, ids, experts.packed)
     torch.library.opcheck(torch.ops._int8_moe_C.experts.default, args)
-    args = (*experts.plain[:2], None, columns(64, True))
-    torch.library.opcheck(torch.ops._int8_moe_C.pack.default, args)
+    torch.library.opcheck(torch.ops._int8_moe_C.pack.default, experts.to_pack)
+    odd = Experts(3, 5, 37).to_pack
+    torch.library.opcheck(torch.ops._int8_moe_C.pack.default, odd)
     args = (torch.randn(5, 16), torch.rand(16), 4, False, True, 3.0)
     torch.library.opcheck(torch.ops._int8_moe_C.route.default, args)
 

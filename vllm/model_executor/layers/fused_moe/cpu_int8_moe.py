@@ -9,10 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm import _custom_ops as ops
-from vllm.model_executor.layers.fused_moe.cpu_int8_native import (
-    columns,
-    native,
-)
+from vllm.model_executor.layers.fused_moe.cpu_int8_native import native
 from vllm.model_executor.utils import replace_parameter
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -170,31 +167,32 @@ class CPUInt8Experts:
             )
         self.operators = native()
         if self.operators is not None:
-            self._pack_native(layer, activation == "swigluoai")
+            self._pack_native(layer)
         else:
             self._pack_onednn(layer)
 
-    def _pack_native(self, layer: torch.nn.Module, interleaved: bool) -> None:
+    def _pack_native(self, layer: torch.nn.Module) -> None:
         self.run = self.operators.experts.default
-        sizes = layer.w2_weight.shape[1:]
-        packed = []
+        tensors = []
         for name in ("w13", "w2"):
             weight = getattr(layer, f"{name}_weight").data
-            rows = weight.size(1)
             scale = getattr(layer, f"{name}_weight_scale").data.float()
+            scale = scale.reshape(scale.size(0), -1).expand(-1, weight.size(1))
             bias = getattr(layer, f"{name}_bias")
-            packed.append(
-                self.operators.pack(
-                    weight.contiguous(),
-                    scale.reshape(scale.size(0), -1).expand(-1, rows).contiguous(),
-                    bias if bias is None else bias.float().contiguous(),
-                    columns(rows, name == "w13", interleaved),
-                )
-            )
-            replace_parameter(layer, f"{name}_weight", weight.new_empty(0))
-        static = layer.w13_input_scale, layer.w2_input_scale
-        activation = self.operators.activations().index(layer.activation.value)
-        self.packed = *packed, *sizes, activation, LIMIT, *static
+            tensors += [
+                weight.contiguous(),
+                scale.contiguous(),
+                bias if bias is None else bias.float().contiguous(),
+            ]
+        self.packed = self.operators.pack(
+            *tensors,
+            self.operators.activations().index(layer.activation.value),
+            LIMIT,
+            layer.w13_input_scale,
+            layer.w2_input_scale,
+        )
+        for name in ("w13_weight", "w2_weight"):
+            replace_parameter(layer, name, self.packed.new_empty(0))
 
     def _pack_onednn(self, layer: torch.nn.Module) -> None:
         self.w13_out_size = layer.w13_weight.size(1)
@@ -234,11 +232,17 @@ class CPUInt8Experts:
         topk_ids: torch.Tensor,
     ) -> torch.Tensor:
         if self.operators is not None:
+            # Each argument counts, see csrc/cpu/int8_moe/ops.cpp.
+            if (
+                layer.expert_map is None
+                and not layer.apply_router_weight_on_input
+            ):
+                return self.run(x, topk_weights, topk_ids, self.packed)
             return self.run(
                 x,
                 topk_weights,
                 topk_ids,
-                *self.packed,
+                self.packed,
                 layer.expert_map,
                 layer.apply_router_weight_on_input,
             )

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from vllm.logger import init_logger
 
 logger = init_logger(__name__)
 
-BLOCK = 32
 # Of vLLM's own build, or of the vllm-quark wheel for an installed vLLM.
 _HOMES = (__name__.partition(".")[0], "vllm_quark")
 _NAME = "_int8_moe_C.abi3.so"
@@ -67,13 +65,21 @@ def native() -> Any | None:
 
 
 def _pack_fake(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    order: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2: torch.Tensor,
+    *args,
 ) -> torch.Tensor:
-    experts, _, k = weight.shape
-    return weight.new_empty(experts, order.size(0) * (-(-k // 64) * 64 + 12))
+    experts, hidden, width = w2.shape
+
+    def padded(n: int, to: int) -> int:
+        return -(-n // to) * to
+
+    # see csrc/cpu/int8_moe: columns times K, sum, scale and bias
+    w13_bytes = padded(width, 16) * 2 * (padded(hidden, 64) + 12)
+    w2_bytes = padded(hidden, 32) * (padded(width, 64) + 12)
+    return w2.new_empty(64 + experts * (w13_bytes + w2_bytes))
 
 
 def _experts_fake(x: torch.Tensor, *args) -> torch.Tensor:
@@ -100,22 +106,6 @@ def _route_fake(
 def has_native() -> bool:
     """`native`, for code that torch.compile traces: it would trace the loading."""
     return native() is not None
-
-
-def columns(rows: int, gated: bool, interleaved: bool = False) -> torch.Tensor:
-    """Row of a weight with `rows` rows for each column of its packed form, int32;
-    negative: a column of zeros.
-
-    gated: blocks are 16 gates and their 16 ups. Gates are the upper half of the
-    rows, or the even ones where `interleaved`.
-    """
-    if not gated:
-        order = torch.arange(rows, device="cpu")
-        return F.pad(order, (0, -rows % BLOCK), value=-1).int()
-    order = torch.arange(rows, device="cpu")
-    halves = order.view(-1, 2).t() if interleaved else order.view(2, -1)
-    padded = F.pad(halves, (0, -(rows // 2) % 16), value=-1)
-    return padded.reshape(2, -1, 16).transpose(0, 1).flatten().int()
 
 
 def route_on_cpu(

@@ -6,6 +6,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 
@@ -14,32 +15,54 @@
 namespace int8_moe {
 namespace {
 
-// How far ahead of its first use the weight is asked for, bytes.
-constexpr int64_t kAhead = 4096;
 // Rows in registers: 32 of them hold the sums, the weight and an activation.
-constexpr int kMostWhole = 12;
-constexpr int kMostHalf = 28;
+constexpr int kMostRows = 12;
+// Some more take turns at so much of K, which stays in the first-level cache.
+constexpr int64_t kSlab = 256;
+constexpr int64_t kMostInTurns = 28;
+// How far ahead of its first use the weight is asked for: a slab of 16 columns.
+constexpr int64_t kAhead = kSlab * 16;
 
-// M rows times both halves of a block.
-template <int M, bool kFirst>
-inline void vnni_some(const uint8_t* a, int64_t stride, const int8_t* block,
-                      int64_t k, int32_t* c) {
+// How far from what is read of each half, in bytes, the next is asked for; `last`
+// more at the end of a block, which is the next one's start.
+struct Ahead {
+  int64_t left, right, last;
+};
+
+// M rows times both halves of a block, from `begin` to `end` of K; c is added to
+// unless begin is 0.
+template <int M, bool kAsk>
+void vnni_some(const uint8_t* a, int64_t stride, const int8_t* block, int64_t k,
+               int64_t begin, int64_t end, const Ahead& ahead, int32_t* c) {
   __m512i left[M], right[M];
-  unrolled<M>(INT8_MOE_EACH(r) { left[r] = right[r] = _mm512_setzero_si512(); });
-  for (int64_t i = 0; i < k; i += 4) {
-    const __m512i w0 = _mm512_loadu_si512(block + i * 16);
-    const __m512i w1 = _mm512_loadu_si512(block + (k + i) * 16);
-    if (kFirst) {
-      _mm_prefetch(block + i * 16 + kAhead, _MM_HINT_T0);
-      _mm_prefetch(block + (k + i) * 16 + kAhead, _MM_HINT_T0);
-    }
+  if (begin == 0) {
+    unrolled<M>(INT8_MOE_EACH(r) { left[r] = right[r] = _mm512_setzero_si512(); });
+  } else {
     unrolled<M>(INT8_MOE_EACH(r) {
-      int32_t four;
-      __builtin_memcpy(&four, a + r * stride + i, 4);
-      const __m512i x = _mm512_set1_epi32(four);
-      left[r] = _mm512_dpbusd_epi32(left[r], x, w0);
-      right[r] = _mm512_dpbusd_epi32(right[r], x, w1);
+      left[r] = _mm512_loadu_si512(c + r * 32);
+      right[r] = _mm512_loadu_si512(c + r * 32 + 16);
     });
+  }
+  const int64_t turn = std::max(begin, std::min(end, k - kSlab));
+  for (int64_t i = begin; i < end;) {
+    const int64_t until = i < turn ? turn : end, more = i < turn ? 0 : ahead.last;
+    const int64_t next_left = ahead.left + more, next_right = ahead.right + more;
+    for (; i < until; i += 4) {
+      const int8_t* w = block + i * 16;
+      const __m512i w0 = _mm512_loadu_si512(w);
+      const __m512i w1 = _mm512_loadu_si512(w + k * 16);
+      if (kAsk) {
+        _mm_prefetch(w + next_left, _MM_HINT_T0);
+        _mm_prefetch(w + k * 16 + next_right, _MM_HINT_T0);
+      }
+      unrolled<M>(INT8_MOE_EACH(r) {
+        int32_t four;
+        __builtin_memcpy(&four, a + r * stride + i, 4);
+        const __m512i x = _mm512_set1_epi32(four);
+        left[r] = _mm512_dpbusd_epi32(left[r], x, w0);
+        right[r] = _mm512_dpbusd_epi32(right[r], x, w1);
+      });
+    }
   }
   unrolled<M>(INT8_MOE_EACH(r) {
     _mm512_storeu_si512(c + r * 32, left[r]);
@@ -47,65 +70,58 @@ inline void vnni_some(const uint8_t* a, int64_t stride, const int8_t* block,
   });
 }
 
-// One row, or more than vnni_some takes, one half after the other: the weight comes
-// from memory once, in order. Few rows have more sums each, to wait for none.
-template <int M>
-inline void vnni_halves(const uint8_t* a, int64_t stride, const int8_t* block,
-                        int64_t k, int32_t* c) {
-  constexpr int kSums = M == 1 ? 4 : 1;
+// One row, one half after the other: the weight comes from memory in order. Four
+// sums, to wait for none.
+inline void vnni_row(const uint8_t* a, const int8_t* block, int64_t k, int32_t* c) {
   for (int half = 0; half < 2; ++half, block += k * 16, c += 16) {
-    __m512i sum[M * kSums];
-    unrolled<M * kSums>(INT8_MOE_EACH(j) { sum[j] = _mm512_setzero_si512(); });
-    for (int64_t i = 0; i < k; i += 4 * kSums) {
-      unrolled<kSums>(INT8_MOE_EACH(j) {
-        const int64_t at = i + 4 * j;
-        _mm_prefetch(block + at * 16 + kAhead, _MM_HINT_T0);
-        const __m512i w = _mm512_loadu_si512(block + at * 16);
-        unrolled<M>(INT8_MOE_EACH(r) {
-          int32_t four;
-          __builtin_memcpy(&four, a + r * stride + at, 4);
-          sum[kSums * r + j] =
-              _mm512_dpbusd_epi32(sum[kSums * r + j], _mm512_set1_epi32(four), w);
-        });
+    __m512i sum[4];
+    unrolled<4>(INT8_MOE_EACH(j) { sum[j] = _mm512_setzero_si512(); });
+    for (int64_t i = 0; i < k; i += 16) {
+      unrolled<4>(INT8_MOE_EACH(j) {
+        const int8_t* w = block + (i + 4 * j) * 16;
+        _mm_prefetch(w + kAhead, _MM_HINT_T0);
+        int32_t four;
+        __builtin_memcpy(&four, a + i + 4 * j, 4);
+        sum[j] = _mm512_dpbusd_epi32(sum[j], _mm512_set1_epi32(four),
+                                     _mm512_loadu_si512(w));
       });
     }
-    unrolled<M>(INT8_MOE_EACH(r) {
-      __m512i whole = sum[kSums * r];
-      if (kSums == 4) {
-        whole = _mm512_add_epi32(_mm512_add_epi32(whole, sum[kSums * r + kSums / 4]),
-                                 _mm512_add_epi32(sum[kSums * r + kSums / 2],
-                                                  sum[kSums * r + kSums - 1]));
-      }
-      _mm512_storeu_si512(c + r * 32, whole);
-    });
+    _mm512_storeu_si512(c, _mm512_add_epi32(_mm512_add_epi32(sum[0], sum[1]),
+                                            _mm512_add_epi32(sum[2], sum[3])));
   }
 }
 
-using VnniRows = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int32_t*);
+using VnniSome = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int64_t,
+                          int64_t, const Ahead&, int32_t*);
 
-template <bool kFirst, int... M>
-constexpr std::array<VnniRows, sizeof...(M)> vnni_of(std::integer_sequence<int, M...>) {
-  return {(M == 0 || M >= kMostWhole ? vnni_halves<M + 1> : vnni_some<M + 1, kFirst>)...};
+template <bool kAsk, int... M>
+constexpr std::array<VnniSome, sizeof...(M)> vnni_of(std::integer_sequence<int, M...>) {
+  return {vnni_some<M + 1, kAsk>...};
 }
 
 inline void vnni_rows(const uint8_t* a, int64_t stride, const int8_t* block,
                       int64_t k, int64_t m, int32_t* c) {
-  static constexpr auto kFirst =
-      vnni_of<true>(std::make_integer_sequence<int, kMostHalf>());
+  static constexpr auto kAsking =
+      vnni_of<true>(std::make_integer_sequence<int, kMostRows>());
   static constexpr auto kLater =
-      vnni_of<false>(std::make_integer_sequence<int, kMostWhole>());
-  if (m <= kMostHalf) {
-    if (m > 0) kFirst[m - 1](a, stride, block, k, c);
-    return;
-  }
-  const int64_t passes = (m + kMostWhole - 1) / kMostWhole;
-  for (int64_t pass = 0; pass < passes; ++pass) {
-    // equal shares: 37 rows are 10, 9, 9 and 9, not 12, 12, 12 and 1
-    const int64_t n = (m + passes - pass - 1) / (passes - pass);
-    (pass == 0 ? kFirst[n - 1] : kLater[n - 1])(a, stride, block, k, c);
-    a += n * stride;
-    c += n * 32;
-    m -= n;
+      vnni_of<false>(std::make_integer_sequence<int, kMostRows>());
+  if (m == 1) return vnni_row(a, block, k, c);
+  const int64_t passes = (m + kMostRows - 1) / kMostRows;
+  const int64_t slab = passes > 1 && m <= kMostInTurns ? kSlab : k;
+  for (int64_t begin = 0; begin < k; begin += slab) {
+    const int64_t end = std::min(k, begin + slab);
+    int64_t row = 0;
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      // equal shares: 37 rows are 10, 9, 9 and 9, not 12, 12, 12 and 1
+      const int64_t n = (m - row + passes - pass - 1) / (passes - pass);
+      // a half each, by the first two that take turns
+      const Ahead ahead = {pass == 0 ? kAhead : 0,
+                           pass == (slab < k ? 1 : 0) ? kAhead : 0, k * 16};
+      const bool asks = ahead.left + ahead.right > 0;
+      (asks ? kAsking : kLater)[n - 1](a + row * stride, stride, block, k, begin, end,
+                                       ahead, c + row * 32);
+      row += n;
+    }
   }
 }
 

@@ -21,6 +21,7 @@
 #include <thread>
 
 #include "int8_moe.h"
+#include "lanes.h"
 
 #if defined(__F16C__)
   #include <immintrin.h>
@@ -116,18 +117,6 @@ class Steps {
 
 // ------------------------------------------------------------ numbers
 
-inline uint32_t bits(float v) {
-  uint32_t found;
-  std::memcpy(&found, &v, 4);
-  return found;
-}
-
-inline float from_bits(uint32_t v) {
-  float found;
-  std::memcpy(&found, &v, 4);
-  return found;
-}
-
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
   const uint32_t rest = h & 0x7fff;
@@ -178,7 +167,22 @@ inline void from_float(const float* from, Dtype dtype, int64_t n, void* to) {
     std::memcpy(to, from, n * sizeof(float));
   } else if (dtype == Dtype::bf16) {
     uint16_t* target = static_cast<uint16_t*>(to);
-    for (int64_t i = 0; i < n; ++i) target[i] = float_to_bfloat(from[i]);
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    const __m512i one = _mm512_set1_epi32(1), bias = _mm512_set1_epi32(0x7fff);
+    for (; i + 16 <= n; i += 16) {
+      const __m512 f = _mm512_loadu_ps(from + i);
+      const __m512i all = _mm512_castps_si512(f), high = _mm512_srli_epi32(all, 16);
+      const __m512i odd = _mm512_and_si512(high, one);
+      __m512i found = _mm512_add_epi32(all, _mm512_add_epi32(bias, odd));
+      found = _mm512_mask_or_epi32(_mm512_srli_epi32(found, 16),
+                                   _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), high,
+                                   _mm512_set1_epi32(0x40));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + i),
+                          _mm512_cvtepi32_epi16(found));
+    }
+#endif
+    for (; i < n; ++i) target[i] = float_to_bfloat(from[i]);
   } else {
     uint16_t* target = static_cast<uint16_t*>(to);
     int64_t i = 0;
@@ -195,61 +199,21 @@ inline void from_float(const float* from, Dtype dtype, int64_t n, void* to) {
 
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
-constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds half to even
-
-// Cephes' expf: within 2 ulp; NaN stays NaN.
-inline float exponential(float x) {
-  x = x > 88.0f ? 88.0f : x;
-  x = x < -87.0f ? -87.0f : x;
-  const float shifted = x * 1.44269504f + kRound;
-  const float n = shifted - kRound;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * from_bits((bits(shifted) - 0x4B400000u + 127u) << 23);
-}
-
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
-
-// Abramowitz and Stegun 7.1.26: within 1.5e-7.
-inline float error_function(float x) {
-  const float a = std::fabs(x);
-  const float t = 1.0f / (1.0f + 0.3275911f * a);
-  float p = 1.061405429f;
-  p = p * t - 1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t - 0.284496736f;
-  p = p * t + 0.254829592f;
-  const float found = 1.0f - p * t * exponential(-a * a);
-  return x < 0.0f ? -found : found;
-}
-
-// NaN stays NaN: a comparison with it is false.
-inline float at_most(float x, float limit) { return x > limit ? limit : x; }
-inline float at_least(float x, float limit) { return x < limit ? limit : x; }
-
-template <Activation kind>
-inline float activate(float gate, float up, float limit) {
-  if constexpr (kind == Activation::silu) {
-    return gate * sigmoid(gate) * up;
-  } else if constexpr (kind == Activation::gelu) {
-    return 0.5f * gate * (1.0f + error_function(gate * 0.70710678f)) * up;
-  } else if constexpr (kind == Activation::gelu_tanh) {
-    const float inner = 0.79788456f * (gate + 0.044715f * gate * gate * gate);
-    return gate * sigmoid(2.0f * inner) * up;
-  } else if constexpr (kind == Activation::swigluoai) {
-    gate = at_most(gate, limit);
-    up = at_least(at_most(up, limit), -limit);
-    return gate * sigmoid(1.702f * gate) * (up + 1.0f);
-  } else {
-    return at_most(gate * sigmoid(gate), limit) *
-           at_least(at_most(up, limit), -limit);
+// The bits of the largest magnitude: of floats that are not negative, they order as
+// the values do, NaN above all.
+inline uint32_t largest_magnitude(const float* x, int64_t n) {
+  uint32_t largest = 0;
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  const __m512i mask = _mm512_set1_epi32(0x7fffffff);
+  __m512i most = _mm512_setzero_si512();
+  for (; i + 16 <= n; i += 16) {
+    most = _mm512_max_epu32(most, _mm512_and_si512(mask, _mm512_loadu_si512(x + i)));
   }
+  largest = _mm512_reduce_max_epu32(most);
+#endif
+  for (; i < n; ++i) largest = std::max(largest, bits(x[i]) & 0x7fffffffu);
+  return largest;
 }
 
 // One row of float32 to INT8, `padded` values written; returns its scale. The
@@ -257,10 +221,7 @@ inline float activate(float gate, float up, float limit) {
 // no such scale (NaN, infinity) gets NaN for one.
 inline float quantize(const float* x, int64_t n, int64_t padded,
                       const float* fixed, uint8_t* q) {
-  uint32_t largest = 0;  // of non-negative floats, bits order as values do
-  for (int64_t i = 0; i < n; ++i) {
-    largest = std::max(largest, bits(x[i]) & 0x7fffffffu);
-  }
+  const uint32_t largest = largest_magnitude(x, n);
   const uint32_t first_bad = fixed == nullptr ? 0x7f800000u : 0x7f800001u;
   float scale = fixed != nullptr ? *fixed : from_bits(largest) / 127.0f;
   if (largest >= first_bad) {
@@ -268,10 +229,18 @@ inline float quantize(const float* x, int64_t n, int64_t padded,
     return std::numeric_limits<float>::quiet_NaN();
   }
   if (fixed == nullptr && largest == 0) scale = 1.0f;
-  for (int64_t i = 0; i < n; ++i) {
-    // a division: its reciprocal may be infinite, and moves ties
-    float v = x[i] / scale;
-    v = at_least(at_most(v, 127.0f), -128.0f);
+  // a division: the reciprocal may be infinite, and moves ties
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  const __m128i offset = _mm_set1_epi8(static_cast<char>(Dot::kOffset));
+  for (; i + 16 <= n; i += 16) {
+    const Floats v = at_most(floats(x + i) / scale, 127.0f);
+    const __m128i eight = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v.v));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), _mm_xor_si128(eight, offset));
+  }
+#endif
+  for (; i < n; ++i) {
+    const float v = at_least(at_most(x[i] / scale, 127.0f), -128.0f);
     q[i] = static_cast<uint8_t>(bits(v + kRound) - 0x4B400000u + Dot::kOffset);
   }
   std::memset(q + n, Dot::kOffset, padded - n);
@@ -384,8 +353,10 @@ struct Columns {
     std::memcpy(bias, w.bias(expert) + at, sizeof(bias));
     if (Dot::kOffset) std::memcpy(sums, w.sums(expert) + at, sizeof(sums));
   }
-  float value(int32_t sum, float row_scale, int j) const {
-    return static_cast<float>(sum - sums[j]) * (row_scale * scale[j]) + bias[j];
+  // of the columns from j on, kLanes of them
+  Floats value(const int32_t* sum, Floats row_scale, int j) const {
+    return floats(sum + j, sums + j) * (row_scale * floats(scale + j)) +
+           floats(bias + j);
   }
 };
 
@@ -406,9 +377,9 @@ void gate_up_block(const Plan& plan, const Tile& tile, int64_t block, int32_t* c
     const float s = plan.x_s[tile.first_row + r];
     const int32_t* both = c + r * kBlock;
     alignas(64) float done[16];
-    for (int j = 0; j < 16; ++j) {
-      done[j] = activate<kind>(columns.value(both[j], s, j),
-                               columns.value(both[16 + j], s, 16 + j), limit);
+    for (int j = 0; j < 16; j += kLanes) {
+      const Floats gate = columns.value(both, s, j), up = columns.value(both, s, 16 + j);
+      store(activate<kind>(gate, up, limit), done + j);
     }
     float* to = plan.act + (tile.first_row + r) * plan.act_stride + block * 16;
     std::memcpy(to, done, sizeof(done));
@@ -426,6 +397,13 @@ inline GateUp gate_up_of(Activation kind) {
     case Activation::swiglustep: return gate_up_block<Activation::swiglustep>;
   }
   return nullptr;
+}
+
+inline void quantize_act(const Plan& plan, int64_t row) {
+  const Problem& p = plan.p;
+  plan.act_s[row] =
+      quantize(plan.act + row * plan.act_stride, p.intermediate, p.w2.k_padded(),
+               p.a2_scale, plan.act_q + row * row_bytes(p.w2));
 }
 
 // Some blocks of one expert, all of its rows.
@@ -465,8 +443,8 @@ inline void down(const Plan& plan, int64_t first, int64_t last) {
           const float weight = p.weight_on_input ? 1.0f : rows.weight[row + r];
           const int32_t* from = c + r * kBlock;
           float* to = sum + rows.token[row + r] * width + (block - first) * kBlock;
-          for (int j = 0; j < kBlock; ++j) {
-            to[j] += weight * columns.value(from[j], s, j);
+          for (int j = 0; j < kBlock; j += kLanes) {
+            store(floats(to + j) + columns.value(from, s, j) * weight, to + j);
           }
         }
       }
@@ -505,12 +483,14 @@ inline void run(const Plan& plan, const Threads& threads) {
     steps.step(1, plan.rows.active * groups, 1, [&](int64_t item) {
       const int64_t first = item % groups * group;
       gate_up(plan, body, item / groups, first, std::min(blocks, first + group));
+      // a whole row by one thread: here, not in a step of its own
+      for (int64_t row = plan.rows.start[item]; groups == 1 && row < plan.rows.start[item + 1]; ++row) {
+        quantize_act(plan, row);
+      }
     });
-    steps.step(2, plan.rows.count, 8, [&](int64_t row) {
-      plan.act_s[row] =
-          quantize(plan.act + row * plan.act_stride, p.intermediate, p.w2.k_padded(),
-                   p.a2_scale, plan.act_q + row * row_bytes(p.w2));
-    });
+    if (groups > 1) {
+      steps.step(2, plan.rows.count, 8, [&](int64_t row) { quantize_act(plan, row); });
+    }
     steps.step(3, (out_blocks + out_group - 1) / out_group, 1, [&](int64_t item) {
       const int64_t first = item * out_group;
       down(plan, first, std::min(out_blocks, first + out_group));

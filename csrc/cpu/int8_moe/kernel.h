@@ -278,6 +278,7 @@ inline int64_t row_bytes(const Weight& w) { return w.k_padded() | kGroup; }
 constexpr int64_t kRowChunk = 192;
 static_assert(kRowChunk % Dot::kRowsRead == 0);
 constexpr int64_t kBlocksAtOnce = 4;
+constexpr int64_t kTokensAPart = 32;
 
 inline void sort_rows(const Problem& p, Rows& rows, int64_t* counts) {
   const int64_t pairs = p.tokens * p.top_k;
@@ -344,20 +345,20 @@ inline void quantize_token(const Plan& plan, int64_t t) {
 
 // What a block's int32 sums become: (sum - 128 * sum of weights) * scales + bias.
 struct Columns {
-  alignas(64) float scale[kBlock], bias[kBlock];
-  alignas(64) int32_t sums[kBlock] = {};
+  const float *scale, *bias;
+  const int32_t* sums;
 
-  Columns(const Weight& w, int64_t expert, int64_t block) {
-    const int64_t at = block * kBlock;
-    std::memcpy(scale, w.scale(expert) + at, sizeof(scale));
-    std::memcpy(bias, w.bias(expert) + at, sizeof(bias));
-    if (Dot::kOffset) std::memcpy(sums, w.sums(expert) + at, sizeof(sums));
-  }
+  Columns(const Weight& w, int64_t expert, int64_t block)
+      : scale(w.scale(expert) + block * kBlock),
+        bias(w.bias(expert) + block * kBlock),
+        sums(Dot::kOffset ? w.sums(expert) + block * kBlock : kNone) {}
   // of the columns from j on, kLanes of them
   Floats value(const int32_t* sum, Floats row_scale, int j) const {
     return floats(sum + j, sums + j) * (row_scale * floats(scale + j)) +
            floats(bias + j);
   }
+
+  static constexpr int32_t kNone[kBlock] = {};
 };
 
 // Some rows of one expert.
@@ -366,35 +367,31 @@ struct Tile {
 };
 
 template <Activation kind>
-void gate_up_block(const Plan& plan, const Tile& tile, int64_t block, int32_t* c) {
-  const Problem& p = plan.p;
-  const int64_t stride = row_bytes(p.w13), m = tile.last_row - tile.first_row;
-  Dot::rows(plan.x_q + tile.first_row * stride, stride,
-            p.w13.block(tile.expert, block), p.w13.k_padded(), m, c);
-  const Columns columns(p.w13, tile.expert, block);
-  const float limit = p.limit;
-  for (int64_t r = 0; r < m; ++r) {
-    const float s = plan.x_s[tile.first_row + r];
-    const int32_t* both = c + r * kBlock;
+void activate_block(const Plan& plan, const Tile& tile, int64_t block,
+                    const int32_t* c) {
+  const Columns columns(plan.p.w13, tile.expert, block);
+  const float limit = plan.p.limit;
+  for (int64_t row = tile.first_row; row < tile.last_row; ++row, c += kBlock) {
+    const float s = plan.x_s[row];
     alignas(64) float done[16];
     for (int j = 0; j < 16; j += kLanes) {
-      const Floats gate = columns.value(both, s, j), up = columns.value(both, s, 16 + j);
+      const Floats gate = columns.value(c, s, j), up = columns.value(c, s, 16 + j);
       store(activate<kind>(gate, up, limit), done + j);
     }
-    float* to = plan.act + (tile.first_row + r) * plan.act_stride + block * 16;
+    float* to = plan.act + row * plan.act_stride + block * 16;
     std::memcpy(to, done, sizeof(done));
   }
 }
 
-using GateUp = void (*)(const Plan&, const Tile&, int64_t, int32_t*);
+using Activate = void (*)(const Plan&, const Tile&, int64_t, const int32_t*);
 
-inline GateUp gate_up_of(Activation kind) {
+inline Activate activate_of(Activation kind) {
   switch (kind) {
-    case Activation::silu: return gate_up_block<Activation::silu>;
-    case Activation::gelu: return gate_up_block<Activation::gelu>;
-    case Activation::gelu_tanh: return gate_up_block<Activation::gelu_tanh>;
-    case Activation::swigluoai: return gate_up_block<Activation::swigluoai>;
-    case Activation::swiglustep: return gate_up_block<Activation::swiglustep>;
+    case Activation::silu: return activate_block<Activation::silu>;
+    case Activation::gelu: return activate_block<Activation::gelu>;
+    case Activation::gelu_tanh: return activate_block<Activation::gelu_tanh>;
+    case Activation::swigluoai: return activate_block<Activation::swigluoai>;
+    case Activation::swiglustep: return activate_block<Activation::swiglustep>;
   }
   return nullptr;
 }
@@ -407,32 +404,57 @@ inline void quantize_act(const Plan& plan, int64_t row) {
 }
 
 // Some blocks of one expert, all of its rows.
-inline void gate_up(const Plan& plan, GateUp body, int64_t e, int64_t first,
+inline void gate_up(const Plan& plan, Activate activate, int64_t e, int64_t first,
                     int64_t last) {
+  const Weight& w = plan.p.w13;
+  const int64_t stride = row_bytes(w), end = plan.rows.start[e + 1];
   Arena& arena = own_arena();
   arena.reserve(0);
   int32_t* c = arena.take<int32_t>(kRowChunk * kBlock);
-  const int64_t end = plan.rows.start[e + 1];
   for (int64_t row = plan.rows.start[e]; row < end; row += kRowChunk) {
     const Tile tile = {plan.rows.expert[e], row, std::min(end, row + kRowChunk)};
-    for (int64_t block = first; block < last; ++block) body(plan, tile, block, c);
+    const int64_t m = tile.last_row - row, room = round_up(m, Dot::kRowsRead);
+    // Of few rows the products of some blocks first: what waits for one row's
+    // activation then has other rows to go on with.
+    const int64_t at_once = kRowChunk / room;
+    for (int64_t block = first; block < last; block += at_once) {
+      const int64_t n = std::min(at_once, last - block);
+      for (int64_t i = 0; i < n; ++i) {
+        Dot::rows(plan.x_q + row * stride, stride, w.block(tile.expert, block + i),
+                  w.k_padded(), m, c + i * room * kBlock);
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        activate(plan, tile, block + i, c + i * room * kBlock);
+      }
+    }
   }
 }
 
-// Some blocks of all experts, so that one thread sums a token's parts, in the order
-// of the experts.
-inline void down(const Plan& plan, int64_t first, int64_t last) {
+// Some blocks of all experts, for some tokens, so that one thread sums a token's
+// parts, in the order of the experts.
+inline void down(const Plan& plan, int64_t first, int64_t last, int64_t first_token,
+                 int64_t last_token) {
   const Problem& p = plan.p;
   const Rows& rows = plan.rows;
   const int64_t stride = row_bytes(p.w2), width = (last - first) * kBlock;
+  const int64_t tokens = last_token - first_token;
   Arena& arena = own_arena();
   arena.reserve(0);
   int32_t* c = arena.take<int32_t>(kRowChunk * kBlock);
-  float* sum = arena.take<float>(p.tokens * width);
-  std::fill(sum, sum + p.tokens * width, 0.0f);
+  float* sum = arena.take<float>(tokens * width);
+  std::fill(sum, sum + tokens * width, 0.0f);
   for (int64_t e = 0; e < rows.active; ++e) {
-    const int64_t expert = rows.expert[e], end = rows.start[e + 1];
-    for (int64_t row = rows.start[e]; row < end; row += kRowChunk) {
+    const int64_t expert = rows.expert[e];
+    int64_t begin = rows.start[e], end = rows.start[e + 1];
+    if (tokens < p.tokens) {
+      const auto row_of = [&](int64_t token) {
+        return std::lower_bound(rows.token + rows.start[e],
+                                rows.token + rows.start[e + 1], token) - rows.token;
+      };
+      begin = row_of(first_token);
+      end = row_of(last_token);
+    }
+    for (int64_t row = begin; row < end; row += kRowChunk) {
       const int64_t m = std::min(kRowChunk, end - row);
       for (int64_t block = first; block < last; ++block) {
         Dot::rows(plan.act_q + row * stride, stride, p.w2.block(expert, block),
@@ -441,20 +463,24 @@ inline void down(const Plan& plan, int64_t first, int64_t last) {
         for (int64_t r = 0; r < m; ++r) {
           const float s = plan.act_s[row + r];
           const float weight = p.weight_on_input ? 1.0f : rows.weight[row + r];
-          const int32_t* from = c + r * kBlock;
-          float* to = sum + rows.token[row + r] * width + (block - first) * kBlock;
+          alignas(64) float done[kBlock];
           for (int j = 0; j < kBlock; j += kLanes) {
-            store(floats(to + j) + columns.value(from, s, j) * weight, to + j);
+            store(columns.value(c + r * kBlock, s, j) * weight, done + j);
+          }
+          float* to = sum + (rows.token[row + r] - first_token) * width +
+                      (block - first) * kBlock;
+          for (int j = 0; j < kBlock; j += kLanes) {
+            store(floats(to + j) + floats(done + j), to + j);
           }
         }
       }
     }
   }
   const int64_t columns = std::min(p.hidden, last * kBlock) - first * kBlock;
-  for (int64_t t = 0; t < p.tokens; ++t) {
+  for (int64_t t = 0; t < tokens; ++t) {
     from_float(sum + t * width, p.dtype, columns,
                static_cast<char*>(p.out) +
-                   (t * p.hidden + first * kBlock) * size_of(p.dtype));
+                   ((first_token + t) * p.hidden + first * kBlock) * size_of(p.dtype));
   }
 }
 
@@ -465,35 +491,46 @@ inline int64_t blocks_at_once(int64_t blocks, int64_t times, int threads) {
   return found;
 }
 
+// Into how many parts the tokens go where the blocks are too few to share.
+inline int64_t token_parts(int64_t tokens, int64_t items, int threads) {
+  const int64_t wanted = (4 * threads + items - 1) / items;
+  return std::max<int64_t>(1, std::min(wanted, tokens / kTokensAPart));
+}
+
 inline void run(const Plan& plan, const Threads& threads) {
   const Problem& p = plan.p;
   const int64_t blocks = p.w13.columns / kBlock, out_blocks = p.w2.columns / kBlock;
   const int64_t group = blocks_at_once(blocks, plan.rows.active, threads.count);
   const int64_t out_group = blocks_at_once(out_blocks, 1, threads.count);
   const int64_t groups = (blocks + group - 1) / group;
-  const GateUp body = gate_up_of(p.activation);
+  const int64_t out_groups = (out_blocks + out_group - 1) / out_group;
+  const int64_t parts = token_parts(p.tokens, out_groups, threads.count);
+  const int64_t some_tokens = (p.tokens + parts - 1) / parts;
+  const Activate activate = activate_of(p.activation);
   const size_t space = std::max(
       Arena::space<float>(p.hidden),
       Arena::space<int32_t>(kRowChunk * kBlock) +
-          Arena::space<float>(p.tokens * out_group * kBlock));
+          Arena::space<float>(some_tokens * out_group * kBlock));
   Steps<4> steps;
   on_threads(threads, [&](int) {
     own_arena().reserve(space);
     steps.step(0, p.tokens, 4, [&](int64_t t) { quantize_token(plan, t); });
     steps.step(1, plan.rows.active * groups, 1, [&](int64_t item) {
-      const int64_t first = item % groups * group;
-      gate_up(plan, body, item / groups, first, std::min(blocks, first + group));
-      // a whole row by one thread: here, not in a step of its own
-      for (int64_t row = plan.rows.start[item]; groups == 1 && row < plan.rows.start[item + 1]; ++row) {
+      const int64_t e = item / groups, first = item % groups * group;
+      gate_up(plan, activate, e, first, std::min(blocks, first + group));
+      if (groups > 1) return;
+      for (int64_t row = plan.rows.start[e]; row < plan.rows.start[e + 1]; ++row) {
         quantize_act(plan, row);
       }
     });
     if (groups > 1) {
       steps.step(2, plan.rows.count, 8, [&](int64_t row) { quantize_act(plan, row); });
     }
-    steps.step(3, (out_blocks + out_group - 1) / out_group, 1, [&](int64_t item) {
-      const int64_t first = item * out_group;
-      down(plan, first, std::min(out_blocks, first + out_group));
+    steps.step(3, out_groups * parts, 1, [&](int64_t item) {
+      const int64_t first = item % out_groups * out_group;
+      const int64_t token = item / out_groups * some_tokens;
+      down(plan, first, std::min(out_blocks, first + out_group),
+           std::min(p.tokens, token), std::min(p.tokens, token + some_tokens));
     });
     Dot::end();
   });
@@ -502,7 +539,7 @@ inline void run(const Plan& plan, const Threads& threads) {
 constexpr int64_t kRowsAtOnce = 32768;
 
 // Products that keep a thread busy for longer than it takes to wake it.
-constexpr int64_t kWorthAThread = 1 << 20;
+constexpr int64_t kWorthAThread = 1 << 19;
 
 inline void experts(const Problem& whole, const Threads& all) {
   Plan plan;

@@ -43,26 +43,39 @@ void vnni_some(const uint8_t* a, int64_t stride, const int8_t* block, int64_t k,
       right[r] = _mm512_loadu_si512(c + r * 32 + 16);
     });
   }
-  const int64_t turn = std::max(begin, std::min(end, k - kSlab));
-  for (int64_t i = begin; i < end;) {
-    const int64_t until = i < turn ? turn : end, more = i < turn ? 0 : ahead.last;
-    const int64_t next_left = ahead.left + more, next_right = ahead.right + more;
-    for (; i < until; i += 4) {
-      const int8_t* w = block + i * 16;
+  // A pointer to each third row, of which the compiler is kept from knowing that they
+  // are apart by the stride: with an offset a row it runs out of registers.
+  const uint8_t* third[(M + 2) / 3];
+  unrolled<(M + 2) / 3>(INT8_MOE_EACH(g) { third[g] = a + begin + 3 * g * stride; });
+  const int8_t *w = block + begin * 16, *const stop = block + end * 16;
+  const auto some = [&](const int8_t* until, int64_t next_left,
+                        int64_t next_right) __attribute__((always_inline)) {
+    for (; w < until; w += 64) {
       const __m512i w0 = _mm512_loadu_si512(w);
       const __m512i w1 = _mm512_loadu_si512(w + k * 16);
       if (kAsk) {
         _mm_prefetch(w + next_left, _MM_HINT_T0);
-        _mm_prefetch(w + k * 16 + next_right, _MM_HINT_T0);
+        _mm_prefetch(w + next_right, _MM_HINT_T0);
       }
       unrolled<M>(INT8_MOE_EACH(r) {
         int32_t four;
-        __builtin_memcpy(&four, a + r * stride + i, 4);
+        __builtin_memcpy(&four, third[r / 3] + r % 3 * stride, 4);
         const __m512i x = _mm512_set1_epi32(four);
         left[r] = _mm512_dpbusd_epi32(left[r], x, w0);
         right[r] = _mm512_dpbusd_epi32(right[r], x, w1);
       });
+      unrolled<(M + 2) / 3>(INT8_MOE_EACH(g) {
+        third[g] += 4;
+        asm("" : "+r"(third[g]));
+      });
     }
+  };
+  if (kAsk) {
+    const int64_t next_right = k * 16 + ahead.right;
+    some(std::min(stop, block + (k - kSlab) * 16), ahead.left, next_right);
+    some(stop, ahead.left + ahead.last, next_right + ahead.last);
+  } else {
+    some(stop, 0, 0);
   }
   unrolled<M>(INT8_MOE_EACH(r) {
     _mm512_storeu_si512(c + r * 32, left[r]);

@@ -122,7 +122,7 @@ struct Dot {
     configured = true;
   }
 
-  template <bool kLower>
+  template <bool kLower, bool kAsk>
   static void tiles(const uint8_t* a, int64_t stride, const int8_t* block,
                     int64_t k, int32_t* c) {
     TILE_ZERO(0);
@@ -132,8 +132,13 @@ struct Dot {
       TILE_ZERO(3);
     }
     for (int64_t i = 0; i < k; i += 64) {
+      const int64_t ahead = i + kSlab < k ? kAhead : kAhead + k * 16;
       TILE_LOAD(6, block + i * 16, 64);
       TILE_LOAD(7, block + (k + i) * 16, 64);
+      for (int64_t line = 0; kAsk && line < 1024; line += 64) {
+        _mm_prefetch(block + i * 16 + line + ahead, _MM_HINT_T0);
+        _mm_prefetch(block + (k + i) * 16 + line + ahead, _MM_HINT_T0);
+      }
       TILE_LOAD(4, a + i, stride);
       TILE_DOT(0, 4, 6);
       TILE_DOT(1, 4, 7);
@@ -155,10 +160,14 @@ struct Dot {
                    int64_t k, int64_t m, int32_t* c) {
     if (m <= kFewRows) return vnni_rows(a, stride, block, k, m, c);
     if (!configured) configure();
-    for (; m > 16; m -= 32, a += 32 * stride, c += 32 * 32) {
-      tiles<true>(a, stride, block, k, c);
+    if (m <= 16) return tiles<false, true>(a, stride, block, k, c);
+    tiles<true, true>(a, stride, block, k, c);
+    for (m -= 32; m > 16; m -= 32) {
+      a += 32 * stride;
+      c += 32 * 32;
+      tiles<true, false>(a, stride, block, k, c);
     }
-    if (m > 0) tiles<false>(a, stride, block, k, c);
+    if (m > 0) tiles<false, false>(a + 32 * stride, stride, block, k, c + 32 * 32);
   }
 };
 

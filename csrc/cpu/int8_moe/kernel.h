@@ -83,36 +83,66 @@ void on_threads(const Threads& threads, const F& body) {
               const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// The steps of one parallel region. Items of a step go to whichever thread is free;
-// each writes what no other one writes. A step begins when those before it are
-// done. Whoever waits waits for items that others have begun, so that threads that
-// run one after the other, as in a nested region, wait for nothing.
-template <int kSteps>
+// The steps of one parallel region. Each thread has a range of a step's items, the
+// same from call to call so that what it reads stays in its cache, and helps with the
+// others' when it is through; each item writes what no other one writes. A step begins
+// when those before it are done. Whoever waits waits for items that others have begun,
+// so that threads that run one after the other, as in a nested region, wait for nothing.
 class Steps {
  public:
+  static size_t space(int steps, int threads) {
+    return Arena::space<Range>(steps * threads) + Arena::space<Step>(steps);
+  }
+  Steps(Arena& arena, int steps, int threads)
+      : threads_(threads),
+        ranges_(arena.take<Range>(steps * threads)),
+        steps_(arena.take<Step>(steps)) {}
+
+  // Thread t's range ends with item end(t).
   template <typename F>
-  void step(int which, int64_t items, int64_t at_once, const F& body) {
-    Counters& c = counters_[which];
-    int64_t finished = 0;
-    while (true) {
-      const int64_t start = c.next.fetch_add(at_once, std::memory_order_relaxed);
-      if (start >= items) break;
-      const int64_t end = std::min(items, start + at_once);
-      for (int64_t i = start; i < end; ++i) body(i);
-      finished += end - start;
+  void share(int which, const F& end) {
+    Step* step = new (steps_ + which) Step();
+    for (int t = 0; t < threads_; ++t) {
+      Range* range = new (ranges_ + which * threads_ + t) Range();
+      range->next.store(step->items, std::memory_order_relaxed);
+      step->items = range->end = end(t);
     }
-    c.done.fetch_add(finished, std::memory_order_acq_rel);
-    for (int spins = 0; c.done.load(std::memory_order_acquire) < items; ++spins) {
+  }
+  void share_evenly(int which, int64_t items) {
+    share(which, [&](int t) { return items * (t + 1) / threads_; });
+  }
+
+  template <typename F>
+  void run(int which, int thread, int64_t at_once, const F& body) {
+    Step& step = steps_[which];
+    int64_t finished = 0;
+    for (int i = 0; i < threads_; ++i) {
+      Range& range = ranges_[which * threads_ + (thread + i) % threads_];
+      while (range.next.load(std::memory_order_relaxed) < range.end) {
+        const int64_t start = range.next.fetch_add(at_once, std::memory_order_relaxed);
+        const int64_t end = std::min(range.end, start + at_once);
+        for (int64_t item = start; item < end; ++item) body(item);
+        finished += std::max<int64_t>(0, end - start);
+      }
+    }
+    if (finished > 0) step.done.fetch_add(finished, std::memory_order_acq_rel);
+    for (int spins = 0; step.done.load(std::memory_order_acquire) < step.items; ++spins) {
       if (spins > 10000) std::this_thread::yield();
     }
   }
 
  private:
-  struct alignas(64) Counters {
-    std::atomic<int64_t> next{0};
-    alignas(64) std::atomic<int64_t> done{0};
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
   };
-  Counters counters_[kSteps];
+  struct alignas(64) Step {
+    std::atomic<int64_t> done{0};
+    int64_t items = 0;
+  };
+  int threads_;
+  Range* ranges_;
+  Step* steps_;
 };
 
 // ------------------------------------------------------------ numbers
@@ -263,11 +293,11 @@ struct Rows {
 struct Plan {
   Problem p;
   Rows rows;
-  uint8_t* x_q;  // [rows, row_bytes of w13]
-  float* x_s;    // [rows]
-  float* act;    // [rows, act_stride]
+  uint8_t* x_q;    // [rows, row_bytes of w13]
+  float* x_s;      // [tokens]
+  float* act;      // [rows, act_stride]
   uint8_t* act_q;  // [rows, row_bytes of w2]
-  float* act_s;
+  float* act_s;    // [rows]
   int64_t act_stride;
 };
 
@@ -278,6 +308,7 @@ inline int64_t row_bytes(const Weight& w) { return w.k_padded() | kGroup; }
 constexpr int64_t kRowChunk = 192;
 static_assert(kRowChunk % Dot::kRowsRead == 0);
 constexpr int64_t kBlocksAtOnce = 4;
+constexpr int64_t kRowsAtOnce = 4;  // that one thread quantizes
 constexpr int64_t kTokensAPart = 32;
 
 inline void sort_rows(const Problem& p, Rows& rows, int64_t* counts) {
@@ -296,14 +327,16 @@ inline void sort_rows(const Problem& p, Rows& rows, int64_t* counts) {
     rows.count += found;
   }
   rows.start[rows.active] = rows.count;
-  for (int64_t i = 0; i < pairs; ++i) {
-    const int32_t e = p.experts_of[i];
-    rows.row_of[i] = -1;
-    if (e < 0) continue;
-    const int64_t row = counts[e]++;
-    rows.row_of[i] = static_cast<int32_t>(row);
-    rows.token[row] = static_cast<int32_t>(i / p.top_k);
-    rows.weight[row] = p.topk_weights[i];
+  for (int64_t t = 0, i = 0; t < p.tokens; ++t) {
+    for (int64_t k = 0; k < p.top_k; ++k, ++i) {
+      const int32_t e = p.experts_of[i];
+      rows.row_of[i] = -1;
+      if (e < 0) continue;
+      const int64_t row = counts[e]++;
+      rows.row_of[i] = static_cast<int32_t>(row);
+      rows.token[row] = static_cast<int32_t>(t);
+      rows.weight[row] = p.topk_weights[i];
+    }
   }
 }
 
@@ -335,11 +368,9 @@ inline void quantize_token(const Plan& plan, int64_t t) {
     }
   }
   uint8_t* q = plan.x_q + *first * stride;
-  const float scale = quantize(row, p.hidden, padded, p.a1_scale, q);
-  for (const int32_t* place = first; place < last; ++place) {
-    if (*place < 0) continue;
-    plan.x_s[*place] = scale;
-    if (place != first) std::memcpy(plan.x_q + *place * stride, q, padded);
+  plan.x_s[t] = quantize(row, p.hidden, padded, p.a1_scale, q);
+  for (const int32_t* place = first + 1; place < last; ++place) {
+    if (*place >= 0) std::memcpy(plan.x_q + *place * stride, q, padded);
   }
 }
 
@@ -372,7 +403,7 @@ void activate_block(const Plan& plan, const Tile& tile, int64_t block,
   const Columns columns(plan.p.w13, tile.expert, block);
   const float limit = plan.p.limit;
   for (int64_t row = tile.first_row; row < tile.last_row; ++row, c += kBlock) {
-    const float s = plan.x_s[row];
+    const float s = plan.x_s[plan.rows.token[row]];
     alignas(64) float done[16];
     for (int j = 0; j < 16; j += kLanes) {
       const Floats gate = columns.value(c, s, j), up = columns.value(c, s, 16 + j);
@@ -497,7 +528,7 @@ inline int64_t token_parts(int64_t tokens, int64_t items, int threads) {
   return std::max<int64_t>(1, std::min(wanted, tokens / kTokensAPart));
 }
 
-inline void run(const Plan& plan, const Threads& threads) {
+inline void run(const Plan& plan, Steps& steps, const Threads& threads) {
   const Problem& p = plan.p;
   const int64_t blocks = p.w13.columns / kBlock, out_blocks = p.w2.columns / kBlock;
   const int64_t group = blocks_at_once(blocks, plan.rows.active, threads.count);
@@ -511,24 +542,32 @@ inline void run(const Plan& plan, const Threads& threads) {
       Arena::space<float>(p.hidden),
       Arena::space<int32_t>(kRowChunk * kBlock) +
           Arena::space<float>(some_tokens * out_group * kBlock));
-  Steps<4> steps;
-  on_threads(threads, [&](int) {
+  const Rows& rows = plan.rows;
+  steps.share_evenly(0, p.tokens);
+  if (groups == 1) {
+    // an expert's thread, whichever others have rows
+    steps.share(1, [&](int t) {
+      const int64_t next = p.experts * (t + 1) / threads.count;
+      return std::lower_bound(rows.expert, rows.expert + rows.active, next) - rows.expert;
+    });
+  } else {
+    steps.share_evenly(1, rows.active * groups);
+  }
+  steps.share_evenly(2, groups == 1 ? 0 : rows.count);
+  steps.share_evenly(3, out_groups * parts);
+  on_threads(threads, [&](int thread) {
     own_arena().reserve(space);
-    steps.step(0, p.tokens, 4, [&](int64_t t) { quantize_token(plan, t); });
-    steps.step(1, plan.rows.active * groups, 1, [&](int64_t item) {
+    steps.run(0, thread, kRowsAtOnce, [&](int64_t t) { quantize_token(plan, t); });
+    steps.run(1, thread, 1, [&](int64_t item) {
       const int64_t e = item / groups, first = item % groups * group;
       gate_up(plan, activate, e, first, std::min(blocks, first + group));
-      if (groups > 1) return;
-      for (int64_t row = plan.rows.start[e]; row < plan.rows.start[e + 1]; ++row) {
+      for (int64_t row = rows.start[e]; groups == 1 && row < rows.start[e + 1]; ++row) {
         quantize_act(plan, row);
       }
     });
-    if (groups > 1) {
-      steps.step(2, plan.rows.count, 8, [&](int64_t row) { quantize_act(plan, row); });
-    }
-    steps.step(3, out_groups * parts, 1, [&](int64_t item) {
-      const int64_t first = item % out_groups * out_group;
-      const int64_t token = item / out_groups * some_tokens;
+    steps.run(2, thread, kRowsAtOnce, [&](int64_t row) { quantize_act(plan, row); });
+    steps.run(3, thread, 1, [&](int64_t item) {
+      const int64_t first = item / parts * out_group, token = item % parts * some_tokens;
       down(plan, first, std::min(out_blocks, first + out_group),
            std::min(p.tokens, token), std::min(p.tokens, token + some_tokens));
     });
@@ -536,28 +575,33 @@ inline void run(const Plan& plan, const Threads& threads) {
   });
 }
 
-constexpr int64_t kRowsAtOnce = 32768;
+constexpr int64_t kMostPairs = 32768;
 
 // Products that keep a thread busy for longer than it takes to wake it.
-constexpr int64_t kWorthAThread = 1 << 19;
+constexpr int64_t kWorthAThread = 1 << 20;
 
 inline void experts(const Problem& whole, const Threads& all) {
   Plan plan;
   const int64_t work = whole.tokens * whole.top_k * 3 * whole.intermediate * whole.hidden;
   const Threads threads = {
-      static_cast<int>(std::min<int64_t>(all.count, 1 + work / kWorthAThread)), all.run};
+      static_cast<int>(std::min<int64_t>(
+          all.count, 1 + (work + kWorthAThread / 2) / kWorthAThread)),
+      all.run};
   Problem& p = plan.p;
   const int64_t chunk =
-      std::max<int64_t>(1, std::min(whole.tokens, kRowsAtOnce / whole.top_k));
+      std::max<int64_t>(1, std::min(whole.tokens, kMostPairs / whole.top_k));
   const int64_t most = chunk * whole.top_k, room = most + Dot::kRowsRead - 1;
   const int64_t k1 = row_bytes(whole.w13), k2 = row_bytes(whole.w2);
   plan.act_stride = round_up(whole.intermediate, 16);
   Arena& arena = shared_arena();
-  arena.reserve(Arena::space<int64_t>(whole.experts) +
+  constexpr int kSteps = 4;
+  arena.reserve(Steps::space(kSteps, threads.count) +
+                Arena::space<int64_t>(whole.experts) +
                 Arena::space<int32_t>(whole.experts) +
                 Arena::space<int64_t>(whole.experts + 1) +
-                2 * Arena::space<int32_t>(most) + 3 * Arena::space<float>(most) +
-                Arena::space<uint8_t>(room * k1) + Arena::space<uint8_t>(room * k2) +
+                2 * Arena::space<int32_t>(most) + 2 * Arena::space<float>(most) +
+                Arena::space<float>(chunk) + Arena::space<uint8_t>(room * k1) +
+                Arena::space<uint8_t>(room * k2) +
                 Arena::space<float>(most * plan.act_stride));
   int64_t* counts = arena.take<int64_t>(whole.experts);
   plan.rows.expert = arena.take<int32_t>(whole.experts);
@@ -565,11 +609,12 @@ inline void experts(const Problem& whole, const Threads& all) {
   plan.rows.token = arena.take<int32_t>(most);
   plan.rows.row_of = arena.take<int32_t>(most);
   plan.rows.weight = arena.take<float>(most);
-  plan.x_s = arena.take<float>(most);
+  plan.x_s = arena.take<float>(chunk);
   plan.act_s = arena.take<float>(most);
   plan.x_q = arena.take<uint8_t>(room * k1);
   plan.act_q = arena.take<uint8_t>(room * k2);
   plan.act = arena.take<float>(most * plan.act_stride);
+  Steps steps(arena, kSteps, threads.count);
   for (int64_t t = 0; t < whole.tokens; t += chunk) {
     p = whole;
     p.tokens = std::min(chunk, whole.tokens - t);
@@ -578,7 +623,7 @@ inline void experts(const Problem& whole, const Threads& all) {
     p.topk_weights = whole.topk_weights + t * whole.top_k;
     p.experts_of = whole.experts_of + t * whole.top_k;
     sort_rows(p, plan.rows, counts);
-    run(plan, threads);
+    run(plan, steps, threads);
   }
 }
 
@@ -628,10 +673,13 @@ inline void route(const Router& r, const Threads& all) {
   const Threads threads = {static_cast<int>(std::min<int64_t>(
                                all.count, 1 + r.tokens / kTokensWorthAThread)),
                            all.run};
-  Steps<1> steps;
-  on_threads(threads, [&](int) {
+  Arena& arena = shared_arena();
+  arena.reserve(Steps::space(1, threads.count));
+  Steps steps(arena, 1, threads.count);
+  steps.share_evenly(0, r.tokens);
+  on_threads(threads, [&](int thread) {
     own_arena().reserve(2 * Arena::space<float>(r.experts));
-    steps.step(0, r.tokens, 16, [&](int64_t t) { route_token(r, t); });
+    steps.run(0, thread, 16, [&](int64_t t) { route_token(r, t); });
   });
 }
 

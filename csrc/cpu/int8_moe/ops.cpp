@@ -67,7 +67,8 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   if (sizes.size() == 2) strides[0] = std::max<int64_t>(1, sizes.begin()[1]);
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.begin(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      sizes.size(), sizes.begin(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
@@ -129,16 +130,16 @@ struct Header {
            experts <= kMostExperts && hidden > 0 && hidden <= kMaxK &&
            intermediate > 0 && intermediate <= kMaxK;
   }
+  // nowhere yet
+  Weight w13() const { return {nullptr, round_up(intermediate, 16) * 2, hidden}; }
+  Weight w2() const { return {nullptr, round_up(hidden, kBlock), intermediate}; }
+  int64_t w2_start() const { return sizeof(Header) + experts * w13().bytes(); }
+  int64_t bytes() const { return w2_start() + experts * w2().bytes(); }
   Weight w13(int8_t* packed) const {
-    return {packed + sizeof(Header), round_up(intermediate, 16) * 2, hidden};
+    return {packed + sizeof(Header), w13().columns, hidden};
   }
   Weight w2(int8_t* packed) const {
-    const Weight before = w13(packed);
-    return {before.packed + experts * before.bytes(), round_up(hidden, kBlock),
-            intermediate};
-  }
-  int64_t bytes() const {
-    return sizeof(Header) + experts * (w13(nullptr).bytes() + w2(nullptr).bytes());
+    return {packed + w2_start(), w2().columns, intermediate};
   }
 
   static constexpr char kName[9] = "int8moe1";
@@ -181,10 +182,10 @@ Tensor pack_layer(const Tensor& w13, const Tensor& w13_scale,
   const Tensor packed = empty({h.bytes()}, ScalarType::Char);
   int8_t* to = static_cast<int8_t*>(packed.data_ptr());
   std::memcpy(to, &h, sizeof(h));
+  const bool interleaved = h.activation == Activation::swigluoai;
   pack(from13, data<float>(w13_scale, ScalarType::Float, {experts, rows}, "w13_scale"),
-       data<float>(w13_bias, ScalarType::Float, {experts, rows}, "w13_bias"), experts, rows,
-       h.activation == Activation::swigluoai ? Order::interleaved : Order::halves,
-       h.w13(to), threads());
+       data<float>(w13_bias, ScalarType::Float, {experts, rows}, "w13_bias"), experts,
+       rows, interleaved ? Order::interleaved : Order::halves, h.w13(to), threads());
   pack(from2, data<float>(w2_scale, ScalarType::Float, {experts, h.hidden}, "w2_scale"),
        data<float>(w2_bias, ScalarType::Float, {experts, h.hidden}, "w2_bias"), experts,
        h.hidden, Order::plain, h.w2(to), threads());
@@ -210,7 +211,8 @@ Tensor experts(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_i
   p.hidden = h.hidden;
   p.x = rows.data_ptr();
   p.x_stride = rows.stride(0);
-  check(topk_ids.dim() == 2 && topk_ids.size(1) > 0, "topk_ids has to be [T, k], k positive");
+  check(topk_ids.dim() == 2 && topk_ids.size(1) > 0,
+        "topk_ids has to be [T, k], k positive");
   p.top_k = topk_ids.size(1);
   p.experts = h.experts;
   p.intermediate = h.intermediate;

@@ -68,9 +68,7 @@ class Experts:
         return operators.experts(x, weights, ids, self.packed, expert_map, False, isa)
 
     def emulate(self, x, weights, ids):
-        return emulate_moe(
-            x, *self.plain, weights, ids, self.activation, *self.static
-        )
+        return emulate_moe(x, *self.plain, weights, ids, self.activation, *self.static)
 
 
 def routing(tokens: int, experts: int, top_k: int):
@@ -109,6 +107,28 @@ def test_gelu_tanh(isa):
     out = experts(x, weights, ids, isa)
     experts.activation = "gelu"
     assert_close(out, experts.emulate(x, weights, ids))
+
+
+@needs_operators
+@pytest.mark.parametrize("activation", ["silu", "gelu", "swigluoai", "swiglustep"])
+def test_huge_gates(isa, activation):
+    """Where the exponential of a gate is beyond float32."""
+    experts = Experts(4, 48, 96, activation)
+    gates = slice(0, 96, 2) if activation == "swigluoai" else slice(0, 48)
+    experts.plain[1][:, gates] *= 1e25
+    experts.pack()
+    x = random_input(9, 96).float()
+    weights, ids = routing(9, 4, 2)
+    assert_close(experts(x, weights, ids, isa), experts.emulate(x, weights, ids))
+
+
+@needs_operators
+@pytest.mark.parametrize("tokens", [12, 13, 16, 28, 29, 60])
+def test_rows_that_take_turns_at_a_long_weight(isa, tokens):
+    experts = Experts(1, 300, 700)
+    x = random_input(tokens, 700).float()
+    weights, ids = torch.rand(tokens, 1), torch.zeros(tokens, 1, dtype=torch.int32)
+    assert_close(experts(x, weights, ids, isa), experts.emulate(x, weights, ids))
 
 
 @needs_operators

@@ -233,19 +233,12 @@ class CPUInt8Experts:
     ) -> torch.Tensor:
         if self.operators is not None:
             # Each argument counts, see csrc/cpu/int8_moe/ops.cpp.
-            if (
-                layer.expert_map is None
-                and not layer.apply_router_weight_on_input
-            ):
-                return self.run(x, topk_weights, topk_ids, self.packed)
-            return self.run(
-                x,
-                topk_weights,
-                topk_ids,
-                self.packed,
-                layer.expert_map,
-                layer.apply_router_weight_on_input,
-            )
+            args = x, topk_weights, topk_ids, self.packed
+            expert_map = layer.expert_map
+            on_input = layer.apply_router_weight_on_input
+            if expert_map is None and not on_input:
+                return self.run(*args)
+            return self.run(*args, expert_map, on_input)
         return torch.ops.vllm.cpu_int8_experts(
             x,
             topk_weights,

@@ -7,11 +7,11 @@ shares nothing with vLLM.
 
 import copy
 import fnmatch
+import importlib
 import importlib.util
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,6 +43,7 @@ PACKED = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
+INT8 = "vllm.model_executor.layers.quantization.quark.int8"
 K = 128  # input features
 E, I, TOP_K = 8, 64, 2  # experts, their width, experts a token  # noqa: E741
 # vLLM's layer name, and the checkpoint's modules with their output sizes
@@ -320,43 +321,51 @@ def needs_kernel(kind: str) -> None:
         pytest.skip("this vLLM has no INT8 experts for CPU")
 
 
+def look_at_files(
+    config: QuarkConfig,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+) -> None:
+    """Hold the headers of `tensors`, as if they lay in files, against `config`, as
+    vLLM does when it makes the config. Raises ValueError naming a tensor."""
+    if not importlib.util.find_spec(f"{INT8}.checkpoint"):
+        return
+    checkpoint = importlib.import_module(f"{INT8}.checkpoint")
+    if getattr(config, "int8", None) is None:
+        return
+    names = {torch.int8: "I8", torch.bfloat16: "BF16", torch.float32: "F32"}
+    names |= {torch.float16: "F16", torch.float64: "F64"}
+    contents = checkpoint.Contents(
+        checkpoint.Entry(n, "file", names.get(t.dtype, str(t.dtype)), tuple(t.shape))
+        for n, t in tensors
+    )
+    for problem in checkpoint.find_problems(contents, config.int8.names):
+        raise ValueError(str(problem))
+    config.int8.expect(contents.int8_modules())
+
+
 def serve(
     checkpoint: Checkpoint,
     x: torch.Tensor,
     routes: tuple[torch.Tensor, torch.Tensor],
     again: list[tuple[str, torch.Tensor]] = (),
+    files: bool = True,
 ) -> torch.Tensor:
-    """The output of the checkpoint's layer, loaded as the default loader does."""
-    try:
-        from vllm.model_executor.layers.quantization.quark.int8_loading import (
-            watched_weights,
-        )
-    except ImportError:
+    """The output of the checkpoint's layer, loaded as the default loader does.
 
-        def watched_weights(weights, model, model_config):
-            return weights, lambda loaded: None
-
+    files: the tensors lie in files, whose headers are looked at first.
+    """
     vllm_config = get_current_vllm_config()
     config = quark_config(checkpoint)
     vllm_config.quant_config = config
     old = torch.get_default_dtype()
     torch.set_default_dtype(checkpoint.case.dtype)
     try:
-        model = owner = torch.nn.Module()
-        *path, last = checkpoint.prefix.split(".")
-        for name in path:
-            owner.add_module(name, torch.nn.Module())
-            owner = owner.get_submodule(name)
+        weights = [*checkpoint.tensors.items(), *again]
+        if files:
+            look_at_files(config, weights)
         with torch.device(DEVICE):
             layer = build(checkpoint, config)
-            owner.add_module(last, layer)
-            weights, check = watched_weights(
-                [*checkpoint.tensors.items(), *again],
-                model,
-                SimpleNamespace(quantization="quark"),
-            )
             load(layer, weights)
-            check(None)
             if hasattr(layer, "w13_weight") and layer.w13_weight.is_floating_point():
                 return _unquantized_experts(layer, x, routes)
             finish(layer)

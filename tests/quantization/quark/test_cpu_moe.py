@@ -185,7 +185,7 @@ def test_operator_contract(path):
     x = random_input(5, K)
     weights, ids = routing(5)
     if path == "native":
-        args = (x, weights, ids, experts.packed)
+        args = (x, weights, ids, layer.w13_weight)
         torch.library.opcheck(torch.ops._int8_moe_C.experts.default, args)
         return
     args = (

@@ -19,6 +19,7 @@ import traceback
 from typing import Any
 
 import pytest
+import regex as re
 import torch
 
 from vllm.platforms import current_platform
@@ -27,7 +28,7 @@ from . import checkpoints as ck
 from .utils import vllm_environment
 
 COUNT = int(os.environ.get("VLLM_QUARK_MUTANTS", "2000"))
-OURS = ("int8_config.py", "int8_loading.py", "int8_experts.py", "cpu_int8_moe.py")
+OURS = re.compile(r"/quark/int8/\w+\.py$|/fused_moe/cpu_int8_\w+\.py$")
 
 
 class Mutator:
@@ -37,9 +38,12 @@ class Mutator:
         self.random = random.Random(seed)
         # Tensors that come a second time, after all others.
         self.again: list[tuple[str, torch.Tensor]] = []
+        # A tensor that no parameter takes, and that changes what the layer says.
+        self.unasked: str | None = None
 
     def mutate(self, c: ck.Checkpoint) -> str:
         kinds = [self.tensor] * 6 + [self.key] * 3 + [self.exclude, self.layer_config]
+        kinds += [self.nobodys]
         return self.random.choice(kinds)(c)
 
     def tensor(self, c: ck.Checkpoint) -> str:
@@ -138,6 +142,25 @@ class Mutator:
             c.tensors[name] = bad.reshape(tensor.shape)
         return f"{how} {name}"
 
+    def nobodys(self, c: ck.Checkpoint) -> str:
+        """Tensors that nobody asked for: a rotation, a scale or weight of no layer."""
+        weights = [n for n in sorted(c.tensors) if n.endswith(".weight")]
+        module = self.random.choice(weights).removesuffix(".weight")
+        other = f"{module.rpartition('.')[0]}.other_proj"
+        eye = torch.eye(ck.K)
+        name, tensor = self.random.choice(
+            [
+                (f"{module}.input_rotation", eye),
+                (f"{module}.weight_quantizer_scale", torch.ones(4)),
+                (f"{module}.smooth_scale", torch.ones(ck.K)),
+                (f"{other}.weight_scale", torch.ones(4)),
+                (f"{other}.weight", eye.to(torch.int8)),
+            ]
+        )
+        c.tensors[name] = tensor
+        self.unasked = name
+        return f"unasked {name}"
+
     def key(self, c: ck.Checkpoint) -> str:
         where: Any = c.config
         path = []
@@ -210,8 +233,20 @@ class Mutator:
 @dataclasses.dataclass
 class Verdict:
     mutation: str
-    outcome: str  # right, refused, unnamed, bare, wrong
+    outcome: str  # right, refused, not INT8, unnamed, bare, wrong
     detail: str
+
+
+def is_int8(config: dict[str, Any]) -> bool:
+    """Whether a mutant still has INT8 layers: what others are is stock's business."""
+    groups = [config.get(f"layer_{k}quant_config") or {} for k in ("", "type_")]
+    schemes = [s for g in groups if isinstance(g, dict) for s in g.values()]
+    weights = [
+        s.get("weight")
+        for s in (config.get("global_quant_config"), *schemes)
+        if isinstance(s, dict)
+    ]
+    return any(isinstance(w, dict) and w.get("dtype") == "int8" for w in weights)
 
 
 def judge(seed: int) -> Verdict:
@@ -231,15 +266,19 @@ def judge(seed: int) -> Verdict:
         try:
             if any(not torch.equal(c.tensors.get(n, t), t) for n, t in mutator.again):
                 raise ck.MalformedError("one name, two tensors")
+            if mutator.unasked:
+                raise ck.MalformedError(f"nothing takes {mutator.unasked}")
             expected.append(ck.reference(c, x, routes, reading))
         except ck.MalformedError as e:
             why = why or e
+    if not is_int8(c.config):
+        return Verdict(mutation, "not INT8", "")
     try:
         out = ck.serve(c, x, routes, mutator.again)
     except Exception as e:
         last = traceback.extract_tb(e.__traceback__)[-1]
         detail = f"{type(e).__name__}: {e}"
-        if last.filename.endswith(OURS) and not isinstance(e, ValueError):
+        if OURS.search(last.filename) and not isinstance(e, ValueError):
             return Verdict(
                 mutation, "bare", f"{detail} at {last.filename}:{last.lineno}"
             )

@@ -156,25 +156,58 @@ def test_names_of_mtp_blocks():
     assert isinstance(layer.quant_method, UnquantizedLinearMethod)
 
 
+def change_scheme(checkpoint: ck.Checkpoint, name: str, part: str, **values) -> None:
+    """Another scheme in `layer_quant_config` for the modules that `name` names."""
+    other = copy.deepcopy(checkpoint.config["global_quant_config"])
+    other[part].update(values)
+    checkpoint.config["layer_quant_config"] = {name: other}
+
+
+STATIC = {"is_dynamic": False, "qscheme": "per_tensor", "ch_axis": None}
+
+
 @pytest.mark.parametrize("name", ["{q}", "*q_proj", "re:.*q_proj$"])
 def test_layer_config_of_one_shard_is_refused(name):
     checkpoint = case_of("qkv")
-    other = copy.deepcopy(checkpoint.config["global_quant_config"])
-    other["weight"]["qscheme"] = "per_tensor"
     q_proj = next(iter(checkpoint.modules))
-    checkpoint.config["layer_quant_config"] = {name.format(q=q_proj): other}
-    with pytest.raises(ValueError, match=f"{checkpoint.prefix}: .*per_tensor"):
+    change_scheme(checkpoint, name.format(q=q_proj), "input_tensors", **STATIC)
+    with pytest.raises(ValueError, match=f"{checkpoint.prefix}: .*static per-tensor"):
         ck.build(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [("qkv", "*q_proj"), ("gate_up", "*up_proj")]
+    + [(kind, name) for kind in ck.EXPERTS for name in ("*down_proj", "*gate_proj")],
+)
+@pytest.mark.parametrize("weight", ck.WEIGHTS)
+def test_parts_with_other_weight_scales_are_served_as_one(kind, name, weight):
+    """One value a matrix counts for each of its rows."""
+    ck.needs_kernel(kind)
+    generator = torch.Generator().manual_seed(0)
+    case = ck.Case(kind, weight)
+    x = ck.inputs_for(case, 17, generator)
+    checkpoint, other = (ck.make(case, x, generator) for _ in range(2))
+    qscheme = next(w for w in ck.WEIGHTS if w != weight)
+    change_scheme(checkpoint, name, "weight", qscheme=qscheme)
+    ending = f"{name.removeprefix('*')}.weight_scale"
+    for scale in [n for n in checkpoint.tensors if n.endswith(ending)]:
+        tensor = checkpoint.tensors[scale]
+        rows = checkpoint.tensors[scale.removesuffix("_scale")].shape[-2]
+        shape = tensor.shape[:-1] if weight == "per_channel" else (*tensor.shape, rows)
+        scales = 10 ** (torch.rand(shape, generator=generator) * 2 - 4)
+        checkpoint.tensors[scale] = scales
+    routes = ck.routing(17, generator)
+    expected = ck.reference(checkpoint, x, routes)
+    assert ck.is_right(ck.serve(checkpoint, x, routes), expected)
 
 
 @pytest.mark.parametrize("name", ["{n}.3.gate_proj", "*experts*down_proj", "{n}.?.w1"])
 def test_layer_config_of_some_experts_is_refused(name):
     checkpoint = case_of("moe_per_expert")
-    other = copy.deepcopy(checkpoint.config["global_quant_config"])
-    other["weight"]["qscheme"] = "per_tensor"
     name = name.format(n=checkpoint.prefix)
-    checkpoint.config["layer_quant_config"] = {name: other}
-    with pytest.raises(ValueError, match=f"{checkpoint.prefix}: .*per_tensor"):
+    change_scheme(checkpoint, name, "weight", dtype="fp8_e4m3")
+    with pytest.raises(ValueError, match=f"{checkpoint.prefix}: .*fp8_e4m3"):
         ck.build(checkpoint)
 
 
@@ -197,7 +230,7 @@ REFUSED = {
     "INT8 on UINT8": ({"input_tensors": {"dtype": "uint8"}}, "uint8"),
     "inputs per group": ({"input_tensors": {"qscheme": "per_group"}}, "per_group"),
     "inputs per feature": ({"input_tensors": {"ch_axis": 2}}, "axis 2"),
-    "static tokens": ({"input_tensors": {"is_dynamic": False}}, "static"),
+    "static tokens": ({"input_tensors": {"is_dynamic": False}}, "is_dynamic=False"),
     "unknown sign": ({"input_tensors": {"symmetric": None}}, "symmetric"),
     "outputs": ({"output_tensors": {"dtype": "int8"}}, "output_tensors"),
     "bias": ({"bias": {"dtype": "int32"}}, "bias"),
@@ -233,7 +266,10 @@ def test_broken_config_keys(key, value):
         del checkpoint.config[key]
     else:
         checkpoint.config[key] = value
-    if value == 3 or key in ("export", "global_quant_config"):
+    if key == "global_quant_config":
+        # No INT8 layer is left: what becomes of it is not ours.
+        assert getattr(ck.quark_config(checkpoint), "int8", None) is None
+    elif value == 3 or key == "export":
         with pytest.raises(ValueError, match=f"quantization_config.{key}"):
             ck.quark_config(checkpoint)
     else:

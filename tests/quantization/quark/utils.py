@@ -27,6 +27,7 @@ from vllm.distributed.parallel_state import (
 from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 from vllm.platforms import current_platform
+from vllm.v1.worker import workspace
 
 DEVICE = "cuda" if current_platform.is_cuda_alike() else "cpu"
 DTYPE = torch.bfloat16
@@ -50,9 +51,13 @@ def vllm_environment() -> Iterator[VllmConfig]:
             )
             initialize_model_parallel(1, 1)
             torch.set_default_dtype(DTYPE)
+            if DEVICE == "cuda":
+                # As the worker does: fused MoE kernels take their buffers there.
+                workspace.init_workspace_manager(torch.device(DEVICE))
             with torch.device(DEVICE):
                 yield config
     finally:
+        workspace.reset_workspace_manager()
         torch.set_default_dtype(old_dtype)
         cleanup_dist_env_and_memory()
         with contextlib.suppress(OSError):

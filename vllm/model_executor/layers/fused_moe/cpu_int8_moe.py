@@ -184,45 +184,45 @@ class CPUInt8Experts:
                 scale.contiguous(),
                 bias if bias is None else bias.float().contiguous(),
             ]
-        self.packed = self.operators.pack(
+        packed = self.operators.pack(
             *tensors,
             self.operators.activations().index(layer.activation.value),
             LIMIT,
             layer.w13_input_scale,
             layer.w2_input_scale,
         )
-        for name in ("w13_weight", "w2_weight"):
-            replace_parameter(layer, name, self.packed.new_empty(0))
+        # A parameter: a reload copies it to where it lay before.
+        replace_parameter(layer, "w13_weight", packed)
+        replace_parameter(layer, "w2_weight", packed.new_empty(0))
 
     def _pack_onednn(self, layer: torch.nn.Module) -> None:
         self.w13_out_size = layer.w13_weight.size(1)
         dynamic = layer.w13_input_scale is None
-        self._handlers = {
-            name: self._handlers_of(layer, name, dynamic) for name in ("w13", "w2")
-        }
+        # oneDNN reads the scales in place: these are the experts' own.
+        self._scales = [
+            getattr(layer, f"{name}_weight_scale").data.clone() for name in ("w13", "w2")
+        ]
+        weights = (layer.w13_weight.data, layer.w2_weight.data)
+        self._handlers = [
+            [
+                ops.create_onednn_scaled_mm(
+                    w.t(), s.reshape(-1), torch.float32, dynamic, False, 32
+                )
+                for w, s in zip(weight, scale)
+            ]
+            for weight, scale in zip(weights, self._scales)
+        ]
         self.w13, self.w2 = (
             torch.stack([h.handler_tensor for h in handlers])
-            for handlers in self._handlers.values()
+            for handlers in self._handlers
         )
+        for name in ("w13_weight", "w2_weight"):
+            replace_parameter(layer, name, layer.w13_weight.data.new_empty(0))
         # oneDNN takes the bias in the output's dtype.
         self.w13_bias, self.w2_bias = (
             bias if bias is None else bias.float()
             for bias in (layer.w13_bias, layer.w2_bias)
         )
-
-    @staticmethod
-    def _handlers_of(layer: torch.nn.Module, name: str, dynamic: bool):
-        weight = getattr(layer, f"{name}_weight")
-        scale = getattr(layer, f"{name}_weight_scale")
-        # oneDNN reads the scales in place: they stay parameters of the layer.
-        handlers = [
-            ops.create_onednn_scaled_mm(
-                w.t(), s.reshape(-1), torch.float32, dynamic, False, 32
-            )
-            for w, s in zip(weight.data, scale.data)
-        ]
-        replace_parameter(layer, f"{name}_weight", weight.data.new_empty(0))
-        return handlers
 
     def __call__(
         self,
@@ -233,7 +233,7 @@ class CPUInt8Experts:
     ) -> torch.Tensor:
         if self.operators is not None:
             # Each argument counts, see csrc/cpu/int8_moe/ops.cpp.
-            args = x, topk_weights, topk_ids, self.packed
+            args = x, topk_weights, topk_ids, layer.w13_weight
             expert_map = layer.expert_map
             on_input = layer.apply_router_weight_on_input
             if expert_map is None and not on_input:

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The files of an INT8 checkpoint are held against its config before weights are
+read: what no layer can be made of is refused by its tensor's name.
+
+Run `pytest tests/quantization/quark/test_int8_checkpoint.py`.
+"""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
+
+from . import checkpoints as ck
+from .utils import quark_config
+
+KINDS = ck.LINEAR + ck.EXPERTS
+
+
+@pytest.fixture(autouse=True)
+def environment(layer_environment):
+    return layer_environment
+
+
+def made(kind: str, activation: str = "token_sym") -> ck.Checkpoint:
+    generator = torch.Generator().manual_seed(0)
+    case = ck.Case(kind, activation=activation)
+    return ck.make(case, ck.inputs_for(case, 9, generator), generator)
+
+
+def write(folder, *files: dict[str, torch.Tensor], index: bool = False) -> str:
+    names = [f"model-{i}.safetensors" for i in range(len(files))]
+    for name, tensors in zip(names, files):
+        save_file({n: t.contiguous() for n, t in tensors.items()}, folder / name)
+    if index:
+        where = {t: name for name, tensors in zip(names, files) for t in tensors}
+        text = json.dumps({"weight_map": where})
+        (folder / "model.safetensors.index.json").write_text(text)
+    return str(folder)
+
+
+def look(checkpoint: ck.Checkpoint, folder: str, **kwargs) -> QuarkConfig:
+    """What VllmConfig does with a config that it made."""
+    config = ck.quark_config(checkpoint)
+    config.maybe_update_config(folder, **kwargs)
+    return config
+
+
+@pytest.mark.parametrize("activation", ck.ACTIVATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_sound_checkpoints_pass(kind, activation, tmp_path):
+    checkpoint = made(kind, activation)
+    one, *more = checkpoint.tensors
+    folder = write(
+        tmp_path,
+        {one: checkpoint.tensors[one]},
+        {n: checkpoint.tensors[n] for n in more},
+    )
+    look(checkpoint, folder, hf_config=None, revision=None)
+
+
+def test_places_without_files_pass(tmp_path):
+    checkpoint = made("plain")
+    look(checkpoint, str(tmp_path))
+    look(checkpoint, "s3://bucket/model")
+    look(checkpoint, str(tmp_path / "nobody" / "nothing"))
+
+
+def test_configs_without_int8_are_not_looked_at(tmp_path):
+    checkpoint = made("plain")
+    for part in ("weight", "input_tensors"):
+        checkpoint.config["global_quant_config"][part]["dtype"] = "fp8_e4m3"
+    (tmp_path / "model.safetensors").write_text("no such file")
+    config = ck.quark_config(checkpoint)
+    assert config.int8 is None
+    config.maybe_update_config(str(tmp_path))
+
+
+BROKEN = [
+    ("qkv", "k_proj.weight_scale", "drop", "k_proj.weight is int8, but"),
+    ("qkv", "k_proj.weight", "drop", "k_proj.weight_scale has no"),
+    ("moe_per_expert", "3.up_proj.weight_scale", "drop", "3.up_proj.weight is int8"),
+    ("moe_stacked", "down_proj.weight_scale", "drop", "down_proj.weight is int8"),
+    ("qkv", "v_proj.weight_scale", "cut", "v_proj.weight_scale is F32"),
+    ("moe_stacked", "up_proj.weight_scale", "cut", "up_proj.weight_scale is F32"),
+    ("plain", "weight_scale", torch.int32, "weight_scale is I32"),
+    ("row", "o_proj.weight", "input_rotation", "o_proj.input_rotation lies beside"),
+    ("plain", "weight", "exclude", "is in `exclude`"),
+    (
+        "plain",
+        "weight",
+        "twice",
+        "is in the checkpoint twice, in model-0.* and model-1",
+    ),
+]
+
+
+@pytest.mark.parametrize("kind,ending,change,named", BROKEN)
+def test_broken_tensors_are_refused_by_name(kind, ending, change, named, tmp_path):
+    checkpoint = made(kind)
+    name = next(n for n in checkpoint.tensors if n.endswith(ending))
+    files = [checkpoint.tensors]
+    tensor = checkpoint.tensors[name]
+    if change == "drop":
+        del checkpoint.tensors[name]
+    elif change == "cut":
+        checkpoint.tensors[name] = tensor[: len(tensor) // 2]
+    elif change == "exclude":
+        checkpoint.config["exclude"] = ["*up_proj"]
+    elif change == "twice":
+        files.append({name: tensor})
+    elif change == "input_rotation":
+        rotation = name.replace(".weight", ".input_rotation")
+        checkpoint.tensors[rotation] = torch.eye(ck.K)
+    else:
+        checkpoint.tensors[name] = tensor.to(change)
+    with pytest.raises(ValueError, match=named):
+        look(checkpoint, write(tmp_path, *files))
+
+
+def test_several_problems_are_counted(tmp_path):
+    checkpoint = made("qkv")
+    for name in [n for n in checkpoint.tensors if n.endswith("scale")]:
+        del checkpoint.tensors[name]
+    with pytest.raises(ValueError, match=r"_proj.weight is int8.*\(and 2 more\)"):
+        look(checkpoint, write(tmp_path, checkpoint.tensors))
+
+
+@pytest.mark.parametrize("cut", [0, 5, 40, -1])
+def test_files_that_are_cut_short_are_named(cut, tmp_path):
+    checkpoint = made("plain")
+    folder = write(tmp_path, checkpoint.tensors)
+    path = tmp_path / "model-0.safetensors"
+    os.truncate(path, cut if cut >= 0 else path.stat().st_size + cut)
+    with pytest.raises(ValueError, match="model-0.safetensors: is no whole"):
+        look(checkpoint, folder)
+
+
+def test_the_index_says_which_files_count(tmp_path):
+    checkpoint = made("plain")
+    folder = write(tmp_path, checkpoint.tensors, index=True)
+    save_file({"model.norm.weight": torch.ones(4)}, tmp_path / "more.safetensors")
+    (tmp_path / "broken.safetensors").write_text("consolidated, or of another tool")
+    look(checkpoint, folder)
+    os.unlink(tmp_path / "model-0.safetensors")
+    with pytest.raises(ValueError, match="model-0.safetensors: is missing"):
+        look(checkpoint, folder)
+    (tmp_path / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(ValueError, match="index.json: is no index"):
+        look(checkpoint, folder)
+
+
+def test_sharded_states_are_refused(tmp_path):
+    """vLLM saves layers as its kernels hold them: stock stops at missing keys."""
+    checkpoint = made("plain")
+    save_file(checkpoint.tensors, tmp_path / "model-rank-0-part-0.safetensors")
+    with pytest.raises(ValueError, match="sharded state.*load the checkpoint"):
+        look(checkpoint, str(tmp_path))
+
+
+def layers(count: int, kinds: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    found = {
+        f"model.layers.{i}.{name}": torch.ones(shape)
+        for i in range(count)
+        for name, shape in kinds.items()
+    }
+    found["model.embed_tokens.weight"] = torch.ones(8, 4)
+    return found | {"model.norm.weight": torch.ones(4)}
+
+
+BLOCK = {
+    "input_layernorm.weight": (4,),
+    "mlp.gate.weight": (2, 4),
+    "self_attn.q_norm.weight": (4,),
+}
+
+
+def test_a_layer_short_of_a_tensor_is_named(tmp_path):
+    tensors = layers(5, BLOCK)
+    del tensors["model.layers.3.input_layernorm.weight"]
+    with pytest.raises(ValueError, match="layers.3.input_layernorm.weight is not in"):
+        look(made("plain"), write(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_a_model_short_of_its_ends_is_named(name, tmp_path):
+    tensors = layers(5, BLOCK)
+    del tensors[name]
+    with pytest.raises(ValueError, match="(norm|embedding) of model is not in"):
+        look(made("plain"), write(tmp_path, tensors))
+
+
+def test_layers_of_several_kinds_pass(tmp_path):
+    """Dense first layers, layers that share keys and values, MTP layers, drafts."""
+    tensors = layers(9, BLOCK)
+    for i in (5, 7):
+        del tensors[f"model.layers.{i}.self_attn.q_norm.weight"]
+    del tensors["model.layers.0.mlp.gate.weight"]
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.ones(4, 4)
+    tensors["model.layers.8.eh_proj.weight"] = torch.ones(4, 8)
+    look(made("plain"), write(tmp_path, tensors))
+    (tmp_path / "draft").mkdir()
+    draft = {n: t for n, t in layers(1, BLOCK).items() if "embed" not in n}
+    look(made("plain"), write(tmp_path / "draft", draft))
+
+
+def block(folder, kind: str, *extra: str) -> ck.Checkpoint:
+    """A checkpoint of `kind` in files, and modules beside it that are INT8, too."""
+    checkpoint = made(kind)
+    stem = checkpoint.prefix.split(".self_attn")[0].split(".mlp")[0].split(".moe")[0]
+    for name in extra:
+        weight = torch.ones(4, 4, dtype=torch.int8)
+        checkpoint.tensors[f"{stem}.{name}.weight"] = weight
+        checkpoint.tensors[f"{stem}.{name}.weight_scale"] = torch.ones(4)
+    write(folder, checkpoint.tensors)
+    return checkpoint
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_int8_layers_that_vllm_builds_unquantized_are_named(kind, tmp_path):
+    """A router, for one: nothing asks the config about it."""
+    ck.needs_kernel(kind)
+    checkpoint = block(tmp_path, kind, "moe.gate")
+    config = look(checkpoint, str(tmp_path))
+    torch.set_default_dtype(torch.bfloat16)
+    layer = ck.build(checkpoint, config)
+    ck.load(layer, checkpoint.tensors.items())
+    with pytest.raises(ValueError, match="moe.gate.weight is int8, but vLLM builds"):
+        ck.finish(layer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_int8_layers_of_other_stages_pass(kind, tmp_path):
+    """Pipeline stages and drafts build some decoder layers only."""
+    ck.needs_kernel(kind)
+    checkpoint = made(kind)
+    other = "model.layers.9999.moe.gate"
+    checkpoint.tensors[f"{other}.weight"] = torch.ones(4, 4, dtype=torch.int8)
+    checkpoint.tensors[f"{other}.weight_scale"] = torch.ones(4)
+    config = look(checkpoint, write(tmp_path, checkpoint.tensors))
+    torch.set_default_dtype(torch.bfloat16)
+    layer = ck.build(checkpoint, config)
+    ck.load(layer, checkpoint.tensors.items())
+    ck.finish(layer)
+
+
+@pytest.mark.parametrize("kind", ["qkv", "gate_up"])
+def test_fused_layers_of_models_without_a_mapping_pass(kind, tmp_path):
+    checkpoint = block(tmp_path, kind)
+    config = look(checkpoint, str(tmp_path))
+    config.packed_modules_mapping = {}
+    torch.set_default_dtype(torch.bfloat16)
+    layer = ck.build(checkpoint, config)
+    ck.load(layer, checkpoint.tensors.items())
+    ck.finish(layer)
+
+
+def test_an_int8_head_is_refused(tmp_path):
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    checkpoint = made("plain")
+    checkpoint.tensors["lm_head.weight"] = torch.ones(64, 64, dtype=torch.int8)
+    checkpoint.tensors["lm_head.weight_scale"] = torch.ones(64)
+    checkpoint.config["exclude"] = []
+    config = look(checkpoint, write(tmp_path, checkpoint.tensors))
+    with pytest.raises(ValueError, match="lm_head.weight is int8, but vLLM builds"):
+        ParallelLMHead(64, 64, quant_config=config, prefix="lm_head")
+
+
+def test_configs_that_were_not_made_from_a_file():
+    """As upstream's tests make them."""
+    scheme = quark_config().quant_config["global_quant_config"]
+    config = QuarkConfig({"global_quant_config": scheme, "exclude": []})
+    assert config.int8 is not None
+    assert QuarkConfig({}).int8 is None

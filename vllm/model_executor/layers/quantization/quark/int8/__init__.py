@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""INT8 W8A8 checkpoints of AMD Quark: what quark.py, quark_moe.py, the INT8 scheme
+and Step3p5's loader call."""
+
+from .layers import int8_layers
+from .scheme import complete_config
+from .weights import (
+    finish_experts,
+    finish_linear,
+    load_stacked,
+    prepare_experts,
+    prepare_linear,
+)
+
+__all__ = [
+    "complete_config",
+    "finish_experts",
+    "finish_linear",
+    "int8_layers",
+    "load_stacked",
+    "prepare_experts",
+    "prepare_linear",
+]

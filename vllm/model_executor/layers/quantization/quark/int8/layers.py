@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Which scheme each layer of vLLM has in an INT8 checkpoint of AMD Quark.
+
+vLLM fuses projections and experts. A layer's parts are looked up one by one, by
+their names in the checkpoint; a layer whose parts cannot be served as one, or
+whose scheme has no kernel, is refused by name.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from typing import Any
+
+import regex as re
+import torch
+
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+from .names import Names
+from .scheme import Int8Scheme, has_int8, is_int8
+
+logger = init_logger(__name__)
+
+# The projections of an expert, gate, up and down, by the names models use.
+_EXPERT_PROJECTIONS = (
+    ("gate_proj", "up_proj", "down_proj"),
+    ("w1", "w3", "w2"),
+    ("gate_up_proj", "gate_up_proj", "down_proj"),
+)
+_BLOCK = re.compile(r"(.*?\.layers\.\d+)\.")
+_UNQUANTIZED = (
+    "{}.weight is int8, but vLLM builds this layer unquantized: add it to `exclude` "
+    "and export it unquantized"
+)
+Parts = dict[str, "Int8Scheme | dict[str, Any] | None"]
+
+
+def _said(scheme: Any) -> str:
+    if scheme is None:
+        return "excluded from quantization"
+    if isinstance(scheme, Int8Scheme):
+        return f"INT8 with {scheme}"
+    return f"quantized with {scheme.get('weight')}"
+
+
+class Int8Layers:
+    """The layers of one checkpoint with INT8 weights, by its `quantization_config`."""
+
+    def __init__(self, quant_config: dict[str, Any]) -> None:
+        self.names = Names(quant_config)
+        # By vLLM's name, what `served_config` answers.
+        self._served: dict[str, dict[str, Any]] = {}
+        self._unclaimed: set[str] = set()
+        self._blocks: set[str] = set()
+        self._warned: set[str] = set()
+
+    def expect(self, int8_modules: Iterable[str]) -> None:
+        """Say which modules are INT8 in the checkpoint's files."""
+        self._unclaimed = set(int8_modules)
+
+    def _scheme_of(
+        self, module: str, names: Collection[str], among: Collection[str] | None = None
+    ) -> Int8Scheme | dict[str, Any] | None:
+        """The scheme of one module: INT8, another layer config, or none.
+
+        Raises ValueError, naming the module, where no kernel runs it.
+        """
+        config = self.names.config_of(names, among)
+        if config is not None and not config.get("weight"):
+            raise ValueError(
+                f"{module}: its input is quantized, its weight is not: export it "
+                "again with AMD Quark as W8A8"
+            )
+        return Int8Scheme.parse(config, module) if is_int8(config) else config
+
+    def _as_one(self, layer_name: str, parts: Parts, experts: bool) -> Any:
+        """The scheme that serves all `parts` (by name) of a layer."""
+        (first, exported), *_ = parts.items()
+        serve = Int8Scheme.for_experts if experts else Int8Scheme.for_linear
+        schemes = [serve(s) if isinstance(s, Int8Scheme) else s for s in parts.values()]
+        if all(isinstance(s, Int8Scheme) for s in schemes):
+            # One scale a matrix can be spread over its rows.
+            per_channel = any(s.per_channel for s in schemes)
+            schemes = [replace(s, per_channel=per_channel) for s in schemes]
+        for name, scheme in zip(parts, schemes):
+            if scheme != schemes[0]:
+                raise ValueError(
+                    f"{layer_name}: {first} is {_said(exported)}, but "
+                    f"{name} is {_said(parts[name])}: vLLM runs them as one layer. "
+                    "Export them alike (`exclude`, `layer_quant_config`)"
+                )
+        served = schemes[0]
+        if isinstance(served, Int8Scheme) and served.inputs() != exported.inputs():
+            layers = "experts" if experts else "linear layers"
+            said = f"INT8 {layers} exported with {exported.inputs()} activations are "
+            said += f"served with {served.inputs()} ones"
+            if said not in self._warned:
+                self._warned.add(said)
+                logger.warning(said)
+        return served
+
+    def linear(self, layer_name: str, shards: list[str] | None) -> Any:
+        """The scheme of a linear layer made of `shards`; None: not quantized."""
+        own = self.names.of(layer_name)
+        stem = layer_name.rpartition(".")[0]
+        shards = [f"{stem}.{s}" if stem else s for s in shards or ()]
+        parts = {s: self.names.of(s) for s in shards} or {layer_name: own}
+        taken = (own, *parts.values())
+        if self.names.lists(own):
+            parts = {layer_name: own}
+        schemes = {p: self._scheme_of(p, names) for p, names in parts.items()}
+        found = self._as_one(layer_name, schemes, experts=False)
+        self._claim(layer_name, taken, found)
+        return found
+
+    def experts(
+        self, layer_name: str, count: int, projections: tuple[str, ...] | None
+    ) -> Any:
+        """The scheme that all experts of a layer share; None: not quantized.
+
+        count: number of experts, over all ranks. projections: the checkpoint's
+        names of gate, up and down, where known.
+        """
+        own = self.names.of(layer_name)
+        touched: list[str] = []
+        parts: dict[str, tuple[str, ...]] = {}
+        for family in dict.fromkeys(filter(None, (projections, *_EXPERT_PROJECTIONS))):
+            names = {
+                f"{layer_name}.{e}.{proj}": (
+                    *own,
+                    # One tensor for all experts is named beside or below the layer.
+                    *(f"{n.rpartition('.')[0]}.{proj}" for n in own),
+                    *(f"{n}.{proj}" for n in own),
+                    *(f"{n}.{e}.{proj}" for n in own),
+                )
+                for e in range(count)
+                for proj in dict.fromkeys(family)
+            }
+            found = self.names.touching({n for each in names.values() for n in each})
+            if len(found) > len(touched) or not parts:
+                touched, parts = found, names
+        schemes = {p: self._scheme_of(p, n, touched) for p, n in parts.items()}
+        scheme = self._as_one(layer_name, schemes, experts=True)
+        self._claim(layer_name, parts.values(), scheme)
+        self._claim_below(own)
+        return scheme
+
+    def _claim(
+        self, layer_name: str, parts: Iterable[Collection[str]], scheme: Any
+    ) -> None:
+        """Note that a layer of vLLM takes these modules of the checkpoint.
+
+        Raises ValueError where it is not quantized and they are, in the files.
+        """
+        names = {name for part in parts for name in part}
+        self._blocks |= {m[1] for name in names if (m := _BLOCK.match(name))}
+        taken = self._unclaimed & names
+        self._unclaimed -= taken
+        if scheme is None and taken:
+            raise ValueError(
+                f"{min(taken)}.weight is int8, but {layer_name} is in `exclude`: "
+                "restore config.json from the export"
+            )
+
+    def _claim_below(self, parents: Collection[str]) -> None:
+        """The same for all modules below `parents`: vLLM's names for them differ."""
+        self._unclaimed -= {
+            module
+            for module in self._unclaimed
+            if any(module.startswith(f"{parent}.") for parent in parents)
+        }
+
+    def check_claims(self) -> None:
+        """Raise ValueError for a module that is INT8 in the files, in a decoder layer
+        that vLLM built, and that none of its quantized layers takes. Call it when
+        the model stands."""
+        for module in self._unclaimed if self._blocks else ():
+            found = _BLOCK.match(module)
+            if found and found[1] in self._blocks and "shared_expert" not in module:
+                raise ValueError(_UNQUANTIZED.format(module))
+        self._blocks.clear()
+
+    def select_method(
+        self, config: Any, layer: torch.nn.Module, layer_name: str
+    ) -> QuantizeMethodBase | None:
+        """The method of a layer that the checkpoint keeps in high precision.
+
+        None: the layer is quantized (`served_config` has how), or has no weights
+        that Quark quantizes. Raises ValueError naming the layer where its parts
+        disagree or no kernel runs its scheme.
+        """
+        if isinstance(layer, VocabParallelEmbedding):
+            for module in self._unclaimed.intersection(self.names.of(layer_name)):
+                raise ValueError(_UNQUANTIZED.format(module))
+        if moe_config := getattr(layer, "moe_config", None):
+            kinds = ("gate", "up", "down")
+            names = [getattr(layer, f"ckpt_{k}_proj_name", None) for k in kinds]
+            count = getattr(moe_config, "num_logical_experts", moe_config.num_experts)
+            scheme = self.experts(
+                layer_name, count, tuple(names) if all(names) else None
+            )
+        elif isinstance(layer, LinearBase):
+            shards = config.packed_modules_mapping.get(layer_name.rpartition(".")[2])
+            scheme = self.linear(layer_name, shards)
+            fused = (MergedColumnParallelLinear, QKVParallelLinear)
+            if not shards and isinstance(layer, fused):
+                # The model does not say what it is made of.
+                stem = layer_name.rpartition(".")[0]
+                self._claim_below(self.names.of(stem) if stem else ())
+        else:
+            return None
+        if scheme is None and moe_config:
+            return UnquantizedFusedMoEMethod(moe_config)
+        if scheme is None:
+            return UnquantizedLinearMethod()
+        is_ours = isinstance(scheme, Int8Scheme)
+        self._served[layer_name] = scheme.to_config() if is_ours else scheme
+        return None
+
+    def served_config(self, layer_name: str) -> dict[str, Any] | None:
+        """The layer config of a layer that `select_method` looked up; of another
+        name (asked for before the layer is made) what the config says."""
+        if layer_name in self._served:
+            return self._served[layer_name]
+        return self.names.config_of(self.names.of(layer_name))
+
+
+def int8_layers(quant_config: Any) -> Int8Layers | None:
+    """The layers of a `quantization_config`; None where it has no INT8 weights."""
+    return Int8Layers(quant_config) if has_int8(quant_config) else None

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Which layer config a module has, by the names that a Quark config may use.
+
+Quark names modules as the checkpoint does, one projection and one expert at a
+time, by exact names, globs and `re:` patterns. vLLM renames modules, so each is
+looked up under every name that the checkpoint may have for it.
+"""
+
+import fnmatch
+from collections.abc import Collection, Iterable
+from functools import lru_cache
+from typing import Any
+
+import regex as re
+
+
+@lru_cache(maxsize=4096)
+def compile_pattern(entry: str) -> "re.Pattern | None":
+    """The expression of a glob or `re:` pattern; None for an exact name.
+
+    Raises ValueError for what is no regular expression.
+    """
+    if entry.startswith("re:"):
+        try:
+            return re.compile(entry[3:])
+        except re.error as e:
+            raise ValueError(f"{entry!r} is no regular expression: {e}") from e
+    if any(c in entry for c in "*?["):
+        return re.compile(fnmatch.translate(entry))
+    return None
+
+
+def matches(entry: str, names: Collection[str]) -> bool:
+    """Whether an exact name, glob or `re:` pattern names any of `names`."""
+    pattern = compile_pattern(entry)
+    if pattern is None:
+        return entry in names
+    return any(pattern.match(name) for name in names)
+
+
+def both_prefixes(names: Iterable[str]) -> tuple[str, ...]:
+    """`names`, each with and without the leading "model."."""
+    bare = {name.removeprefix("model.") for name in names}
+    return (*names, *bare, *(f"model.{name}" for name in bare))
+
+
+class Names:
+    """The entries of a `quantization_config`, and what they name."""
+
+    def __init__(self, quant_config: dict[str, Any]) -> None:
+        self.exclude: list[str] = quant_config.get("exclude") or []
+        self.configs: dict[str, Any] = quant_config.get("layer_quant_config") or {}
+        by_type = quant_config.get("layer_type_quant_config") or {}
+        default = quant_config.get("global_quant_config")
+        self.default = next(iter(by_type.values()), default)
+        # Models' WeightsMappers, from checkpoint names to vLLM's.
+        self.mappers: list[Any] = []
+        # Exact names are many, one for each expert at worst; patterns are few.
+        self._exact = {e for e in self.exclude if compile_pattern(e) is None}
+        self._patterns = [e for e in self.exclude if e not in self._exact]
+
+    def of(self, vllm_name: str) -> tuple[str, ...]:
+        """Names that the checkpoint or its config may have for a vLLM module."""
+        found = {vllm_name, vllm_name.replace(".mtp_block.", ".")}
+        for mapper in self.mappers:
+            for new in list(found):
+                for old, to in (mapper.orig_to_new_substr or {}).items():
+                    if to and to in new:
+                        found.add(new.replace(to, old))
+                for old, to in (mapper.orig_to_new_prefix or {}).items():
+                    if to and new.startswith(to):
+                        found.add(old + new[len(to) :])
+                for old, to in (mapper.orig_to_new_suffix or {}).items():
+                    if to and new.endswith(to):
+                        found.add(new[: -len(to)] + old)
+        return both_prefixes(found)
+
+    def touching(self, names: Collection[str]) -> list[str]:
+        """The entries of both lists that name any of `names`."""
+        return [e for e in (*self.exclude, *self.configs) if matches(e, names)]
+
+    def lists(self, names: Collection[str]) -> bool:
+        """Whether an exact entry of either list is one of `names`."""
+        return any(n in self._exact or n in self.configs for n in names)
+
+    def excludes(
+        self, names: Collection[str], among: Collection[str] | None = None
+    ) -> bool:
+        """Whether `exclude` lists a module of these `names`.
+
+        among: the entries that can match at all, where the caller knows them.
+        """
+        if not self._exact.isdisjoint(names):
+            return True
+        entries = self._patterns if among is None else among
+        return any(matches(e, names) for e in self._patterns if e in entries)
+
+    def config_of(
+        self, names: Collection[str], among: Collection[str] | None = None
+    ) -> dict[str, Any] | None:
+        """The layer config of a module of these `names`; None: not quantized."""
+        if self.excludes(names, among):
+            return None
+        entries = self.configs if among is None else among
+        found = (
+            c for e, c in self.configs.items() if e in entries and matches(e, names)
+        )
+        config = next(found, self.default)
+        quantized = config and (config.get("weight") or config.get("input_tensors"))
+        return config if quantized else None

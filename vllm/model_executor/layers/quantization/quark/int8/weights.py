@@ -1,0 +1,451 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Parameters of INT8 layers: how checkpoint tensors fit them, whether all came.
+
+A parameter's loader is a method of its layer: vLLM's records for reloading know
+how to let go of those. It brings scales to the parameter's shape and notes the
+shard on the parameter. What was not noted, or still holds the NaN that scales
+start as, is refused when the weights are processed.
+"""
+
+from collections.abc import Callable, Iterable
+from types import MethodType
+from typing import Any, NoReturn
+
+import torch
+
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+logger = init_logger(__name__)
+
+_AGAIN = "export it again with AMD Quark"
+_EXCLUDE = "its layer may be missing from `exclude`, or the checkpoint is incomplete"
+_PROJECTIONS = {"w1": "gate_proj (w1)", "w3": "up_proj (w3)", "w2": "down_proj (w2)"}
+_INPUTS = ("input_scale", "input_zero_point")
+_EXPERTS_INPUTS = [f"{stem}_{kind}" for stem in ("w13", "w2") for kind in _INPUTS]
+# A NaN that no arithmetic makes: an element that holds it was never loaded.
+_UNFILLED = 0x7FC5_1E57
+# A copy into every other half of a GPU's parameter takes a temporary as large.
+_CHUNK_BYTES = 256 * 1024 * 1024
+
+
+def _refuse(where: str, kind: str, problem: str) -> NoReturn:
+    raise ValueError(f"{where}: {kind} {problem}")
+
+
+def _like(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _fit(
+    where: str,
+    kind: str,
+    dim: int,
+    tensor: torch.Tensor,
+    rows: int | None,
+    columns: int | None,
+) -> torch.Tensor:
+    """A checkpoint tensor in the form that vLLM's loader takes.
+
+    rows, columns: of the shard's full weight, rows 1 for one scale a matrix; None:
+    not known. Scales [N], [N, 1], [1, N] become [N] or, for a parameter of `dim` 2,
+    [N, 1]; one value counts for all rows. Raises ValueError for another dtype or
+    shape, and for zero points that no kernel takes.
+    """
+    found, shape, problem = f"is {_like(tensor)}, expected", list(tensor.shape), ""
+    is_scale = kind.endswith("scale")
+    if kind == "weight":
+        if tensor.dtype != torch.int8:
+            problem = f"{found} int8: {_EXCLUDE}"
+        elif rows is not None and len(shape) == 2 and shape != [rows, columns]:
+            problem = f"{found} int8 {[rows, columns]}: {_AGAIN}"
+    elif tensor.is_floating_point() != is_scale:
+        problem = f"{found} {'float32' if is_scale else 'int8'}: {_AGAIN}"
+    elif rows is not None and [n for n in shape if n != 1] not in ([], [rows]):
+        problem = f"{found} [{rows}]: {_AGAIN}"
+    elif not is_scale and not tensor.is_meta:
+        # Symmetric kernels have no use for it, so it is judged here.
+        if kind == "weight_zero_point" and tensor.any():
+            problem = f"is not 0, but kernels take symmetric weights only: {_AGAIN} "
+            problem += "with symmetric=True"
+        elif tensor.to(torch.int8).ne(tensor).any():
+            problem = f"is no int8 value: {_AGAIN}"
+    if problem:
+        _refuse(where, kind, problem)
+    if kind == "weight" or rows is None:
+        return tensor
+    if rows == 1:
+        return tensor.reshape(())
+    return tensor.reshape(-1, *[1] * (dim - 1)).expand(rows, *[1] * (dim - 1))
+
+
+def _empty(param: torch.Tensor) -> None:
+    """Fill a scale with the NaN that says it was not loaded."""
+    if param.dtype == torch.float32 and not param.is_meta:
+        param.data.view(torch.int32).fill_(_UNFILLED)
+
+
+def _note(param: torch.Tensor, shards: Iterable[Any]) -> None:
+    """Note on `param`, before they are copied, the shards that come. A reload
+    hands tensors to parameters on meta first, and to new memory after that."""
+    if param.is_meta:
+        return
+    if "int8_shards" not in param.__dict__:
+        param.int8_shards = set()
+        _empty(param)
+    param.int8_shards.update(shards)
+
+
+def _copy(
+    load: Callable, where: str, kind: str, param: torch.Tensor, *args, **kwargs
+) -> Any:
+    try:
+        return load(param, *args, **kwargs)
+    except (AssertionError, RuntimeError, IndexError, TypeError) as e:
+        why = f"does not fit parameter {list(param.shape)}: {e or 'wrong shape'}"
+        _refuse(where, kind, f"{_like(args[0])} {why}")
+
+
+def _check_filled(
+    kind: str, param: torch.Tensor, shards: Iterable[Any], where: Callable
+) -> None:
+    """Raise ValueError for one of `shards` that no loader brought."""
+    came = param.__dict__.pop("int8_shards", set())
+    if missing := [s for s in shards if s not in came]:
+        more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
+        said = f"is not in the checkpoint{more}: {_EXCLUDE}"
+        _refuse(where(missing[0]), kind, said)
+
+
+def _check_scale(
+    kind: str,
+    scale: torch.Tensor,
+    weight: torch.Tensor | None,
+    where: Callable,
+    any_came: bool,
+) -> None:
+    """Raise ValueError naming the shard of a scale that was not loaded or is none.
+
+    scale: [..., N] (or a last axis of 1), float32; weight: [..., N, K], whose rows
+    may be all zero where the scale is. where: what to call the shard of an index.
+    any_came: by loaders; else the values, of dummy weights, are not looked at.
+    """
+    zero = scale == 0
+    if weight is not None and any_came and zero.any():
+        zero = zero & weight.ne(0).any(-1).reshape(scale.shape)
+    problems = [
+        (scale.contiguous().view(torch.int32) == _UNFILLED, "was not loaded"),
+        (~torch.isfinite(scale) | (scale < 0), "is {}"),
+        (zero, "is {}, but its weight is not 0"),
+    ]
+    for bad, problem in problems if any_came else problems[:1]:
+        if bad.any():
+            at = tuple(bad.nonzero()[0].tolist())
+            way_out = _EXCLUDE if problem == "was not loaded" else _AGAIN
+            problem = problem.format(scale[at].item())
+            _refuse(where(at), kind, f"at {list(at)} {problem}: {way_out}")
+
+
+def _drop(
+    param: torch.nn.Parameter,
+    loaded_weight: torch.Tensor,
+    *args,
+    return_success: bool = False,
+    **kwargs,
+) -> bool | None:
+    return True if return_success else None
+
+
+def _add_sinks(layer: torch.nn.Module, names: Iterable[str]) -> None:
+    """Empty parameters that take a checkpoint's tensors and drop them."""
+    for name in names:
+        if hasattr(layer, name):
+            delattr(layer, name)
+        sink = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+        sink.weight_loader = _drop
+        layer.register_parameter(name, sink)
+
+
+def _start_checks(layer: torch.nn.Module, sinks: Iterable[str]) -> bool:
+    """Drop `sinks`; whether loaders brought anything of the layer: dummy weights
+    and other loaders' come in other ways."""
+    for name in sinks:
+        if getattr(getattr(layer, name, None), "weight_loader", None) is _drop:
+            # Not deleted: a reload registers it again.
+            layer.register_parameter(name, None)
+    if int8 := getattr(getattr(layer, "quant_config", None), "int8", None):
+        int8.check_claims()
+    return any("int8_shards" in p.__dict__ for p in layer.parameters(recurse=False))
+
+
+# Linear layers
+
+
+def _linear_where(layer: torch.nn.Module, *shards: int) -> str:
+    count = len(layer.logical_widths)
+    if count == 1 or len(shards) == count:
+        return layer.prefix
+    names = "qkv" if isinstance(layer, QKVParallelLinear) else range(count)
+    return f"{layer.prefix}: shard {', '.join(str(names[i]) for i in shards)}"
+
+
+def _linear_rows(layer: torch.nn.Module, shards: tuple[int, ...]) -> int | None:
+    """Rows of the shards' full weight; None: not known."""
+    sizes = list(getattr(layer, "output_sizes", None) or [layer.output_size])
+    if isinstance(layer, QKVParallelLinear):
+        v_size = getattr(layer, "v_head_size", layer.head_size)
+        kv = layer.total_num_kv_heads
+        sizes = [layer.total_num_heads * layer.head_size]
+        sizes += [kv * layer.head_size, kv * v_size]
+    return (
+        sum(sizes[i] for i in shards)
+        if len(sizes) == len(layer.logical_widths)
+        else None
+    )
+
+
+def load_linear(
+    layer: torch.nn.Module,
+    param: torch.nn.Parameter,
+    loaded_weight: torch.Tensor,
+    *args,
+    **kwargs,
+) -> Any:
+    """`weight_loader` of an INT8 linear layer's parameters. Raises ValueError,
+    naming layer and shard, for a tensor that does not fit."""
+    kind = next(k for k, p in layer._parameters.items() if p is param)
+    shard = args[0] if args else kwargs.get("loaded_shard_id")
+    shard = "qkv".index(shard) if isinstance(shard, str) else shard
+    shard = range(len(layer.logical_widths)) if shard is None else shard
+    shards = (shard,) if isinstance(shard, int) else tuple(shard)
+    where, rows = _linear_where(layer, *shards), _linear_rows(layer, shards)
+    if kind in _INPUTS or kind != "weight" and layer.scheme.qscheme == "per_tensor":
+        rows = 1
+    tensor = _fit(where, kind, param.dim(), loaded_weight, rows, layer.input_size)
+    other_shards = kind in _INPUTS and "int8_shards" in param.__dict__
+    if other_shards and param.data.ne(tensor).any():
+        problem = f"is {tensor.item()}, but {param.data.item()} in another shard: vLLM "
+        problem += "quantizes a fused layer's input once. Set is_dynamic to true and "
+        problem += "qscheme to per_channel in the input_tensors of config.json, for "
+        _refuse(where, kind, problem + "one scale a token")
+    _note(param, shards)
+    load = getattr(layer, "weight_loader_v2", layer.weight_loader)
+    return _copy(load, where, kind, param, tensor, *args, **kwargs)
+
+
+def prepare_linear(scheme: Any, layer: torch.nn.Module) -> None:
+    """Give a QuarkW8A8Int8 layer activations that its kernel computes, and its
+    parameters their loader. Call it at the end of create_weights."""
+    kernel = scheme.kernel
+    name = type(kernel).__name__
+    if name == "TritonInt8ScaledMMLinearKernel" and not scheme.input_symmetric:
+        logger.warning_once(
+            "INT8 linear layers exported with asymmetric activations are served "
+            "with dynamic per-token symmetric ones: %s loses zero points in rounding",
+            name,
+        )
+        kernel.config.is_static_input_scheme = scheme.is_static_input_scheme = False
+        kernel.config.input_symmetric = scheme.input_symmetric = True
+        scheme.kernel = type(kernel)(kernel.config, kernel.layer_param_names)
+    if hasattr(kernel, "process_weights_for_onednn"):
+        kernel.process_weights_after_loading = MethodType(_process_on_cpu, kernel)
+    if not scheme.is_static_input_scheme:
+        _add_sinks(layer, _INPUTS)
+    if getattr(layer.weight.weight_loader, "__self__", None) is not layer:
+        return
+    for param in layer.parameters(recurse=False):
+        if param.weight_loader is not _drop:
+            _empty(param)
+            param.weight_loader = MethodType(load_linear, layer)
+
+
+def _process_on_cpu(kernel: Any, layer: torch.nn.Module) -> None:
+    """The kernel's own processing. Its product for AMX quantizes per token whatever
+    the scheme, ends the process over float16, and stops over rows that are no
+    multiple of 32; oneDNN's is made for the default dtype, which a reload does not
+    set, and reads the scales where they lie."""
+    fits_amx = layer.params_dtype is torch.bfloat16 and layer.weight.size(0) % 32 == 0
+    with set_default_torch_dtype(layer.params_dtype):
+        if fits_amx and not kernel.config.is_static_input_scheme:
+            type(kernel).process_weights_after_loading(kernel, layer)
+        else:
+            kernel.linear_method = kernel._apply_weights_onednn
+            kernel.process_weights_for_onednn(layer)
+    kernel.int8_scales = layer.weight_scale
+
+
+def finish_linear(scheme: Any, layer: torch.nn.Module) -> None:
+    """Check what a QuarkW8A8Int8 layer was given. Call it before the weights are
+    processed. Raises ValueError naming the layer and the shard."""
+    any_came = _start_checks(layer, _INPUTS)
+    widths = list(layer.logical_widths)
+    is_static, symmetric = scheme.is_static_input_scheme, scheme.input_symmetric
+    kinds = ["weight", "weight_scale"]
+    kinds += _INPUTS[: 1 if symmetric else 2] if is_static else ()
+    zero = getattr(layer, "input_zero_point", None)
+    if symmetric and "int8_shards" in getattr(zero, "__dict__", ()) and zero.any():
+        said = f"is not 0 in a symmetric scheme: {_AGAIN}"
+        _refuse(layer.prefix, "input_zero_point", said)
+    for kind in kinds if any_came else ():
+        param = getattr(layer, kind)
+        if getattr(param.weight_loader, "__func__", None) is load_linear:
+            shards = range(len(widths))
+            _check_filled(kind, param, shards, lambda i: _linear_where(layer, i))
+    scale, weight = layer.weight_scale.data, layer.weight.data
+    starts = range(len(widths))
+    if scheme.qscheme == "per_tensor":
+        parts = [part.ne(0).any() for part in weight.split(widths)]
+        weight = torch.stack(parts).unsqueeze(-1)
+    else:
+        starts = [sum(widths[:i]) for i in starts]
+
+    def shard_at(at: tuple[int, ...]) -> str:
+        return _linear_where(layer, sum(start <= at[0] for start in starts) - 1)
+
+    _check_scale("weight_scale", scale, weight, shard_at, any_came)
+    if is_static:
+        scale = layer.input_scale.data
+        _check_scale("input_scale", scale, None, lambda at: layer.prefix, any_came)
+
+
+# Experts
+
+
+def _experts_where(layer: torch.nn.Module, expert: int | None, shard: str) -> str:
+    which = "" if expert is None else f": expert {expert}"
+    return f"{layer.layer_name}{which}: {_PROJECTIONS.get(shard, shard)}"
+
+
+def _expert_shape(layer: torch.nn.Module, shard_id: str) -> tuple[int, int]:
+    """Rows and columns of one expert's projection, over all ranks."""
+    _, hidden, width = layer.w2_weight.shape
+    width *= layer.moe_config.moe_parallel_config.tp_size
+    return (hidden, width) if shard_id == "w2" else (width, hidden)
+
+
+def _w13_shards(layer: torch.nn.Module) -> tuple[str, ...]:
+    gated = layer.w13_weight.shape[1] == 2 * layer.w2_weight.shape[2]
+    return ("w1", "w3") if gated else ("w1",)
+
+
+def _local_experts(layer: torch.nn.Module) -> list[int]:
+    """Which of all experts this rank's are, in the order of its parameters."""
+    places = range(len(layer.w2_weight))
+    if (expert_map := getattr(layer, "_expert_map", None)) is None:
+        return list(places)
+    experts = {place: expert for expert, place in enumerate(expert_map.tolist())}
+    return [experts.get(place, place) for place in places]
+
+
+def load_expert(
+    layer: torch.nn.Module,
+    param: torch.nn.Parameter,
+    loaded_weight: torch.Tensor,
+    weight_name: str,
+    shard_id: str,
+    expert_id: int,
+    return_success: bool = False,
+) -> bool | None:
+    """`weight_loader` of INT8 experts' parameters. Raises ValueError, naming
+    layer, expert and projection, for a tensor that does not fit."""
+    kind = weight_name.rpartition(".")[2].partition("_")[2]
+    expert: int | None = expert_id
+    shape: tuple[int | None, int | None] = _expert_shape(layer, shard_id)
+    if kind == "weight" and loaded_weight.dim() == 3:  # of all experts
+        expert, shape = None, (None, None)
+    where = _experts_where(layer, expert, shard_id)
+    tensor = _fit(where, kind, param.dim() - 1, loaded_weight, *shape)
+    _note(param, [(expert, shard_id)])
+    args = tensor, weight_name, shard_id, expert_id, return_success
+    return _copy(layer.weight_loader, where, kind, param, *args)
+
+
+# As of FusedMoE.weight_loader: some models ask before they hand experts over.
+load_expert.supports_moe_loading = True  # type: ignore[attr-defined]
+
+
+def load_stacked(
+    param: torch.nn.Parameter,
+    loaded_weight: torch.Tensor,
+    weight_name: str,
+    shard_id: str,
+) -> bool:
+    """Copy one projection of all experts at once.
+
+    loaded_weight: [experts, rows, columns] or a per-channel scale [experts, rows]
+    or [experts, rows, 1], of all ranks. Returns False, with nothing copied, where
+    `param` is no INT8 experts' parameter in real memory with the loader of this
+    module, or dtype, shape or the experts' places are others: then load them one
+    by one.
+    """
+    loader = getattr(param, "weight_loader", None)
+    if getattr(loader, "__func__", None) is not load_expert or param.is_meta:
+        return False
+    layer = loader.__self__  # type: ignore[union-attr]
+    is_weight = weight_name.endswith("_weight")
+    shape = _expert_shape(layer, shard_id)[: 2 if is_weight else 1]
+    if not is_weight and loaded_weight.dim() == 3 and loaded_weight.shape[2] == 1:
+        loaded_weight = loaded_weight.squeeze(-1)
+    here = _local_experts(layer)
+    step = here[1] - here[0] if len(here) > 1 else 1
+    end = here[0] + step * len(here)
+    in_order = here == list(range(here[0], end, step)) and end - step < len(
+        loaded_weight
+    )
+    if loaded_weight.shape[1:] != shape or loaded_weight.dtype != param.dtype:
+        return False
+    if not in_order or param.dim() != loaded_weight.dim():
+        return False
+    target, source = param.data, loaded_weight[here[0] : end : step]
+    axis = 2 if shard_id == "w2" else 1
+    if shard_id != "w2":
+        half = target.shape[1] // len(_w13_shards(layer))
+        target = target.narrow(1, half if shard_id == "w3" else 0, half)
+    if axis < target.dim():
+        size = target.shape[axis]
+        rank = layer.moe_config.moe_parallel_config.tp_rank
+        source = source.narrow(axis, size * rank, size)
+    _note(param, [(expert, shard_id) for expert in here])
+    each = max(1, _CHUNK_BYTES // max(1, target[0].numel() * target.element_size()))
+    for into, part in zip(target.split(each), source.split(each)):
+        into.copy_(part)
+    return True
+
+
+def prepare_experts(layer: torch.nn.Module) -> None:
+    """Give INT8 experts' parameters their loader, and take what per-token kernels
+    have no use for. Call it at the end of create_weights."""
+    _add_sinks(layer, _EXPERTS_INPUTS)
+    if getattr(layer.w13_weight.weight_loader, "__self__", None) is not layer:
+        return
+    for stem in ("w13", "w2"):
+        for kind in ("weight", "weight_scale", "weight_zero_point"):
+            param = getattr(layer, f"{stem}_{kind}")
+            _empty(param)
+            param.weight_loader = MethodType(load_expert, layer)
+
+
+def finish_experts(layer: torch.nn.Module) -> None:
+    """Check what INT8 experts were given. Call it before the weights are
+    processed. Raises ValueError naming layer, expert and projection."""
+    any_came = _start_checks(layer, _EXPERTS_INPUTS)
+    experts = _local_experts(layer)
+    for stem, shards in (("w13", _w13_shards(layer)), ("w2", ("w2",))):
+        weight = getattr(layer, f"{stem}_weight")
+        scale = getattr(layer, f"{stem}_weight_scale")
+        wanted = [(expert, shard) for expert in experts for shard in shards]
+        for kind, param in (("weight", weight), ("weight_scale", scale)):
+            came = param.__dict__.get("int8_shards", set())
+            came |= {w for w in wanted if (None, w[1]) in came}
+            if any_came:
+                _check_filled(
+                    kind, param, wanted, lambda at: _experts_where(layer, *at)
+                )
+        rows = weight.shape[1] // len(shards)
+
+        def shard_at(at: tuple[int, ...], shards=shards, rows=rows) -> str:
+            return _experts_where(layer, experts[at[0]], shards[at[1] // rows])
+
+        _check_scale("weight_scale", scale.data, weight.data, shard_at, any_came)

@@ -14,7 +14,7 @@ export VLLM_NO_USAGE_STATS := 1
 BASE := 0.26.0
 BASE_ENV := build/base-$(BASE)
 
-.PHONY: env quark-env demo test sanitize test-base test-gpu matrix releases drift ckpts tree lint lock clean
+.PHONY: env quark-env demo test sanitize test-base test-upstream test-gpu matrix releases drift ckpts tree lint lock clean
 
 env: .venv/.made .venv/.operator
 .venv/.made: requirements/cpu.txt requirements/cpu-override.txt setup.py
@@ -76,6 +76,11 @@ sanitize: env
 test-base: $(BASE_ENV)/.made
 	@rm -rf build/shadow-$(BASE) && $(BIN)/vllm-quark shadow -o build/shadow-$(BASE) $(BASE_ENV)/lib/python3.11/site-packages
 	PYTHONPATH=$(CURDIR)/build/shadow-$(BASE) $(BASE_ENV)/bin/python -m pytest -q tests/quantization tests/entrypoints
+
+# Upstream's own tests of quantization and experts: none that passes on stock fails with the series.
+test-upstream: env
+	$(BIN)/python tests/upstream/run.py $(RELEASE) --site .venv/lib/python3.11/site-packages --python $(BIN)/python
+	$(BIN)/python tests/upstream/run.py newest
 
 # Every scheme on this machine's kernels, stock and patched, and docs/matrix.md. The GPU's measurements are stored.
 matrix: env $(BASE_ENV)/.made

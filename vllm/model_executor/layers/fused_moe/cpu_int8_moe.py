@@ -197,10 +197,12 @@ class CPUInt8Experts:
 
     def _pack_onednn(self, layer: torch.nn.Module) -> None:
         self.w13_out_size = layer.w13_weight.size(1)
-        dynamic = layer.w13_input_scale is None
+        self.a1_scale, self.a2_scale = layer.w13_input_scale, layer.w2_input_scale
+        dynamic = self.a1_scale is None
         # oneDNN reads the scales in place: these are the experts' own.
         self._scales = [
-            getattr(layer, f"{name}_weight_scale").data.clone() for name in ("w13", "w2")
+            getattr(layer, f"{name}_weight_scale").data.clone()
+            for name in ("w13", "w2")
         ]
         weights = (layer.w13_weight.data, layer.w2_weight.data)
         self._handlers = [
@@ -249,8 +251,8 @@ class CPUInt8Experts:
             layer.activation.value,
             self.w13_bias,
             self.w2_bias,
-            layer.w13_input_scale,
-            layer.w2_input_scale,
+            self.a1_scale,
+            self.a2_scale,
             layer.expert_map,
             layer.apply_router_weight_on_input,
         )

@@ -18,6 +18,8 @@ import regex as re
 from .names import Names, both_prefixes
 
 _INDEX = "model.safetensors.index.json"
+# Where vLLM takes names of models for another hub's.
+_MODELSCOPE = os.environ.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true")
 # As ShardedStateLoader names its files.
 _SHARDED = re.compile(r"-(rank|tp)-\d+-part-\d+\.")
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -28,6 +30,7 @@ _KINDS = re.compile(
 )
 _BLOCK = re.compile(r"(.*?\.layers)\.(\d+)\.(.*)")
 _RESTORE = "restore config.json from the export"
+_WITHOUT = "export it without that (a rotation has to be merged into the weights)"
 _INCOMPLETE = "the checkpoint is incomplete: copy or export it again"
 
 
@@ -57,6 +60,10 @@ class Problem:
     reason: str
     way_out: str
 
+    @classmethod
+    def of(cls, entry: Entry, reason: str, way_out: str) -> "Problem":
+        return cls(entry.name, entry.file, reason, way_out)
+
     def __str__(self) -> str:
         return f"{self.tensor} {self.reason}: {self.way_out}"
 
@@ -73,22 +80,20 @@ def find_files(folder: str) -> list[str]:
         try:
             with open(index, encoding="utf-8") as f:
                 listed = set(json.load(f)["weight_map"].values())
+            gone = sorted(listed - names)
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
             raise CheckpointError(f"{index}: is no index ({e}): {_INCOMPLETE}") from e
-        if gone := sorted(listed - names):
-            raise CheckpointError(
-                f"{os.path.join(folder, str(gone[0]))}: is missing, but {_INDEX} "
-                f"names it: {_INCOMPLETE}"
-            )
+        if gone:
+            path = os.path.join(folder, gone[0])
+            raise CheckpointError(f"{path}: is missing, but in {_INDEX}: {_INCOMPLETE}")
         names = listed
-    for name in sorted(names):
-        if _SHARDED.search(name):
-            raise CheckpointError(
-                f"{os.path.join(folder, name)}: is a sharded state of vLLM's, which "
-                "holds INT8 layers as its kernels do and cannot be loaded back: load "
-                "the checkpoint that it was saved from"
-            )
-    return sorted(os.path.join(folder, name) for name in names)
+    paths = sorted(os.path.join(folder, name) for name in names)
+    if sharded := next(filter(_SHARDED.search, paths), None):
+        raise CheckpointError(
+            f"{sharded}: is a sharded state, which holds INT8 layers as kernels do and "
+            "cannot be loaded back: load the checkpoint that it was saved from"
+        )
+    return paths
 
 
 def read_header(path: str) -> Iterator[Entry]:
@@ -100,23 +105,18 @@ def read_header(path: str) -> Iterator[Entry]:
         size = os.path.getsize(path)
         with open(path, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
-            if not 2 <= length <= min(size - 8, 1 << 30):
+            if not 2 <= length <= size - 8:
                 raise ValueError("no header")
             header = json.loads(f.read(length))
         header.pop("__metadata__", None)
-        end = 8 + length
         for name, info in header.items():
-            start, stop = info["data_offsets"]
-            if 8 + length + stop > size:
+            start, stop = (8 + length + at for at in info["data_offsets"])
+            if stop > size:
                 raise ValueError("it is cut short")
-            end = max(end, 8 + length + stop)
-            yield Entry(
-                name, path, info["dtype"], tuple(info["shape"]), 8 + length + start
-            )
+            yield Entry(name, path, info["dtype"], tuple(info["shape"]), start)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
-        raise CheckpointError(
-            f"{path}: is no whole safetensors file ({e}): {_INCOMPLETE}"
-        ) from e
+        why = f"is no whole safetensors file ({e}): {_INCOMPLETE}"
+        raise CheckpointError(f"{path}: {why}") from e
 
 
 class Contents:
@@ -147,113 +147,67 @@ def find_problems(contents: Contents, names: Names) -> Iterator[Problem]:
     well be BF16 and not listed in `exclude`.
     """
     for entry, first in contents.twice:
-        yield Problem(
-            entry.name,
-            entry.file,
-            f"is in the checkpoint twice, in {os.path.basename(first.file)} and "
-            f"{os.path.basename(entry.file)}",
-            "keep the files of one export",
-        )
+        files = " and ".join(os.path.basename(e.file) for e in (first, entry))
+        reason = f"is in the checkpoint twice, in {files}"
+        yield Problem.of(entry, reason, "keep the files of one export")
     for module, kinds in contents.modules.items():
-        weight = kinds.get("weight")
-        if weight is None and "weight_scale" in kinds:
-            scale = kinds["weight_scale"]
-            yield Problem(
-                scale.name, scale.file, f"has no {module}.weight", _INCOMPLETE
-            )
-        elif weight is not None and weight.dtype == "I8":
-            yield from _problems_of(module, kinds, names)
-    yield from _gaps(contents)
-
-
-def _problems_of(
-    module: str, kinds: dict[str, Entry], names: Names
-) -> Iterator[Problem]:
-    weight, scale = kinds["weight"], kinds.get("weight_scale")
-    if names.excludes(both_prefixes([module])):
-        yield Problem(
-            weight.name, weight.file, f"is int8, but {module} is in `exclude`", _RESTORE
-        )
-    if scale is None:
-        yield Problem(
-            weight.name,
-            weight.file,
-            f"is int8, but the checkpoint has no {module}.weight_scale",
-            "the checkpoint is incomplete, or this is no INT8 layer",
-        )
-    elif scale.dtype not in _FLOATS or not _fits(weight.shape, scale.shape):
-        yield Problem(
-            scale.name,
-            scale.file,
-            f"is {scale}, expected one value or one a row for weight {weight}",
-            "export it again with AMD Quark",
-        )
-    for kind, entry in kinds.items():
-        if not _KINDS.fullmatch(kind):
-            yield Problem(
-                entry.name,
-                entry.file,
-                f"lies beside an INT8 weight, and vLLM has no parameter for a {kind}",
-                "export it without that (rotation, for one, has to be merged into "
-                "the weights)",
-            )
+        weight, scale = kinds.get("weight"), kinds.get("weight_scale")
+        if weight is None and scale is not None:
+            yield Problem.of(scale, f"has no {module}.weight", _INCOMPLETE)
+        if weight is None or weight.dtype != "I8":
+            continue
+        if names.excludes(both_prefixes([module])):
+            yield Problem.of(weight, f"is int8, but {module} is in `exclude`", _RESTORE)
+        if scale is None:
+            reason = f"is int8, but the checkpoint has no {module}.weight_scale"
+            yield Problem.of(weight, reason, f"{_INCOMPLETE}, if it is an INT8 layer's")
+        elif scale.dtype not in _FLOATS or not _fits(weight.shape, scale.shape):
+            reason = f"is {scale}, expected one value or one a row for weight {weight}"
+            yield Problem.of(scale, reason, "export it again with AMD Quark")
+        for kind, entry in kinds.items():
+            if not _KINDS.fullmatch(kind):
+                reason = f"lies beside an INT8 weight, and no layer takes a {kind}"
+                yield Problem.of(entry, reason, _WITHOUT)
+    yield from _find_gaps(contents)
 
 
 def _fits(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
     """Whether a scale is [N], [N, 1], [1, N] or one value of a weight [N, K], or
     those of each expert of a weight [E, N, K]."""
-    if len(weight) not in (2, 3):
-        return False
-    if len(weight) == 3:
-        if not scale or scale[0] not in (1, weight[0]):
-            return False
-        scale = scale[1:]
-    sizes = [n for n in scale if n != 1]
-    return sizes in ([], [weight[-2]])
+    if len(weight) == 3 and scale[:1] in ((1,), weight[:1]):
+        weight, scale = weight[1:], scale[1:]
+    return len(weight) == 2 and [n for n in scale if n != 1] in ([], [weight[0]])
 
 
-def _gaps(contents: Contents) -> Iterator[Problem]:
+def _find_gaps(contents: Contents) -> Iterator[Problem]:
     """Tensors that one decoder layer lacks and all layers like it have, and what a
     model with one stack of decoder layers cannot be without."""
     layers: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for module, kinds in contents.modules.items():
-        if found := _BLOCK.match(f"{module}."):
-            stack, number, rest = found[1], found[2], found[3]
-            # Experts are alike by their number, and many.
-            if ".experts." not in f".{rest}":
-                layers[stack][number] |= {f"{rest}{kind}" for kind in kinds}
+        # Experts are alike but for their number, and many.
+        if (found := _BLOCK.match(f"{module}.")) and ".experts." not in module:
+            layers[found[1]][found[2]] |= {found[3] + kind for kind in kinds}
     for stack, by_number in layers.items():
         count = Counter(map(frozenset, by_number.values()))
-        common = [kinds for kinds, times in count.items() if times >= 2]
-        for number, kinds in by_number.items():
-            if count[frozenset(kinds)] > 1:
+        for number, own in by_number.items():
+            if count[frozenset(own)] > 1:
                 continue
-            lacks = [other - kinds for other in common if kinds < other]
-            if (
-                len(lacks) == 1
-                and len({name.rpartition(".")[0] for name in lacks[0]}) == 1
-            ):
+            lacks = [k - own for k, times in count.items() if times > 1 and own < k]
+            if len(lacks) == 1 and len({n.rpartition(".")[0] for n in lacks[0]}) == 1:
+                reason = "is not in the checkpoint, and all layers like its own have it"
                 name = f"{stack}.{number}.{min(lacks[0])}"
-                yield Problem(
-                    name,
-                    "",
-                    "is not in the checkpoint, and all layers like its own have it",
-                    _INCOMPLETE,
-                )
-    if len(layers) == 1 and len(next(iter(layers.values()))) >= 4:
-        root = next(iter(layers)).removesuffix(".layers")
-        ranks = {
-            len(entry.shape)
-            for module, kinds in contents.modules.items()
-            if module.rpartition(".")[0] == root
-            for kind, entry in kinds.items()
-            if kind == "weight"
-        }
+                yield Problem(name, "", reason, _INCOMPLETE)
+    (stack, by_number), *more = [*layers.items(), ("", {})]
+    if len(more) == 1 and len(by_number) > 3:
+        root = stack.removesuffix(".layers")
+        beside = (
+            k for m, k in contents.modules.items() if m.rpartition(".")[0] == root
+        )
+        ranks = {len(kinds["weight"].shape) for kinds in beside if "weight" in kinds}
         for rank, what in ((2, "embedding"), (1, "norm")):
             if rank not in ranks:
-                yield Problem(
-                    f"the {what} of {root}", "", "is not in the checkpoint", _INCOMPLETE
-                )
+                name = f"the {what} of {root}"
+                yield Problem(name, "", "is not in the checkpoint", _INCOMPLETE)
 
 
 def read_contents(folder: str) -> Contents:
@@ -287,7 +241,7 @@ def judge(model: str, revision: str | None, names: Names) -> Iterable[str]:
     contents: Contents | None
     if os.path.isdir(model):
         contents = read_contents(model)
-    elif os.path.exists(model) or "://" in model:
+    elif os.path.exists(model) or "://" in model or _MODELSCOPE:
         return ()
     else:
         contents = contents_of_hub(model, revision)

@@ -152,14 +152,15 @@ class Int8Layers:
                 touched, parts = found, names
         schemes = {p: self._scheme_of(p, n, touched) for p, n in parts.items()}
         scheme = self._as_one(layer_name, schemes, experts=True)
-        self._claim(layer_name, parts.values(), scheme)
-        self._claim_below(own)
+        if not self._claim(layer_name, parts.values(), scheme):
+            self._claim_below(own)
         return scheme
 
     def _claim(
         self, layer_name: str, parts: Iterable[Collection[str]], scheme: Any
-    ) -> None:
-        """Note that a layer of vLLM takes these modules of the checkpoint.
+    ) -> bool:
+        """Note that a layer of vLLM takes these modules of the checkpoint; whether
+        any of them is INT8 in the files.
 
         Raises ValueError where it is not quantized and they are, in the files.
         """
@@ -172,6 +173,7 @@ class Int8Layers:
                 f"{min(taken)}.weight is int8, but {layer_name} is in `exclude`: "
                 "restore config.json from the export"
             )
+        return bool(taken)
 
     def _claim_below(self, parents: Collection[str]) -> None:
         """The same for all modules below `parents`: vLLM's names for them differ."""

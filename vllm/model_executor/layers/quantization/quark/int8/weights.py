@@ -9,6 +9,7 @@ start as, is refused when the weights are processed.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from types import MethodType
 from typing import Any, NoReturn
 
@@ -31,7 +32,16 @@ _UNFILLED = 0x7FC5_1E57
 _CHUNK_BYTES = 256 * 1024 * 1024
 
 
-def _refuse(where: str, kind: str, problem: str) -> NoReturn:
+def _refuse(layer: torch.nn.Module, where: str, kind: str, problem: str) -> NoReturn:
+    """Raise ValueError. During a reload `layer` has its old weights back first: the
+    next reload would begin with what this one had brought."""
+    with suppress(ImportError):
+        from vllm.model_executor.model_loader.reload import layerwise
+
+        info = layerwise.LAYERWISE_INFO.get(layer)
+        if info is not None and info.kernel_tensors is not None:
+            layerwise._place_kernel_tensors(layer, info)
+            info.reset()
     raise ValueError(f"{where}: {kind} {problem}")
 
 
@@ -40,6 +50,7 @@ def _like(tensor: torch.Tensor) -> str:
 
 
 def _fit(
+    layer: torch.nn.Module,
     where: str,
     kind: str,
     dim: int,
@@ -73,7 +84,7 @@ def _fit(
         elif tensor.to(torch.int8).ne(tensor).any():
             problem = f"is no int8 value: {_AGAIN}"
     if problem:
-        _refuse(where, kind, problem)
+        _refuse(layer, where, kind, problem)
     if kind == "weight" or rows is None:
         return tensor
     if rows == 1:
@@ -99,27 +110,38 @@ def _note(param: torch.Tensor, shards: Iterable[Any]) -> None:
 
 
 def _copy(
-    load: Callable, where: str, kind: str, param: torch.Tensor, *args, **kwargs
+    layer: torch.nn.Module,
+    load: Callable,
+    where: str,
+    kind: str,
+    param: torch.Tensor,
+    *args,
+    **kwargs,
 ) -> Any:
     try:
         return load(param, *args, **kwargs)
     except (AssertionError, RuntimeError, IndexError, TypeError) as e:
         why = f"does not fit parameter {list(param.shape)}: {e or 'wrong shape'}"
-        _refuse(where, kind, f"{_like(args[0])} {why}")
+        _refuse(layer, where, kind, f"{_like(args[0])} {why}")
 
 
 def _check_filled(
-    kind: str, param: torch.Tensor, shards: Iterable[Any], where: Callable
+    layer: torch.nn.Module,
+    kind: str,
+    param: torch.Tensor,
+    shards: Iterable[Any],
+    where: Callable,
 ) -> None:
     """Raise ValueError for one of `shards` that no loader brought."""
     came = param.__dict__.pop("int8_shards", set())
     if missing := [s for s in shards if s not in came]:
         more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
         said = f"is not in the checkpoint{more}: {_EXCLUDE}"
-        _refuse(where(missing[0]), kind, said)
+        _refuse(layer, where(missing[0]), kind, said)
 
 
 def _check_scale(
+    layer: torch.nn.Module,
     kind: str,
     scale: torch.Tensor,
     weight: torch.Tensor | None,
@@ -145,7 +167,7 @@ def _check_scale(
             at = tuple(bad.nonzero()[0].tolist())
             way_out = _EXCLUDE if problem == "was not loaded" else _AGAIN
             problem = problem.format(scale[at].item())
-            _refuse(where(at), kind, f"at {list(at)} {problem}: {way_out}")
+            _refuse(layer, where(at), kind, f"at {list(at)} {problem}: {way_out}")
 
 
 def _drop(
@@ -168,13 +190,9 @@ def _add_sinks(layer: torch.nn.Module, names: Iterable[str]) -> None:
         layer.register_parameter(name, sink)
 
 
-def _start_checks(layer: torch.nn.Module, sinks: Iterable[str]) -> bool:
-    """Drop `sinks`; whether loaders brought anything of the layer: dummy weights
-    and other loaders' come in other ways."""
-    for name in sinks:
-        if getattr(getattr(layer, name, None), "weight_loader", None) is _drop:
-            # Not deleted: a reload registers it again.
-            layer.register_parameter(name, None)
+def _any_came(layer: torch.nn.Module) -> bool:
+    """Whether loaders brought anything of the layer: dummy weights and those of
+    other loaders come in other ways."""
     if int8 := getattr(getattr(layer, "quant_config", None), "int8", None):
         int8.check_claims()
     return any("int8_shards" in p.__dict__ for p in layer.parameters(recurse=False))
@@ -223,16 +241,18 @@ def load_linear(
     where, rows = _linear_where(layer, *shards), _linear_rows(layer, shards)
     if kind in _INPUTS or kind != "weight" and layer.scheme.qscheme == "per_tensor":
         rows = 1
-    tensor = _fit(where, kind, param.dim(), loaded_weight, rows, layer.input_size)
+    tensor = _fit(
+        layer, where, kind, param.dim(), loaded_weight, rows, layer.input_size
+    )
     other_shards = kind in _INPUTS and "int8_shards" in param.__dict__
     if other_shards and param.data.ne(tensor).any():
         problem = f"is {tensor.item()}, but {param.data.item()} in another shard: vLLM "
         problem += "quantizes a fused layer's input once. Set is_dynamic to true and "
         problem += "qscheme to per_channel in the input_tensors of config.json, for "
-        _refuse(where, kind, problem + "one scale a token")
+        _refuse(layer, where, kind, problem + "one scale a token")
     _note(param, shards)
     load = getattr(layer, "weight_loader_v2", layer.weight_loader)
-    return _copy(load, where, kind, param, tensor, *args, **kwargs)
+    return _copy(layer, load, where, kind, param, tensor, *args, **kwargs)
 
 
 def prepare_linear(scheme: Any, layer: torch.nn.Module) -> None:
@@ -248,11 +268,14 @@ def prepare_linear(scheme: Any, layer: torch.nn.Module) -> None:
         )
         kernel.config.is_static_input_scheme = scheme.is_static_input_scheme = False
         kernel.config.input_symmetric = scheme.input_symmetric = True
-        scheme.kernel = type(kernel)(kernel.config, kernel.layer_param_names)
+    if not scheme.is_static_input_scheme:
+        # The kernel finds none of them, under other names.
+        _add_sinks(layer, _INPUTS)
+        names = [f"no_{n}" if n in _INPUTS else n for n in kernel.layer_param_names]
+        layer.no_input_scale = layer.no_input_zero_point = None
+        kernel = scheme.kernel = type(kernel)(kernel.config, names)
     if hasattr(kernel, "process_weights_for_onednn"):
         kernel.process_weights_after_loading = MethodType(_process_on_cpu, kernel)
-    if not scheme.is_static_input_scheme:
-        _add_sinks(layer, _INPUTS)
     if getattr(layer.weight.weight_loader, "__self__", None) is not layer:
         return
     for param in layer.parameters(recurse=False):
@@ -279,7 +302,7 @@ def _process_on_cpu(kernel: Any, layer: torch.nn.Module) -> None:
 def finish_linear(scheme: Any, layer: torch.nn.Module) -> None:
     """Check what a QuarkW8A8Int8 layer was given. Call it before the weights are
     processed. Raises ValueError naming the layer and the shard."""
-    any_came = _start_checks(layer, _INPUTS)
+    any_came = _any_came(layer)
     widths = list(layer.logical_widths)
     is_static, symmetric = scheme.is_static_input_scheme, scheme.input_symmetric
     kinds = ["weight", "weight_scale"]
@@ -287,12 +310,12 @@ def finish_linear(scheme: Any, layer: torch.nn.Module) -> None:
     zero = getattr(layer, "input_zero_point", None)
     if symmetric and "int8_shards" in getattr(zero, "__dict__", ()) and zero.any():
         said = f"is not 0 in a symmetric scheme: {_AGAIN}"
-        _refuse(layer.prefix, "input_zero_point", said)
+        _refuse(layer, layer.prefix, "input_zero_point", said)
     for kind in kinds if any_came else ():
         param = getattr(layer, kind)
         if getattr(param.weight_loader, "__func__", None) is load_linear:
             shards = range(len(widths))
-            _check_filled(kind, param, shards, lambda i: _linear_where(layer, i))
+            _check_filled(layer, kind, param, shards, lambda i: _linear_where(layer, i))
     scale, weight = layer.weight_scale.data, layer.weight.data
     starts = range(len(widths))
     if scheme.qscheme == "per_tensor":
@@ -304,10 +327,12 @@ def finish_linear(scheme: Any, layer: torch.nn.Module) -> None:
     def shard_at(at: tuple[int, ...]) -> str:
         return _linear_where(layer, sum(start <= at[0] for start in starts) - 1)
 
-    _check_scale("weight_scale", scale, weight, shard_at, any_came)
+    _check_scale(layer, "weight_scale", scale, weight, shard_at, any_came)
     if is_static:
         scale = layer.input_scale.data
-        _check_scale("input_scale", scale, None, lambda at: layer.prefix, any_came)
+        _check_scale(
+            layer, "input_scale", scale, None, lambda at: layer.prefix, any_came
+        )
 
 
 # Experts
@@ -356,10 +381,10 @@ def load_expert(
     if kind == "weight" and loaded_weight.dim() == 3:  # of all experts
         expert, shape = None, (None, None)
     where = _experts_where(layer, expert, shard_id)
-    tensor = _fit(where, kind, param.dim() - 1, loaded_weight, *shape)
+    tensor = _fit(layer, where, kind, param.dim() - 1, loaded_weight, *shape)
     _note(param, [(expert, shard_id)])
     args = tensor, weight_name, shard_id, expert_id, return_success
-    return _copy(layer.weight_loader, where, kind, param, *args)
+    return _copy(layer, layer.weight_loader, where, kind, param, *args)
 
 
 # As of FusedMoE.weight_loader: some models ask before they hand experts over.
@@ -430,7 +455,10 @@ def prepare_experts(layer: torch.nn.Module) -> None:
 def finish_experts(layer: torch.nn.Module) -> None:
     """Check what INT8 experts were given. Call it before the weights are
     processed. Raises ValueError naming layer, expert and projection."""
-    any_came = _start_checks(layer, _EXPERTS_INPUTS)
+    any_came = _any_came(layer)
+    for name in _EXPERTS_INPUTS:
+        # Not deleted: a reload registers it again.
+        layer.register_parameter(name, None)
     experts = _local_experts(layer)
     for stem, shards in (("w13", _w13_shards(layer)), ("w2", ("w2",))):
         weight = getattr(layer, f"{stem}_weight")
@@ -441,11 +469,11 @@ def finish_experts(layer: torch.nn.Module) -> None:
             came |= {w for w in wanted if (None, w[1]) in came}
             if any_came:
                 _check_filled(
-                    kind, param, wanted, lambda at: _experts_where(layer, *at)
+                    layer, kind, param, wanted, lambda at: _experts_where(layer, *at)
                 )
         rows = weight.shape[1] // len(shards)
 
         def shard_at(at: tuple[int, ...], shards=shards, rows=rows) -> str:
             return _experts_where(layer, experts[at[0]], shards[at[1] // rows])
 
-        _check_scale("weight_scale", scale.data, weight.data, shard_at, any_came)
+        _check_scale(layer, "weight_scale", scale.data, weight.data, shard_at, any_came)

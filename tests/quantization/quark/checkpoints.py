@@ -340,7 +340,7 @@ def look_at_files(
     )
     for problem in checkpoint.find_problems(contents, config.int8.names):
         raise ValueError(str(problem))
-    config.int8.expect(contents.int8_modules())
+    config.int8.expect(contents)
 
 
 def serve(

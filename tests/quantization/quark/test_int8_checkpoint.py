@@ -259,6 +259,20 @@ def test_fused_layers_of_models_without_a_mapping_pass(kind, tmp_path):
     ck.finish(layer)
 
 
+ROUTERS = ["*moe.gate*", "re:.*moe.gate", "re:.*\\.moe\\.gate"]
+
+
+@pytest.mark.parametrize("pattern", ROUTERS)
+def test_patterns_for_a_router_spare_experts(pattern, tmp_path):
+    """Which would name moe.gate_proj, too, had the files one tensor for all experts."""
+    ck.needs_kernel("moe_per_expert")
+    checkpoint = made("moe_per_expert")
+    checkpoint.config["exclude"] = [pattern]
+    config = look(checkpoint, write(tmp_path, checkpoint.tensors))
+    torch.set_default_dtype(torch.bfloat16)
+    assert ck.build(checkpoint, config).w13_weight.dtype == torch.int8
+
+
 def test_an_int8_head_is_refused(tmp_path):
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 

@@ -22,6 +22,14 @@ _INDEX = "model.safetensors.index.json"
 _MODELSCOPE = os.environ.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true")
 # As ShardedStateLoader names its files.
 _SHARDED = re.compile(r"-(rank|tp)-\d+-part-\d+\.")
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    RecursionError,
+)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # What may lie beside the INT8 weight of a layer. Scales of a KV cache and of
 # attention among them.
@@ -81,7 +89,7 @@ def find_files(folder: str) -> list[str]:
             with open(index, encoding="utf-8") as f:
                 listed = set(json.load(f)["weight_map"].values())
             gone = sorted(listed - names)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+        except _UNREADABLE as e:
             raise CheckpointError(f"{index}: is no index ({e}): {_INCOMPLETE}") from e
         if gone:
             path = os.path.join(folder, gone[0])
@@ -114,7 +122,7 @@ def read_header(path: str) -> Iterator[Entry]:
             if stop > size:
                 raise ValueError("it is cut short")
             yield Entry(name, path, info["dtype"], tuple(info["shape"]), start)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+    except _UNREADABLE as e:
         why = f"is no whole safetensors file ({e}): {_INCOMPLETE}"
         raise CheckpointError(f"{path}: {why}") from e
 
@@ -131,13 +139,20 @@ class Contents:
             if first is not entry:
                 self.twice.append((entry, first))
 
+    def weights(self) -> Iterator[tuple[str, Entry]]:
+        """Each module that has a weight, and that."""
+        found = (
+            (module, kinds.get("weight")) for module, kinds in self.modules.items()
+        )
+        return ((module, weight) for module, weight in found if weight is not None)
+
     def int8_modules(self) -> list[str]:
         """Modules whose weight is INT8."""
-        return [
-            module
-            for module, kinds in self.modules.items()
-            if "weight" in kinds and kinds["weight"].dtype == "I8"
-        ]
+        return [module for module, weight in self.weights() if weight.dtype == "I8"]
+
+    def stacks(self) -> list[str]:
+        """Modules whose weight is one tensor [E, N, K] for all experts."""
+        return [module for module, w in self.weights() if len(w.shape) == 3]
 
 
 def find_problems(contents: Contents, names: Names) -> Iterator[Problem]:
@@ -232,23 +247,21 @@ def contents_of_hub(model: str, revision: str | None) -> Contents | None:
     )
 
 
-def judge(model: str, revision: str | None, names: Names) -> Iterable[str]:
-    """The modules of `model`, a folder or a name on the hub, whose weights are INT8
-    in its files; none where there are no files, as with dummy weights.
+def judge(model: str, revision: str | None, names: Names) -> Contents | None:
+    """What `model`, a folder or a name on the hub, holds; None where there are no
+    files, as with dummy weights.
 
     Raises ValueError with the first problem and the number of others.
     """
-    contents: Contents | None
+    contents: Contents | None = None
     if os.path.isdir(model):
         contents = read_contents(model)
-    elif os.path.exists(model) or "://" in model or _MODELSCOPE:
-        return ()
-    else:
+    elif not os.path.exists(model) and "://" not in model and not _MODELSCOPE:
         contents = contents_of_hub(model, revision)
     if not contents or not contents.modules:
-        return ()
+        return None
     problems = list(find_problems(contents, names))
     if problems:
         more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
         raise ValueError(f"{problems[0]}{more}")
-    return contents.int8_modules()
+    return contents

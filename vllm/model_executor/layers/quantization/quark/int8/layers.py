@@ -62,12 +62,15 @@ class Int8Layers:
         # By vLLM's name, what `served_config` answers.
         self._served: dict[str, dict[str, Any]] = {}
         self._unclaimed: set[str] = set()
+        self._stacks: set[str] | None = None
         self._blocks: set[str] = set()
         self._warned: set[str] = set()
 
-    def expect(self, int8_modules: Iterable[str]) -> None:
-        """Say which modules are INT8 in the checkpoint's files."""
-        self._unclaimed = set(int8_modules)
+    def expect(self, contents: Any) -> None:
+        """Take what the checkpoint's files hold (`checkpoint.Contents`, or None)."""
+        if contents is not None:
+            self._unclaimed = set(contents.int8_modules())
+            self._stacks = set(contents.stacks())
 
     def _scheme_of(
         self, module: str, names: Collection[str], among: Collection[str] | None = None
@@ -136,16 +139,21 @@ class Int8Layers:
         touched: list[str] = []
         parts: dict[str, tuple[str, ...]] = {}
         for family in dict.fromkeys(filter(None, (projections, *_EXPERT_PROJECTIONS))):
+            # One tensor for all experts is named beside or below the layer.
+            stacks = {
+                proj: {f"{at}.{proj}" for n in own for at in (n, n.rpartition(".")[0])}
+                for proj in family
+            }
+            if self._stacks is not None:
+                stacks = {proj: s & self._stacks for proj, s in stacks.items()}
             names = {
                 f"{layer_name}.{e}.{proj}": (
                     *own,
-                    # One tensor for all experts is named beside or below the layer.
-                    *(f"{n.rpartition('.')[0]}.{proj}" for n in own),
-                    *(f"{n}.{proj}" for n in own),
+                    *stacks[proj],
                     *(f"{n}.{e}.{proj}" for n in own),
                 )
                 for e in range(count)
-                for proj in dict.fromkeys(family)
+                for proj in stacks
             }
             found = self.names.touching({n for each in names.values() for n in each})
             if len(found) > len(touched) or not parts:

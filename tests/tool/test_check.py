@@ -1,0 +1,1072 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""`vllm-quark check`: what is wrong with an INT8 checkpoint, one line each; what is right is not mentioned."""
+
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from trees import ROOT, cli, one_line
+from typer.testing import CliRunner
+
+from vllm_quark import checkpoint
+from vllm_quark.checkpoint.entries import Entries
+from vllm_quark.checkpoint.int8 import headers, names
+from vllm_quark.cli import app
+
+K, N, EXPERTS = 8, 6, 3
+DTYPES = {"I8": "i1", "I32": "<i4", "F32": "<f4", "F64": "<f8", "F16": "<f2", "BF16": "<u2", "U8": "u1"}
+AGAIN = "export it again with AMD Quark"
+DYNAMIC = "set is_dynamic to true and qscheme to per_channel in the input_tensors"
+Tensor = tuple[str, np.ndarray]
+
+
+def spec(qscheme: str, axis: int | None, dynamic: bool, symmetric: bool = True) -> dict:
+    return {"dtype": "int8", "qscheme": qscheme, "ch_axis": axis, "is_dynamic": dynamic, "symmetric": symmetric}
+
+
+INPUTS = {
+    "token": spec("per_channel", 1, True),
+    "tensor": spec("per_tensor", None, True),
+    "static": spec("per_tensor", None, False),
+    "static_asym": spec("per_tensor", None, False, symmetric=False),
+}
+
+
+def f32(*values: float) -> Tensor:
+    return "F32", np.array(values, np.float32)
+
+
+def bf16(*shape: int) -> Tensor:
+    return "BF16", np.full(shape, 0x3F80, np.uint16)
+
+
+class Checkpoint:
+    """Two decoder layers with attention, a router, experts and a shared expert, all INT8 but the router."""
+
+    def __init__(self, inputs: str = "token", qscheme: str = "per_channel", stacked: bool = False) -> None:
+        self.files: dict[str, dict[str, Tensor]] = {"model.safetensors": {}}
+        weight = spec(qscheme, 0 if qscheme == "per_channel" else None, False)
+        self.quant = {
+            "quant_method": "quark",
+            "global_quant_config": {"weight": weight, "input_tensors": copy.deepcopy(INPUTS[inputs])},
+            "exclude": ["lm_head", "*.mlp.gate"],
+            "layer_quant_config": {},
+            "export": {"kv_cache_group": [], "pack_method": "reorder"},
+        }
+        self.config = {"architectures": ["AForCausalLM"], "quantization_config": self.quant}
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            self.tensors[name] = bf16(N, K)
+        self.tensors["model.norm.weight"] = bf16(K)
+        random = np.random.default_rng(0)
+
+        def add(module: str, *experts: int, static: bool = inputs.startswith("static")) -> None:
+            shape = (K, N) if module.endswith("down_proj") else (N, K)
+            rows = shape[:1] if qscheme == "per_channel" else ()
+            self.tensors[f"{module}.weight"] = "I8", random.integers(1, 9, (*experts, *shape), np.int8)
+            self.tensors[f"{module}.weight_scale"] = "F32", np.full((*experts, *rows), 0.01, np.float32)
+            if static:
+                self.tensors[f"{module}.input_scale"] = f32(0.02)
+            if static and inputs == "static_asym":
+                self.tensors[f"{module}.input_zero_point"] = "I32", np.array([-3], np.int32)
+
+        for layer in ("model.layers.0", "model.layers.1"):
+            self.tensors[f"{layer}.input_layernorm.weight"] = bf16(K)
+            self.tensors[f"{layer}.mlp.gate.weight"] = bf16(EXPERTS, K)
+            for last in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                add(f"{layer}.self_attn.{last}")
+            for last in ("gate_proj", "up_proj", "down_proj"):
+                add(f"{layer}.mlp.shared_expert.{last}")
+                if stacked:
+                    add(f"{layer}.mlp.{last}", EXPERTS, static=False)
+                else:
+                    for expert in range(EXPERTS):
+                        add(f"{layer}.mlp.experts.{expert}.{last}")
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return self.files["model.safetensors"]
+
+    @property
+    def inputs(self) -> dict:
+        return self.quant["global_quant_config"]["input_tensors"]
+
+    def write(self, folder: Path) -> Path:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(self.config))
+        for name, tensors in self.files.items():
+            save(folder / name, tensors)
+        return folder
+
+    def make_dynamic(self) -> None:
+        self.inputs.update(is_dynamic=True, qscheme="per_channel")
+
+
+def save(path: Path, tensors: dict[str, Tensor]) -> None:
+    header, data = {}, b""
+    # Wide types first, as the library writes them.
+    for name, (dtype, values) in sorted(tensors.items(), key=lambda t: (-np.dtype(DTYPES[t[1][0]]).itemsize, t[0])):
+        start, data = len(data), data + values.astype(DTYPES[dtype]).tobytes()
+        header[name] = {"dtype": dtype, "shape": values.shape, "data_offsets": [start, len(data)]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def check(folder: Path | str, *words: str) -> tuple[int, list[str]]:
+    """Exit code and lines of stdout."""
+    done = CliRunner().invoke(app, ["check", str(folder), *words])
+    return done.exit_code, done.stdout.splitlines()
+
+
+def problem_lines(lines: list[str]) -> list[str]:
+    """The lines after the summary that are no notes, without the last."""
+    return [line for line in lines[1:-1] if not line.startswith(("  ", "note: "))]
+
+
+def sound(folder: Path) -> list[str]:
+    code, lines = check(folder)
+    assert code == 0 and lines[-1] == "sound" and not problem_lines(lines), lines
+    return lines
+
+
+def problem(folder: Path, *parts: str, of: int = 1) -> str:
+    """Assert exit 1 and `of` problems, a single one of which has all `parts`; its line."""
+    code, lines = check(folder)
+    assert code == 1 and lines[-1] == f"problems: {of}", lines
+    found = [line for line in problem_lines(lines) if all(part in line for part in parts)]
+    assert len(found) == 1, lines
+    return found[0]
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["experts", "stacked"])
+@pytest.mark.parametrize("qscheme", ["per_channel", "per_tensor"])
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_sound(tmp_path, inputs, qscheme, stacked):
+    lines = sound(Checkpoint(inputs, qscheme, stacked).write(tmp_path / "ckpt"))
+    weights = qscheme.replace("_", "-")
+    modules = 2 * (7 + (3 if stacked else 3 * EXPERTS))
+    assert lines[1].startswith(f"  {modules} modules: {weights} weights, ")
+    assert lines[2] == "  3 modules in `exclude`"
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize("name", ["quark", "quark-all", "stacked", "stacked-all", "quark-mtp"])
+def test_exports_of_amd_quark_are_sound(name):
+    folder = ROOT / "build/ckpts" / name
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"{folder} is not there (make ckpts)")
+    assert not [line for line in sound(folder) if line.startswith("note") or "nothing matches" in line]
+
+
+def test_neither_torch_nor_vllm_is_imported(tmp_path):
+    folder = Checkpoint("static").write(tmp_path / "ckpt")
+    code = (
+        "import sys; from vllm_quark.cli import main; sys.argv = ['vllm-quark', 'check', sys.argv[1]]\n"
+        "try: main()\n"
+        "finally: assert not {'torch', 'vllm'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.endswith("sound\n") and not done.stderr, done
+
+
+def test_help_has_an_example():
+    done = cli(ROOT, "check", "--help")
+    assert done.returncode == 0 and "vllm-quark check ~/models/" in done.stdout and "0 sound" in done.stdout
+
+
+# What is wrong with values, and nothing else. The change, what the line says, and the way out.
+
+SCALE = "model.layers.1.self_attn.o_proj.weight_scale"
+EXPERT = "model.layers.1.mlp.experts.2.up_proj"
+
+
+def scaled(index: int, value: float, dtype: str = "F32") -> Tensor:
+    values = np.full(N, 1, np.float64)
+    values[index] = value
+    if dtype == "BF16":
+        return dtype, (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return dtype, values
+
+
+BAD_VALUES = {
+    "nan": ("token", SCALE, scaled(4, np.nan), "is nan at [4]: export it again with AMD Quark"),
+    "nan of an expert": ("token", f"{EXPERT}.weight_scale", scaled(4, np.nan), "is nan at [4]"),
+    "infinite": ("token", SCALE, scaled(1, np.inf), "is inf at [1]"),
+    "negative": ("token", SCALE, scaled(0, -0.5), "is -0.5 at [0]"),
+    "zero": ("token", SCALE, scaled(5, 0), "is 0 at [5], but its weight is not"),
+    "BF16 nan": ("token", SCALE, scaled(2, np.nan, "BF16"), "is nan at [2]"),
+    "BF16 negative": ("token", SCALE, scaled(2, -0.5, "BF16"), "is -0.5 at [2]"),
+    "F16 infinite": ("token", SCALE, scaled(2, np.inf, "F16"), "is inf at [2]"),
+    "F64 beyond float32": ("token", SCALE, scaled(2, 1e300, "F64"), "is inf at [2]"),
+    "several": ("token", SCALE, f32(1, np.nan, -1, 1, np.inf, 1), "is nan at [1] (and 2 more of its values)"),
+    "column": ("token", SCALE, ("F32", np.array([[1], [1], [-1], [1], [1], [1]])), "is -1.0 at [2, 0]"),
+    "one value": ("token", SCALE, f32(0), "is 0, but its weight is not"),
+    "weight zero point": (
+        "token",
+        SCALE.replace("scale", "zero_point"),
+        ("I32", np.array([0, 0, 7, 0, 9, 0])),
+        "is 7 at [2] (and 1 more of its values): export it again with AMD Quark with symmetric=True",
+    ),
+    "float zero point": (
+        "token",
+        SCALE.replace("scale", "zero_point"),
+        f32(0, 0, 0, 0, 0, 0),
+        "is F32 [6], but expected are 1 or 6 integers: export it again",
+    ),
+    "input scale nan": ("static", "model.layers.0.self_attn.o_proj.input_scale", f32(np.nan), f"is nan: {DYNAMIC}"),
+    "input scale zero": ("static", "model.layers.0.self_attn.o_proj.input_scale", f32(0), f"is 0: {DYNAMIC}"),
+    "input scales": (
+        "static",
+        "model.layers.0.self_attn.o_proj.input_scale",
+        f32(1, 2),
+        f"is F32 [2], expected one float: {DYNAMIC}",
+    ),
+    "symmetric input zero point": (
+        "static",
+        "model.layers.0.self_attn.o_proj.input_zero_point",
+        ("I32", np.array([3])),
+        f"is 3: {DYNAMIC}",
+    ),
+    "wide input zero point": (
+        "static_asym",
+        "model.layers.0.self_attn.o_proj.input_zero_point",
+        ("I32", np.array([300])),
+        f"is 300: {DYNAMIC}",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD_VALUES)
+def test_values(tmp_path, what):
+    inputs, name, tensor, said = BAD_VALUES[what]
+    made = Checkpoint(inputs)
+    made.tensors[name] = tensor
+    folder = made.write(tmp_path / "ckpt")
+    assert problem(folder, said).startswith(f"{name} (model.safetensors) is ")
+    if DYNAMIC in said:
+        made.make_dynamic()
+        sound(made.write(folder))
+
+
+@pytest.mark.parametrize("shape", [(EXPERTS, N), (EXPERTS, N, 1)])
+def test_values_of_stacked_experts(tmp_path, shape):
+    made = Checkpoint(stacked=True)
+    name = "model.layers.0.mlp.up_proj"
+    values = np.ones(shape, np.float32)
+    values[1, 4] = 0
+    made.tensors[f"{name}.weight_scale"] = "F32", values
+    problem(made.write(tmp_path / "ckpt"), f"{name}.weight_scale", "is 0 at [1, 4], but its weight is not")
+    made.tensors[f"{name}.weight"][1][1, 4] = 0
+    sound(made.write(tmp_path / "ckpt"))
+
+
+@pytest.mark.parametrize("value", [np.nan, 0])
+def test_one_scale_an_expert(tmp_path, value):
+    made = Checkpoint(stacked=True, qscheme="per_tensor")
+    made.tensors["model.layers.0.mlp.up_proj.weight_scale"] = f32(1, 1, value)
+    where = "is nan at [2]" if value else "is 0 at [2, 0], but its weight is not"
+    problem(made.write(tmp_path / "ckpt"), "mlp.up_proj.weight_scale", where)
+
+
+def test_rows_of_zeros_may_have_a_scale_of_zero(tmp_path):
+    made = Checkpoint()
+    made.tensors[SCALE] = scaled(3, 0)
+    made.tensors[SCALE.replace("_scale", "")][1][3] = 0
+    sound(made.write(tmp_path / "ckpt"))
+
+
+def test_values_that_vllm_does_not_read(tmp_path):
+    """Static scales of experts, which are served per token, and of dynamic layers."""
+    made = Checkpoint("static")
+    made.tensors["model.layers.0.mlp.experts.0.up_proj.input_scale"] = f32(np.nan)
+    del made.tensors["model.layers.1.mlp.experts.0.up_proj.input_scale"]
+    sound(made.write(tmp_path / "ckpt"))
+    made = Checkpoint()
+    made.tensors["model.layers.0.self_attn.q_proj.input_scale"] = f32(np.nan)
+    sound(made.write(tmp_path / "ckpt"))
+
+
+@pytest.mark.parametrize("kind", ["input_scale", "input_zero_point"])
+@pytest.mark.parametrize("fused", ["self_attn.{}_proj", "mlp.shared_expert.{}_proj"])
+def test_static_inputs_of_a_fused_layer_differ(tmp_path, fused, kind):
+    made = Checkpoint("static_asym")
+    first, other = ("q", "v") if "attn" in fused else ("gate", "up")
+    name, tensor = f"model.layers.1.{fused.format(other)}.{kind}", ("I32", np.array([5]))
+    made.tensors[name] = f32(0.03) if kind == "input_scale" else tensor
+    line = problem(made.write(tmp_path / "ckpt"), name, "vLLM quantizes their input once", DYNAMIC)
+    assert f"model.layers.1.{fused.format(first)}.{kind}" in line or "k_proj" in line
+    assert ("0.02" in line and "0.03" in line) if kind == "input_scale" else ("-3" in line and "5" in line)
+    made.make_dynamic()
+    sound(made.write(tmp_path / "ckpt"))
+
+
+@pytest.mark.parametrize("inputs, kind", [("static", "input_scale"), ("static_asym", "input_zero_point")])
+def test_static_input_missing(tmp_path, inputs, kind):
+    made = Checkpoint(inputs)
+    name = f"model.layers.1.self_attn.o_proj.{kind}"
+    del made.tensors[name]
+    # What its layer lacks is seen in the headers, too.
+    code, lines = check(made.write(tmp_path / "ckpt"))
+    assert code == 1 and any(line.startswith(name) and DYNAMIC in line for line in lines), lines
+    for layer in (0, 1):
+        made.tensors.pop(f"model.layers.{layer}.self_attn.o_proj.{kind}", None)
+    made.make_dynamic()
+    sound(made.write(tmp_path / "ckpt"))
+
+
+# What headers and config say.
+
+
+def test_rows_where_the_config_says_one_value(tmp_path):
+    made = Checkpoint(qscheme="per_tensor")
+    made.tensors[SCALE] = scaled(0, 1)
+    way_out = "set qscheme to per_channel and ch_axis to 0 in the weight part"
+    problem(made.write(tmp_path / "ckpt"), SCALE, "is F32 [6], but config.json says one value a matrix", way_out)
+    made.quant["global_quant_config"]["weight"].update(qscheme="per_channel", ch_axis=0)
+    sound(made.write(tmp_path / "ckpt"))
+
+
+def test_one_part_with_rows_is_enough(tmp_path):
+    made = Checkpoint(qscheme="per_tensor")
+    special = copy.deepcopy(made.quant["global_quant_config"])
+    special["weight"].update(qscheme="per_channel", ch_axis=0)
+    made.quant["layer_quant_config"]["*.k_proj"] = special
+    for layer in (0, 1):
+        for part in ("q_proj", "k_proj"):
+            made.tensors[f"model.layers.{layer}.self_attn.{part}.weight_scale"] = scaled(0, 1)
+    lines = sound(made.write(tmp_path / "ckpt"))
+    assert lines[2].startswith("  2 modules: per-channel")
+
+
+def test_scale_missing(tmp_path):
+    made = Checkpoint()
+    scale = made.tensors.pop(f"{EXPERT}.weight_scale")
+    problem(made.write(tmp_path / "ckpt"), f"{EXPERT}.weight (model.safetensors) is int8", f"no {EXPERT}.weight_scale")
+    made.tensors[f"{EXPERT}.weight_scale"] = scale
+    sound(made.write(tmp_path / "ckpt"))
+
+
+def test_weight_missing(tmp_path):
+    made = Checkpoint()
+    del made.tensors[f"{EXPERT}.weight"]
+    problem(made.write(tmp_path / "ckpt"), f"{EXPERT}.weight_scale", f"has no {EXPERT}.weight", "incomplete")
+
+
+def test_scale_of_another_shape(tmp_path):
+    made = Checkpoint()
+    made.tensors[SCALE] = f32(1, 1, 1)
+    problem(made.write(tmp_path / "ckpt"), SCALE, "is F32 [3], expected one value or one a row", AGAIN)
+
+
+@pytest.mark.parametrize("kind", ["input_rotation", "weight_scale_2"])
+def test_tensors_that_nobody_takes(tmp_path, kind):
+    made = Checkpoint()
+    name = f"model.layers.0.self_attn.o_proj.{kind}"
+    made.tensors[name] = f32(*range(K))
+    folder = made.write(tmp_path / "ckpt")
+    code, lines = check(folder)
+    assert code == 1 and any(line.startswith(f"{name} (model.safetensors) lies beside") for line in lines), lines
+    del made.tensors[name]
+    sound(made.write(folder))
+
+
+def test_scales_of_caches_are_nothing(tmp_path):
+    made = Checkpoint()
+    for layer in (0, 1):
+        for name in ("k_proj.output_scale", "v_proj.output_scale", "k_scale", "v_scale"):
+            made.tensors[f"model.layers.{layer}.self_attn.{name}"] = f32(0.1)
+    lines = sound(made.write(tmp_path / "ckpt"))
+    assert len(lines) == 4
+
+
+def test_int8_under_exclude(tmp_path):
+    made = Checkpoint()
+    made.quant["exclude"].append("model.layers.1.self_attn.o_proj")
+    folder = made.write(tmp_path / "ckpt")
+    problem(folder, "layers.1.self_attn.o_proj.weight (model.safetensors) is int8, but", "`exclude`", "restore config")
+    made.quant["exclude"].pop()
+    sound(made.write(folder))
+
+
+@pytest.mark.parametrize("entry", ["model.layers.0.mlp.experts", "*layers.0.mlp.experts.*.up_proj"])
+def test_int8_stacks_under_exclude(tmp_path, entry):
+    made = Checkpoint(stacked=True)
+    made.quant["exclude"].append(entry)
+    code, lines = check(made.write(tmp_path / "ckpt"))
+    assert code == 1 and not any("nothing matches" in line for line in lines)
+    line = "model.layers.0.mlp.up_proj.weight (model.safetensors) is int8, but its layer is in `exclude`: restore"
+    assert any(found.startswith(line) for found in lines), lines
+
+
+def test_int8_where_the_config_says_something_else(tmp_path):
+    made = Checkpoint()
+    made.quant["layer_quant_config"]["*.o_proj"] = {"weight": {"dtype": "fp8_e4m3"}, "input_tensors": None}
+    problem(made.write(tmp_path / "ckpt"), "layers.0.self_attn.o_proj.weight", "quantizes it to fp8_e4m3", of=2)
+    made.quant["layer_quant_config"]["*.o_proj"] = {"weight": None, "input_tensors": None}
+    problem(made.write(tmp_path / "ckpt"), "layers.0.self_attn.o_proj.weight", "does not quantize it", of=2)
+
+
+def test_floats_where_others_are_int8(tmp_path):
+    made = Checkpoint()
+    name = "model.layers.1.self_attn.o_proj"
+    del made.tensors[f"{name}.weight_scale"]
+    made.tensors[f"{name}.weight"] = bf16(N, K)
+    folder = made.write(tmp_path / "ckpt")
+    said = "is BF16, but config.json says int8, and other o_proj are: add its layer to `exclude`"
+    problem(folder, f"{name}.weight (model.safetensors) {said}")
+    made.quant["exclude"].append(name)
+    sound(made.write(folder))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_float_experts(tmp_path, stacked):
+    made = Checkpoint(stacked=stacked)
+    experts = [n for n in made.tensors if re.search(r"mlp\.(experts\.|\w+_proj)", n) and n.endswith("weight")]
+    for name in experts:
+        del made.tensors[f"{name}_scale"]
+        made.tensors[name] = bf16(*(EXPERTS, 16, 16) if stacked else (16, 16))
+    code, lines = check(made.write(tmp_path / "ckpt"))
+    assert code == 1 and lines[-1] == f"problems: {len(experts)}"
+    made.quant["exclude"].append("re:.*mlp.experts")
+    sound(made.write(tmp_path / "ckpt"))
+
+
+def test_float_experts_without_modules(tmp_path):
+    made = Checkpoint(stacked=True)
+    name = "model.layers.0.mlp2.experts.gate_up_proj"
+    made.tensors[name] = bf16(EXPERTS, 32, 16)
+    folder = made.write(tmp_path / "ckpt")
+    problem(folder, f"{name} (model.safetensors) is BF16", "add its layer to `exclude`")
+    made.quant["exclude"].append("model.layers.0.mlp2.experts")
+    assert not any("nothing matches" in line for line in sound(made.write(folder)))
+
+
+def test_floats_that_vllm_builds_unquantized_are_a_note(tmp_path):
+    made = Checkpoint()
+    made.quant["exclude"].clear()
+    lines = sound(made.write(tmp_path / "ckpt"))
+    (note,) = [line for line in lines if line.startswith("note: ")]
+    assert "nowhere INT8: BF16 gate (2)." in note and "embed" not in note and "lm_head" not in note
+
+
+def test_parts_of_one_layer(tmp_path):
+    made = Checkpoint()
+    name = "model.layers.1.self_attn.v_proj"
+    del made.tensors[f"{name}.weight_scale"]
+    made.tensors[f"{name}.weight"] = bf16(N, K)
+    folder = made.write(tmp_path / "ckpt")
+    problem(folder, f"{name}.weight", "other parts of its layer are: export them again, all alike")
+    # Listed, it is not what its layer is either.
+    made.quant["exclude"].append(name)
+    line = problem(made.write(folder), "vLLM runs them as one layer: export them again, all alike")
+    assert line.startswith(f"{name} is in `exclude`, but model.layers.1.self_attn.")
+    for part in ("q_proj", "k_proj"):
+        module = name.replace("v_proj", part)
+        del made.tensors[f"{module}.weight_scale"]
+        made.tensors[f"{module}.weight"] = bf16(N, K)
+    # By the name of vLLM's layer for all three.
+    made.quant["exclude"][-1] = "model.layers.1.self_attn.qkv_proj"
+    lines = sound(made.write(folder))
+    assert "  6 modules in `exclude`" in lines and not any("nothing matches" in line for line in lines)
+
+
+def test_floats_beside_excluded_parts(tmp_path):
+    made = Checkpoint()
+    for name in [n for n in made.tensors if ".self_attn." in n]:
+        if name.endswith("scale"):
+            del made.tensors[name]
+        else:
+            made.tensors[name] = bf16(N, K)
+    made.quant["exclude"] += ["*k_proj", "*v_proj", "*o_proj"]
+    said = "is BF16, but config.json says int8, and not of other parts of its layer: add its layer to `exclude`"
+    problem(made.write(tmp_path / "ckpt"), f"model.layers.1.self_attn.q_proj.weight (model.safetensors) {said}", of=2)
+    made.quant["exclude"].append("*q_proj")
+    sound(made.write(tmp_path / "ckpt"))
+
+
+def test_one_expert_that_is_not_like_the_others(tmp_path):
+    made = Checkpoint()
+    made.tensors[f"{EXPERT}.weight"] = bf16(N, K)
+    del made.tensors[f"{EXPERT}.weight_scale"]
+    made.quant["exclude"].append(EXPERT)
+    problem(made.write(tmp_path / "ckpt"), f"{EXPERT} is in `exclude`, but", "is INT8, and vLLM runs them as one layer")
+
+
+@pytest.mark.parametrize("entry", ["model.layers.1.mlp.experts.1.up_proj", "*experts.1.*", "*experts.0.up_proj"])
+def test_entries_of_one_expert_in_a_stack(tmp_path, entry):
+    made = Checkpoint(stacked=True)
+    # INT8 experts are served alike.
+    made.quant["layer_quant_config"][entry] = made.quant["global_quant_config"] | {"input_tensors": INPUTS["static"]}
+    sound(made.write(tmp_path / "ckpt"))
+    made.quant["layer_quant_config"][entry] = {"weight": {"dtype": "fp8_e4m3"}, "input_tensors": None}
+    code, lines = check(made.write(tmp_path / "ckpt"))
+    assert code == 1 and any("holds all experts, but config.json says of" in line for line in lines), lines
+    del made.quant["layer_quant_config"][entry]
+    sound(made.write(tmp_path / "ckpt"))
+
+
+def test_experts_that_are_not_there(tmp_path):
+    made = Checkpoint()
+    for name in [n for n in made.tensors if n.startswith(f"{EXPERT}.")]:
+        del made.tensors[name]
+    said = "is not in the checkpoint, and those of other experts are: the checkpoint is incomplete"
+    problem(made.write(tmp_path / "ckpt"), f"{EXPERT}.weight {said}")
+    for name in [n for n in made.tensors if ".1.mlp.experts.1." in n]:
+        del made.tensors[name]
+    problem(made.write(tmp_path / "ckpt"), "model.layers.1.mlp.experts.1.gate_proj.weight is not in", of=4)
+
+
+@pytest.mark.parametrize("stacked, left, gone", [(True, "up", "down"), (True, "gate", "up"), (False, "gate", "up")])
+def test_projections_that_are_not_there(tmp_path, stacked, left, gone):
+    made = Checkpoint(stacked=stacked)
+    where = "mlp" if stacked else "mlp.shared_expert"
+    for name in [n for n in made.tensors if f".{where}.{gone}_proj." in n]:
+        del made.tensors[name]
+    said = f"{where}.{gone}_proj.weight is not in the checkpoint, but {left}_proj is"
+    code, lines = check(made.write(tmp_path / "ckpt"))
+    assert code == 1 and sum(said in line for line in lines) == 2, lines
+
+
+def test_an_expert_of_another_shape(tmp_path):
+    for name, shape in ((EXPERT, (2 * N, K)), (EXPERT.replace("up_proj", "down_proj"), (N, K))):
+        made = Checkpoint()
+        made.tensors[f"{name}.weight"] = "I8", np.ones(shape, np.int8)
+        made.tensors[f"{name}.weight_scale"] = f32(0.1)
+        expected = [K, N] if "down" in name else [N, K]
+        said = f"{name}.weight (model.safetensors) is I8 {list(shape)}, expected {expected} by the others of its layer"
+        problem(made.write(tmp_path / "ckpt"), said, AGAIN)
+
+
+def test_a_stack_of_another_shape(tmp_path):
+    made = Checkpoint(stacked=True)
+    made.tensors["model.layers.0.mlp.down_proj.weight"] = "I8", np.ones((EXPERTS, N, K), np.int8)
+    made.tensors["model.layers.0.mlp.down_proj.weight_scale"] = "F32", np.ones((EXPERTS, N))
+    expected = f"expected [{EXPERTS}, {K}, {N}] by the others of its layer"
+    problem(made.write(tmp_path / "ckpt"), "layers.0.mlp.down_proj.weight", f"is I8 [{EXPERTS}, {N}, {K}]", expected)
+
+
+@pytest.mark.parametrize("part, shape", [("mlp.shared_expert.up_proj", (2, K)), ("self_attn.v_proj", (N, 2))])
+def test_parts_of_other_shapes(tmp_path, part, shape):
+    made = Checkpoint()
+    made.tensors[f"model.layers.0.{part}.weight"] = "I8", np.ones(shape, np.int8)
+    made.tensors[f"model.layers.0.{part}.weight_scale"] = f32(0.1)
+    problem(made.write(tmp_path / "ckpt"), f"{part}.weight", f"is I8 {list(shape)}, but", "as one layer", AGAIN)
+    # Fewer key and value heads than query heads are as usual.
+    made = Checkpoint()
+    for last in ("k_proj", "v_proj"):
+        for layer in (0, 1):
+            made.tensors[f"model.layers.{layer}.self_attn.{last}.weight"] = "I8", np.ones((2, K), np.int8)
+            made.tensors[f"model.layers.{layer}.self_attn.{last}.weight_scale"] = f32(0.1, 0.1)
+    sound(made.write(tmp_path / "ckpt"))
+
+
+def test_excluded_experts_by_their_layers_name(tmp_path):
+    made = Checkpoint()
+    for name in [n for n in made.tensors if ".experts." in n]:
+        if name.endswith("scale"):
+            del made.tensors[name]
+        else:
+            made.tensors[name] = bf16(*made.tensors[name][1].shape)
+    made.quant["exclude"] += ["layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    lines = sound(made.write(tmp_path / "ckpt"))
+    assert f"  {3 + 2 * 3 * EXPERTS} modules in `exclude`" in lines and len(lines) == 4
+
+
+@pytest.mark.parametrize("entry", ["re:.*mlp.gate", "*.mlp.gate*", "re:.*gate$"])
+def test_a_routers_pattern_is_no_gates(tmp_path, entry):
+    """Of a stack's name `mlp.gate_proj`, which this checkpoint does not have."""
+    made = Checkpoint()
+    made.quant["exclude"] = ["lm_head", entry]
+    assert "  3 modules in `exclude`" in sound(made.write(tmp_path / "ckpt"))
+
+
+def test_zero_points_of_one_value(tmp_path):
+    made = Checkpoint(qscheme="per_tensor")
+    name = "model.layers.1.self_attn.o_proj.weight_zero_point"
+    made.tensors[name] = "I8", np.zeros(N, np.int8)
+    problem(made.write(tmp_path / "ckpt"), name, "is I8 [6], but expected are 1 integers", AGAIN)
+    made.tensors[name] = "I8", np.zeros(1, np.int8)
+    sound(made.write(tmp_path / "ckpt"))
+
+
+def test_schemes_that_no_kernel_runs(tmp_path):
+    made = Checkpoint()
+    special = copy.deepcopy(made.quant["global_quant_config"])
+    special["weight"]["symmetric"] = False
+    made.quant["layer_quant_config"]["*.o_proj"] = special
+    line = problem(made.write(tmp_path / "ckpt"), "INT8 weights with symmetric=False", f"{AGAIN} with symmetric=True")
+    assert line.startswith("model.layers.0.self_attn.o_proj has a scheme that no kernel runs, and so have 1 more (")
+    assert "model.layers.1.self_attn.o_proj" in line
+    special["weight"] = None
+    for layer in (0, 1):
+        name = f"model.layers.{layer}.self_attn.o_proj.weight"
+        made.tensors[name] = bf16(N, K)
+        del made.tensors[f"{name}_scale"]
+    problem(made.write(tmp_path / "ckpt"), "its input is quantized, its weight is not")
+
+
+def test_an_int8_head(tmp_path):
+    made = Checkpoint()
+    made.quant["exclude"].remove("lm_head")
+    made.tensors["lm_head.weight"] = "I8", np.ones((N, K), np.int8)
+    made.tensors["lm_head.weight_scale"] = scaled(0, 1)
+    folder = made.write(tmp_path / "ckpt")
+    problem(folder, "lm_head.weight (model.safetensors) is int8", "add it to `exclude` and export it unquantized")
+    sound(Checkpoint().write(folder))
+
+
+def test_another_dtype(tmp_path):
+    made = Checkpoint()
+    made.tensors["model.layers.1.self_attn.o_proj.weight"] = "U8", np.ones((N, K), np.uint8)
+    code, lines = check(made.write(tmp_path / "ckpt"))
+    assert code == 1 and any("o_proj.weight (model.safetensors) is U8, but config.json says int8" in x for x in lines)
+
+
+def test_twice(tmp_path):
+    made = Checkpoint()
+    made.files["other.safetensors"] = {f"{EXPERT}.weight": made.tensors[f"{EXPERT}.weight"]}
+    folder = made.write(tmp_path / "ckpt")
+    line = problem(folder, "is in the checkpoint twice, in model.safetensors and other.safetensors")
+    assert line.startswith(f"{EXPERT}.weight (other.safetensors)") and "keep the files of one export" in line
+    (folder / "other.safetensors").unlink()
+    sound(folder)
+
+
+def test_what_matches_nothing(tmp_path):
+    made = Checkpoint(stacked=True)
+    made.quant["exclude"] += [
+        "model.layers.9.mlp.gate",
+        "re:.*nothing",
+        "re:.*embed",
+        "model.layers.0.mlp.shared_experts",
+    ]
+    made.quant["layer_quant_config"] = {
+        "*layers.7.*": made.quant["global_quant_config"],
+        # Names of layers that vLLM makes, and of what a stacked tensor holds.
+        "model.layers.1.mlp.experts": made.quant["global_quant_config"],
+        "layers.1.self_attn.qkv_proj": made.quant["global_quant_config"],
+        "model.layers.1.mlp.experts.2.up_proj": made.quant["global_quant_config"],
+        "*.experts.2.down_proj": made.quant["global_quant_config"],
+    }
+    unmatched = ["model.layers.9.mlp.gate", "re:.*nothing", "model.layers.0.mlp.shared_experts", "*layers.7.*"]
+    folder = made.write(tmp_path / "ckpt")
+    assert f"  nothing matches 4 of `exclude` and `layer_quant_config`: {', '.join(unmatched)}" in sound(folder)
+    code, lines = check(folder, "--json")
+    assert code == 0 and json.loads("".join(lines))["unmatched"] == unmatched
+
+
+def test_a_tied_head_may_be_listed(tmp_path):
+    made = Checkpoint()
+    made.config["tie_word_embeddings"] = True
+    del made.tensors["lm_head.weight"]
+    assert len(sound(made.write(tmp_path / "ckpt"))) == 4
+
+
+def test_language_models_inside_others(tmp_path):
+    """transformers calls modules model.language_model.… in memory and language_model.model.… in files, or both."""
+    for here, there in (
+        ("model.language_model", "language_model.model"),
+        ("language_model.model", "model.language_model"),
+    ):
+        made = Checkpoint()
+        made.files["model.safetensors"] = {n.replace("model.", f"{here}.", 1): t for n, t in made.tensors.items()}
+        made.quant["exclude"] = ["lm_head", *(f"{there}.layers.{i}.mlp.gate" for i in (0, 1))]
+        assert "  3 modules in `exclude`" in sound(made.write(tmp_path / "ckpt"))
+        assert len(sound(tmp_path / "ckpt")) == 4
+
+
+def test_configs_of_a_text_model(tmp_path):
+    made = Checkpoint()
+    made.config = {"text_config": {"quantization_config": made.quant}}
+    sound(made.write(tmp_path / "ckpt"))
+
+
+# Files and configs that are none.
+
+
+def test_files_cut_short(tmp_path):
+    made = Checkpoint()
+    made.files["other.safetensors"] = {"model.extra.weight": bf16(K)}
+    folder = made.write(tmp_path / "ckpt")
+    whole = {name: (folder / name).read_bytes() for name in made.files}
+    (folder / "model.safetensors").write_bytes(whole["model.safetensors"][:-1])
+    (folder / "other.safetensors").write_bytes(b"PK")
+    problem(folder, "model.safetensors is no whole safetensors file (it is cut short)", "copy or export it again", of=2)
+    problem(folder, "other.safetensors is no whole safetensors file (no header)", of=2)
+    for name, data in whole.items():
+        (folder / name).write_bytes(data)
+    sound(folder)
+
+
+HEADERS = {
+    "larger than its place": {"shape": [2, N]},
+    "smaller than its place": {"shape": [1]},
+    "another dtype": {"dtype": "F64"},
+    "in another's place": {"data_offsets": [0, 4 * N]},
+    "beyond its file": {"data_offsets": [1 << 40, (1 << 40) + 4 * N]},
+    "before its file": {"data_offsets": [-4 * N, 0]},
+    "no offsets": {"data_offsets": []},
+    "no shape": {"shape": None},
+    "a shape of words": {"shape": ["6"]},
+    "a negative shape": {"shape": [-6, -1]},
+    "no dtype": {"dtype": 3},
+}
+
+
+@pytest.mark.parametrize("what", [*HEADERS, "nested", "a list", "longer than its tensors"])
+def test_headers_that_are_not_their_files(tmp_path, what):
+    folder = Checkpoint().write(tmp_path / "ckpt")
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    if what in HEADERS:
+        header[SCALE] |= HEADERS[what]
+    text = {"nested": b"[" * 100_000, "a list": b"[1]"}.get(what, json.dumps(header).encode())
+    more = b"more" if what == "longer than its tensors" else b""
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[start:] + more)
+    code, lines = check(folder)
+    assert code == 1 and lines[-1] == "problems: 1" and lines[1].startswith("model.safetensors "), lines
+    assert lines[1].endswith("copy or export it again")
+    with pytest.raises(Exception):  # noqa: B017
+        safe_open(path, "numpy")
+    path.write_bytes(data)
+    sound(folder)
+
+
+def test_broken_index(tmp_path):
+    folder = Checkpoint().write(tmp_path / "ckpt")
+    index = folder / "model.safetensors.index.json"
+    index.write_text("{")
+    one_line(cli(ROOT, "check", folder), str(index), "is no index", "copy or export it again")
+    (found,) = json.loads("".join(check(folder, "--json")[1]))["problems"]
+    assert found["file"] == str(index) and found["way_out"].startswith("the checkpoint is incomplete"), found
+    index.write_text("[" * 100_000)
+    one_line(cli(ROOT, "check", folder), str(folder), "has an index that is none", "copy or export it again")
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
+    one_line(cli(ROOT, "check", folder), f"{folder}/model-2.safetensors", "is missing", "copy or export it again")
+    save(folder / "model-2.safetensors", {"model.b": f32(1)})
+    # Files that the index does not name are not loaded.
+    (folder / "stray.safetensors").write_text("")
+    sound(folder)
+
+
+def test_sharded_states(tmp_path):
+    folder = Checkpoint().write(tmp_path / "ckpt")
+    (folder / "model.safetensors").rename(folder / "model-rank-0-part-0.safetensors")
+    one_line(
+        cli(ROOT, "check", folder), "model-rank-0-part-0.safetensors", "load the checkpoint that it was saved from"
+    )
+
+
+NO_CHECKPOINT: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), ("config.json: does not exist", "name the folder of")),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), ("config.json: is no JSON", "restore it")),
+    "config is not text": (
+        lambda f: (f / "config.json").write_bytes(b"\xff"),
+        ("config.json: is no JSON", "restore it"),
+    ),
+    "config is nested": (
+        lambda f: (f / "config.json").write_text("[" * 100_000),
+        ("config.json: is no JSON", "restore"),
+    ),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), ("config.json: is no JSON object", "restore")),
+    "config is a folder": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
+        ("config.json: cannot be read (Is a directory)", "mend that"),
+    ),
+    "no files": (lambda f: (f / "model.safetensors").unlink(), ("has no safetensors files", "download or export")),
+    "no tensors": (lambda f: save(f / "model.safetensors", {}), ("has no tensors", "copy or export it again")),
+    "no folder": (shutil.rmtree, ("ckpt: does not exist", "name the folder of a checkpoint")),
+}
+
+
+@pytest.mark.parametrize("what", NO_CHECKPOINT)
+def test_not_a_checkpoint(tmp_path, what):
+    folder = Checkpoint().write(tmp_path / "ckpt")
+    change, said = NO_CHECKPOINT[what]
+    change(folder)
+    line = one_line(cli(ROOT, "check", folder), str(folder), *said)
+    done = cli(ROOT, "check", folder, "--json")
+    data = json.loads(done.stdout)
+    assert done.returncode == 2 and done.stderr.strip() == line and data["sound"] is False
+    (found,) = data["problems"]
+    assert line == f"vllm-quark: {found['file']}: {found['reason']}: {found['way_out']}"
+
+
+def test_a_file_instead_of_its_folder(tmp_path):
+    folder = Checkpoint().write(tmp_path / "ckpt")
+    one_line(cli(ROOT, "check", folder / "model.safetensors"), "is a file", f"name its folder, {folder}")
+
+
+OTHERS: dict[str, tuple[Callable[[Checkpoint], object], str]] = {
+    "compressed-tensors": (
+        lambda c: c.quant.update(quant_method="compressed-tensors"),
+        "'compressed-tensors', not 'quark'",
+    ),
+    "a number": (lambda c: c.quant.update(quant_method=3), "quant_method is 3"),
+    "a list": (lambda c: c.config.update(quantization_config=[]), "its quantization_config is no JSON object"),
+    "floats": (
+        lambda c: (
+            c.config.pop("quantization_config"),
+            c.files.update({"model.safetensors": {"a.weight": bf16(2, 2)}}),
+        ),
+        "has no quantization_config, and no weight is int8",
+    ),
+    "INT8 without scales": (
+        lambda c: (
+            c.config.pop("quantization_config"),
+            c.files.update({"model.safetensors": {"a.weight": ("I8", np.ones((2, 2)))}}),
+        ),
+        "has no quantization_config, and no weight is int8",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_not_an_int8_checkpoint_of_quark(tmp_path, what):
+    made = Checkpoint()
+    change, said = OTHERS[what]
+    change(made)
+    one_line(cli(ROOT, "check", made.write(tmp_path / "ckpt")), "ckpt/config.json", said)
+
+
+def test_int8_files_whose_config_does_not_say_so(tmp_path):
+    made = Checkpoint()
+    folder = made.write(tmp_path / "ckpt")
+    del made.quant["quant_method"]
+    line = problem(made.write(folder), "config.json has no quant_method")
+    assert 'add "quant_method": "quark"' in line
+    made.quant["quant_method"] = "quark"
+    sound(made.write(folder))
+    special, made.quant["global_quant_config"] = made.quant["global_quant_config"], None
+    problem(
+        made.write(folder), "config.json quantizes no layer to INT8, but 32 weights are int8", "restore config.json"
+    )
+    made.quant["global_quant_config"] = special
+    del made.config["quantization_config"]
+    line = problem(
+        made.write(folder), "config.json has no quantization_config, but 32 weights are int8, model.layers.0."
+    )
+    assert line.endswith("restore config.json from the export")
+    made.config["quantization_config"] = made.quant
+    sound(made.write(folder))
+
+
+def test_quark_without_int8(tmp_path):
+    made = Checkpoint()
+    made.quant["global_quant_config"] = {"weight": {"dtype": "fp8_e4m3"}, "input_tensors": {"dtype": "fp8_e4m3"}}
+    made.files["model.safetensors"] = {"model.layers.0.mlp.up_proj.weight": ("U8", np.ones((2, 2)))}
+    lines = sound(made.write(tmp_path / "ckpt"))
+    assert lines[1] == "note: no layer is INT8: nothing was judged but that the files are whole"
+
+
+BROKEN_CONFIGS = {
+    "exclude": (3, "exclude of this Quark INT8 checkpoint is 3, expected list"),
+    "layer_quant_config": ([], "layer_quant_config of this Quark INT8 checkpoint is []"),
+    "layer_type_quant_config": ({"<class 'torch.nn.Embedding'>": None}, "cannot be served", "export without"),
+    "export": (None, "export of this Quark INT8 checkpoint is missing"),
+}
+
+
+@pytest.mark.parametrize("key", BROKEN_CONFIGS)
+def test_broken_quantization_config(tmp_path, key):
+    made = Checkpoint()
+    value, *said = BROKEN_CONFIGS[key]
+    made.quant[key] = value
+    problem(made.write(tmp_path / "ckpt"), "config.json is wrong, ", *said)
+
+
+def test_broken_pattern(tmp_path):
+    made = Checkpoint()
+    made.quant["exclude"].append("re:(")
+    code, lines = check(made.write(tmp_path / "ckpt"))
+    assert code == 1 and "config.json is wrong" in lines[1] and "re:(" in lines[1]
+
+
+# How it is said.
+
+
+def test_json(tmp_path):
+    made = Checkpoint()
+    made.tensors[SCALE] = scaled(4, np.nan)
+    done = cli(ROOT, "check", made.write(tmp_path / "ckpt"), "--json")
+    assert done.returncode == 1 and not done.stderr
+    data = json.loads(done.stdout)
+    assert {k: data[k] for k in ("checkpoint", "sound", "excluded", "unmatched", "notes")} == {
+        "checkpoint": str(tmp_path / "ckpt"),
+        "sound": False,
+        "excluded": 3,
+        "unmatched": [],
+        "notes": [],
+    }
+    assert data["schemes"] == {"per-channel weights, dynamic per-token symmetric activations": 32}
+    assert data["problems"] == [
+        {
+            "layer": "model.layers.1.self_attn.o_proj",
+            "tensor": SCALE,
+            "file": "model.safetensors",
+            "reason": "is nan at [4]",
+            "way_out": AGAIN,
+        }
+    ]
+
+
+def test_many_problems_of_a_kind(tmp_path):
+    made = Checkpoint()
+    for name in [n for n in made.tensors if n.endswith("scale")][:20]:
+        made.tensors[name] = scaled(0, np.nan)
+    folder = made.write(tmp_path / "ckpt")
+    code, lines = check(folder)
+    assert code == 1 and lines[-1] == "problems: 20" and len(problem_lines(lines)) == 11
+    assert lines[-2] == f"… and 10 more (--json has them all): {AGAIN}"
+    assert len(json.loads("".join(check(folder, "--json")[1]))["problems"]) == 20
+
+
+def test_names_that_are_no_text(tmp_path):
+    made = Checkpoint()
+    made.tensors["model.layers.0.self_attn.o_proj.\ud800\n\x1b[31m"] = f32(1)
+    done = cli(ROOT, "check", made.write(tmp_path / "ckpt"))
+    assert done.returncode == 1 and not done.stderr
+    assert any("o_proj.\\ud800\\n\\x1b[31m (model.safetensors) lies beside" in x for x in done.stdout.splitlines())
+
+
+# The hub.
+
+
+def test_hub_without_network(tmp_path):
+    started = time.monotonic()
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "vllm_quark", "check", "nobody/nothing-INT8"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    one_line(done, "nobody/nothing-INT8: is no folder", "download it first (hf download nobody/nothing-INT8)")
+    assert time.monotonic() - started < 30
+
+
+def test_hub_without_its_library(tmp_path):
+    code = (
+        "import sys; sys.modules['huggingface_hub'] = None; sys.argv[1:] = ['check', 'nobody/nothing']\n"
+        "from vllm_quark.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    one_line(done, "nobody/nothing: is no folder, and without huggingface_hub", "download it first")
+
+
+@pytest.mark.parametrize("name", ["../nothing", "a/b/c", "", "what is this", "-x/y/z"])
+def test_names_that_are_of_no_hub(name):
+    done = cli(ROOT, "check", "--", name)
+    one_line(done, "does not exist", "name the folder of a checkpoint")
+
+
+def test_hub_headers(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    made = Checkpoint()
+    made.tensors[SCALE] = scaled(4, np.nan)
+    made.quant["exclude"].append("model.layers.0.self_attn.o_proj")
+    folder = made.write(tmp_path / "ckpt")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(folder / file))
+    monkeypatch.setattr(headers, "contents_of_hub", lambda name, revision: headers.read_contents(str(folder)))
+    line = problem("somebody/something", "is int8, but", "`exclude`")
+    assert "layers.0.self_attn.o_proj" in line
+    made.quant["exclude"].pop()
+    made.write(folder)
+    lines = sound("somebody/something")
+    assert lines[0] == f"somebody/something: {len(made.tensors)} tensors in 1 file"
+    assert lines[-2].startswith("note: values of scales and zero points were not looked at")
+    monkeypatch.setattr(headers, "contents_of_hub", lambda name, revision: None)
+    with pytest.raises(checkpoint.NoCheckpointError, match="has no safetensors files on the Hugging Face hub"):
+        checkpoint.check_checkpoint("somebody/something")
+
+
+# As it is installed.
+
+
+def test_installed_without_a_checkout(tmp_path):
+    """The wheel holds the series in vllm_quark/series; vllm need not be there."""
+    site = tmp_path / "site"
+    shutil.copytree(ROOT / "vllm_quark", site / "vllm_quark", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    inside = site / "vllm_quark/series"
+    shutil.copytree(ROOT / "patches", inside / "patches")
+    done = cli(site, "check", Checkpoint().write(tmp_path / "ckpt"))
+    one_line(done, "names.py", "is not in this copy of vllm-quark", "install it again")
+    int8 = "vllm/model_executor/layers/quantization/quark/int8"
+    shutil.copytree(ROOT / int8, inside / int8)
+    (inside / int8 / "__init__.py").write_text("raise ImportError('vllm is not here')")
+    done = cli(site, "check", tmp_path / "ckpt")
+    assert done.returncode == 0 and done.stdout.endswith("sound\n"), done
+
+
+# One expert stands for all only where no entry tells them apart.
+
+MODULES = [
+    f"model.layers.{layer}.{rest}"
+    for layer in (1, 2, 12)
+    for rest in (
+        "block1.up_proj",
+        "self_attn.q_proj",
+        "mlp.shared.up_proj",
+        *(f"mlp.experts.{e}.{p}_proj" for e in (*range(12), 100) for p in ("up", "gate")),
+    )
+]
+TELLING = [
+    "*.experts.1*",
+    "*.1.up_proj",
+    "*experts.?.up_proj",
+    "*experts.[0-4].*",
+    "*experts.[!0-4].*",
+    "*experts.[layers.1].*",
+    "*ts.1.*",
+    "*experts*.1.up*",
+    "*block1*",
+    "re:.*experts?.1.up",
+    "*experts.[0-9].*",
+    "*layers.1*",
+    "*layers.1.*",
+    "model.layers.2.*up*",
+    "*self_attn*",
+    r"re:.*experts\.\d\.up",
+    r"re:.*experts\.\d{2}\.up",
+    r"re:.*experts\.(1|2)\.up",
+    r"re:.*experts\.[^5]\.up",
+    r"re:.*layers\.(\d+)\.mlp\.experts\.\1\.",
+    r"re:.*layers\.(?P<n>\d+)\.mlp\.experts\.(?P=n)\.",
+    r"re:.*layers\.2\.mlp\.experts\..*gate",
+    r"re:.*\x31.up",
+    "model.layers.1.mlp.experts.3.up_proj",
+    "layers.1.mlp.shared.up_proj",
+    "model.layers.2.mlp.experts",
+]
+
+
+@pytest.mark.parametrize("entry", TELLING)
+@pytest.mark.parametrize("where", ["exclude", "layer_quant_config"])
+def test_entries_say_of_each_expert_what_they_say(entry, where):
+    config = {"exclude": ["*down_proj"], "global_quant_config": {"weight": {"dtype": "int8"}}}
+    special = {"weight": {"dtype": "other"}}
+    config |= {"exclude": ["*down_proj", entry]} if where == "exclude" else {"layer_quant_config": {entry: special}}
+    entries, plain = Entries(config), names.Names(config)
+    touched = 0
+    for module in MODULES:
+        found = [module]
+        if ".experts." in module:
+            # vLLM looks experts up by their layer's name, too.
+            found.append(module.partition(".experts.")[0] + ".experts")
+        found = names.both_prefixes(found)
+        assert entries.look_up(module) == (plain.excludes(found), plain.config_of(found)), module
+        own = names.both_prefixes([module])
+        assert entries.excludes(own) == plain.excludes(own)
+        touched += names.matches(entry, found)
+    assert 0 < touched < len(MODULES)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""What is wrong with an INT8 checkpoint of AMD Quark, said without vLLM, torch or a GPU.
+
+Its headers are judged by the code of the series that vLLM runs before it reads a weight (int8). What vLLM finds while
+it builds and loads layers is added: schemes that no kernel runs, parts of a layer that do not go together, tensors
+that layers lack, the values of scales and zero points.
+
+One direction: int8, values, report → entries → modules → parts, scales → files → here.
+"""
+
+import os
+from collections.abc import Iterable
+
+from vllm_quark.checkpoint.entries import Entries
+from vllm_quark.checkpoint.files import MEND, NoCheckpointError, find_quant_config, read_folder, read_hub
+from vllm_quark.checkpoint.modules import Modules
+from vllm_quark.checkpoint.parts import judge_parts
+from vllm_quark.checkpoint.report import Finding, Report
+from vllm_quark.checkpoint.scales import Wanted, judge_scale_headers, judge_values
+
+__all__ = ["Finding", "NoCheckpointError", "Report", "check_checkpoint"]
+
+
+def check_checkpoint(name: str) -> Report:
+    """Judge the checkpoint in the folder `name`, or of that name on the Hugging Face hub (by its headers alone).
+
+    Raises NoCheckpointError where there is nothing to judge: no folder, no config.json or index that can be read, no
+    safetensors files, a quantization that is not Quark's, or none at all.
+    """
+    is_local, report = os.path.isdir(name), Report(name)
+    config, contents = read_folder(name, report) if is_local else read_hub(name, report)
+    if contents is None:
+        return report
+    entries = [entry for kinds in contents.modules.values() for entry in kinds.values()]
+    report.tensors, report.files = len(entries), len({entry.file for entry in entries})
+    quant_config = find_quant_config(config, contents, report)
+    if quant_config is None:
+        return report
+    modules, wanted = Modules(Entries(quant_config), contents), list[Wanted]()
+
+    def note(findings: Iterable[Finding]) -> None:
+        for finding in findings:
+            modules.judged.add(finding.tensor)
+            report.problems.append(finding)
+
+    note(modules.sort())
+    note(modules.judge_floats(report.notes))
+    note(judge_parts(modules))
+    note(judge_scale_headers(modules, wanted))
+    if is_local:
+        try:
+            note(judge_values(modules, wanted))
+        except OSError as e:
+            raise NoCheckpointError(e.filename or name, f"cannot be read ({e.strerror})", MEND) from e
+    report.schemes, report.excluded = dict(modules.schemes.most_common()), modules.excluded
+    report.unmatched = modules.entries.find_unmatched(contents)
+    return report

@@ -14,7 +14,7 @@ export VLLM_NO_USAGE_STATS := 1
 BASE := 0.26.0
 BASE_ENV := build/base-$(BASE)
 
-.PHONY: env quark-env demo test sanitize test-base test-upstream test-gpu matrix releases drift ckpts tree lint lock clean
+.PHONY: env quark-env demo check test sanitize test-base test-upstream test-gpu matrix releases drift ckpts tree lint lock clean
 
 env: .venv/.made .venv/.operator
 .venv/.made: requirements/cpu.txt requirements/cpu-override.txt setup.py
@@ -53,11 +53,21 @@ $(BASE_ENV)/.made: | env
 demo: env quark-env
 	@$(BIN)/python $(NANO)/demo.py
 
+# For every edit: the tool, the layers with fewer mutants, one engine.
+check: env quark-env lint
+	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
+	VLLM_QUARK_MUTANTS=50 PYTHONPATH=$(CURDIR)/build/shadow \
+	  $(BIN)/python -m pytest -q -n 2 tests/quantization tests/entrypoints
+	$(BIN)/python -m pytest -q -n 2 tests/tool
+	@$(BIN)/python $(NANO)/lab.py $(CKPTS)
+	$(BIN)/python -m pytest -q tests/e2e/test_nano.py -k "with_the_series and stacked-all"
+
 test: env quark-env lint
 	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
-	PYTHONPATH=$(CURDIR)/build/shadow $(BIN)/python -m pytest -q tests/quantization tests/entrypoints
+	PYTHONPATH=$(CURDIR)/build/shadow $(BIN)/python -m pytest -q -n 2 tests/quantization tests/entrypoints
 	$(BIN)/python -m pytest -q tests/tool tests/csrc tests/benchmarks
 	$(BIN)/python benchmarks/releases.py 0.20.0 0.21.0 0.26.0 newest
+	@$(MAKE) --no-print-directory test-upstream
 	@$(BIN)/python $(NANO)/lab.py $(CKPTS)
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/e2e
 
@@ -102,10 +112,14 @@ releases: env
 drift: env
 	$(BIN)/python benchmarks/drift.py --drifts 304 --seed 1 --tests 1 --out docs/drift.md
 
-# With the vLLM of the active Python (CUDA or ROCm), see requirements/cuda.in.
+# With the vLLM of the active Python (CUDA or ROCm), see requirements/cuda.in. UPSTREAM: upstream's tests, packed by
+# tests/upstream/run.py --pack, where no package index is reached.
 test-gpu:
 	@rm -rf build/shadow-gpu && python3 -m vllm_quark shadow -o build/shadow-gpu
 	PYTHONPATH=$(CURDIR)/build/shadow-gpu:$$PYTHONPATH python3 -m pytest -q tests/quantization tests/entrypoints
+	python3 tests/upstream/run.py $$(python3 -c "import importlib.metadata as m; print(m.version('vllm').split('+')[0])") \
+	  --site $$(python3 -c "from vllm_quark.tree import find_installed as f; print(f())") --python python3 --jobs 4 \
+	  $(if $(UPSTREAM),--source $(UPSTREAM))
 
 ckpts: env quark-env
 	$(BIN)/python $(NANO)/lab.py $(CKPTS)

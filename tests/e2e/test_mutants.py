@@ -6,6 +6,7 @@ import collections
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -154,7 +155,7 @@ def test_mutants_through_the_engine(ckpts, judge, in_process, tmp_path):
     for mutant, result in zip(mutants, results, strict=True):
         if "error" in result:
             said = result["error"]
-            ours = Path(result["file"]).name.startswith(("int8_", "cpu_"))
+            ours = re.search(r"/quark/int8/\w+\.py$|/cpu_int8_\w+\.py$", result["file"])
             assert not ours or result["type"] == "ValueError", (mutant.what, result)
             named = any(w in said for w in ("layers.", "embed_tokens", "lm_head", "norm.weight", "quantization_config"))
             verdict = "refused" if named or "regular expression" in said else "refused without a name"

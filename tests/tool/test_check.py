@@ -754,7 +754,7 @@ def test_broken_index(tmp_path):
     (found,) = json.loads("".join(check(folder, "--json")[1]))["problems"]
     assert found["file"] == str(index) and found["way_out"].startswith("the checkpoint is incomplete"), found
     index.write_text("[" * 100_000)
-    one_line(cli(ROOT, "check", folder), str(folder), "has an index that is none", "copy or export it again")
+    one_line(cli(ROOT, "check", folder), str(index), "is no index", "copy or export it again")
     index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
     one_line(cli(ROOT, "check", folder), f"{folder}/model-2.safetensors", "is missing", "copy or export it again")
     save(folder / "model-2.safetensors", {"model.b": f32(1)})

@@ -155,7 +155,7 @@ def test_the_index_says_which_files_count(tmp_path):
 
 
 def test_sharded_states_are_refused(tmp_path):
-    """vLLM saves layers as its kernels hold them: stock stops at missing keys."""
+    """They hold layers as kernels do: stock stops at missing keys."""
     checkpoint = made("plain")
     save_file(checkpoint.tensors, tmp_path / "model-rank-0-part-0.safetensors")
     with pytest.raises(ValueError, match="sharded state.*load the checkpoint"):

@@ -327,11 +327,11 @@ def look_at_files(
 ) -> None:
     """Hold the headers of `tensors`, as if they lay in files, against `config`, as
     vLLM does when it makes the config. Raises ValueError naming a tensor."""
+    if getattr(config, "int8", None) is None:
+        return  # no INT8 layers, or a vLLM without patch 0007
     if not importlib.util.find_spec(f"{INT8}.checkpoint"):
         return
     checkpoint = importlib.import_module(f"{INT8}.checkpoint")
-    if getattr(config, "int8", None) is None:
-        return
     names = {torch.int8: "I8", torch.bfloat16: "BF16", torch.float32: "F32"}
     names |= {torch.float16: "F16", torch.float64: "F64"}
     contents = checkpoint.Contents(

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""How long INT8 experts take to load, with the series' checks and without.
+
+    python benchmarks/load_time.py [--experts 288] [--layers 1] [--tp 1 8] [--runs 3]
+
+Writes a checkpoint of MoE layers at Step-3.5-Flash's widths (one tensor an expert and projection, as AMD Quark writes
+them; random bytes), and loads a rank's part of it with the installed vLLM, stock and with the series, in turn, each in
+a process of its own: the file's tensors through the parameters' loaders, as a model's load_weights does, and the look at
+headers and scales before and after. Prints each run's seconds and the ratio of the medians, series over stock. The
+file lies in the page cache.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples/step3p5-nano")]
+HIDDEN, WIDTH = 4096, 1280
+PROJECTIONS = {"gate_proj": ("w1", WIDTH, HIDDEN), "up_proj": ("w3", WIDTH, HIDDEN), "down_proj": ("w2", HIDDEN, WIDTH)}
+
+
+def write(folder: Path, layers: int, experts: int) -> None:
+    """One safetensors file a layer."""
+    import torch
+    from safetensors.torch import save_file
+
+    weights = {p: torch.randint(-127, 128, (n, k), dtype=torch.int8) for p, (_, n, k) in PROJECTIONS.items()}
+    for layer in range(layers):
+        tensors = {}
+        for expert in range(experts):
+            for projection, (_, rows, _) in PROJECTIONS.items():
+                name = f"model.layers.{layer}.moe.experts.{expert}.{projection}"
+                tensors[f"{name}.weight"] = weights[projection].clone()
+                tensors[f"{name}.weight_scale"] = torch.rand(rows) + 0.01
+        save_file(tensors, folder / f"model-{layer}.safetensors")
+
+
+def load(folder: Path, layers: int, experts: int, tp: int) -> float:
+    """Seconds that rank 0 of `tp` takes."""
+    import torch
+    from safetensors import safe_open
+
+    from tests.quantization.quark import utils
+
+    with utils.vllm_environment(), utils.shard(0, tp):
+        config = utils.quark_config()
+        made = [
+            utils.make_experts(
+                num_experts=experts, top_k=8, hidden_size=HIDDEN, intermediate_size=WIDTH,
+                params_dtype=torch.bfloat16, renormalize=True, quant_config=config,
+                prefix=f"model.layers.{layer}.moe.experts",
+            )
+            for layer in range(layers)
+        ]  # fmt: skip
+        for layer in made:
+            for param in layer.parameters():
+                param.data.zero_()  # its pages
+        start = time.perf_counter()
+        config.maybe_update_config(str(folder))
+        for number, layer in enumerate(made):
+            params = dict(layer.named_parameters())
+            with safe_open(folder / f"model-{number}.safetensors", "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    *_, expert, projection, kind = name.split(".")
+                    shard = PROJECTIONS[projection][0]
+                    target = f"{'w2' if shard == 'w2' else 'w13'}_{kind}"
+                    param, tensor = params[target], file.get_tensor(name)
+                    param.weight_loader(param, tensor, target, shard_id=shard, expert_id=int(expert))
+        try:
+            from vllm.model_executor.layers.quantization.quark.int8 import finish_experts
+        except ImportError:
+            pass
+        else:
+            for layer in made:
+                finish_experts(layer)
+        return time.perf_counter() - start
+
+
+def main() -> None:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--experts", type=int, default=288)
+    ap.add_argument("--layers", type=int, default=1)
+    ap.add_argument("--tp", type=int, nargs="+", default=[1, 8])
+    ap.add_argument("--runs", type=int, default=3)
+    ap.add_argument("--load", type=Path, help=argparse.SUPPRESS)
+    args = ap.parse_args()
+    if args.load:
+        print(f"seconds {load(args.load, args.layers, args.experts, args.tp[0])}")
+        return
+    from lab import before, shadow
+
+    with tempfile.TemporaryDirectory(prefix="load-time-") as temp:
+        folder = Path(temp) / "ckpt"
+        folder.mkdir()
+        write(folder, args.layers, args.experts)
+        size = sum(f.stat().st_size for f in folder.iterdir()) / 1e9
+        trees = {"stock": shadow(Path(temp) / "stock", []), "series": shadow(Path(temp) / "series", None)}
+        for tp in args.tp:
+            took: dict[str, list[float]] = {name: [] for name in trees}
+            for run in range(args.runs + 1):
+                for name, tree in trees.items():
+                    command = [sys.executable, __file__, "--load", folder, "--tp", str(tp)]
+                    command += ["--layers", str(args.layers), "--experts", str(args.experts)]
+                    done = subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True,
+                                          env={**os.environ, "PYTHONPATH": before(tree)})  # fmt: skip
+                    if run:  # the first warms the page cache
+                        took[name].append(float(done.stdout.split("seconds ")[1]))
+            medians = {name: statistics.median(values) for name, values in took.items()}
+            print(f"{size:.1f} GB, tensor parallel {tp}:",
+                  "; ".join(f"{n} {', '.join(f'{v:.2f}' for v in values)} s" for n, values in took.items()),
+                  f"; series / stock {medians['series'] / medians['stock']:.3f}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,7 @@
 
 Writes a checkpoint of MoE layers at Step-3.5-Flash's widths (one tensor an expert and projection, as AMD Quark writes
 them; random bytes), and loads a rank's part of it with the installed vLLM, stock and with the series, in turn, each in
-a process of its own: the file's tensors through the parameters' loaders, as a model's load_weights does, and the look at
+a process of its own: the tensors through the parameters' loaders, as a model's load_weights does, and the look at
 headers and scales before and after. Prints each run's seconds and the ratio of the medians, series over stock. The
 file lies in the page cache.
 """
@@ -51,6 +51,9 @@ def load(folder: Path, layers: int, experts: int, tp: int) -> float:
 
     with utils.vllm_environment(), utils.shard(0, tp):
         config = utils.quark_config()
+        start = time.perf_counter()
+        config.maybe_update_config(str(folder))
+        headers = time.perf_counter() - start
         made = [
             utils.make_experts(
                 num_experts=experts, top_k=8, hidden_size=HIDDEN, intermediate_size=WIDTH,
@@ -63,7 +66,6 @@ def load(folder: Path, layers: int, experts: int, tp: int) -> float:
             for param in layer.parameters():
                 param.data.zero_()  # its pages
         start = time.perf_counter()
-        config.maybe_update_config(str(folder))
         for number, layer in enumerate(made):
             params = dict(layer.named_parameters())
             with safe_open(folder / f"model-{number}.safetensors", "pt") as file:
@@ -80,7 +82,7 @@ def load(folder: Path, layers: int, experts: int, tp: int) -> float:
         else:
             for layer in made:
                 finish_experts(layer)
-        return time.perf_counter() - start
+        return headers + time.perf_counter() - start
 
 
 def main() -> None:

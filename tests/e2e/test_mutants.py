@@ -157,7 +157,10 @@ def test_mutants_through_the_engine(ckpts, judge, in_process, tmp_path):
             said = result["error"]
             ours = re.search(r"/quark/int8/\w+\.py$|/cpu_int8_\w+\.py$", result["file"])
             assert not ours or result["type"] == "ValueError", (mutant.what, result)
-            named = any(w in said for w in ("layers.", "embed_tokens", "lm_head", "norm.weight", "quantization_config"))
+            named = any(
+                w in said
+                for w in ("layers.", "embed_tokens", "lm_head", "norm.weight", "quantization_config", ".safetensors")
+            )
             verdict = "refused" if named or "regular expression" in said else "refused without a name"
             if verdict != "refused":
                 unnamed.append(f"{mutant.what}: {result['type']}: {said.splitlines()[0][:100] if said else ''}")

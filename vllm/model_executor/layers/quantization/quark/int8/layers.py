@@ -71,6 +71,7 @@ class Int8Layers:
         if contents is not None:
             self._unclaimed = set(contents.int8_modules())
             self._stacks = set(contents.stacks())
+            self._blocks.clear()
 
     def _scheme_of(
         self, module: str, names: Collection[str], among: Collection[str] | None = None

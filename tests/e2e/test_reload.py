@@ -12,7 +12,7 @@ import torch
 from lab import before, call
 
 SLEEP = ["sleep"] if torch.cuda.is_available() else []
-# The answers that a case compares, each with a fresh engine's, to the bit.
+# The answers that a case compares, each with a fresh engine's.
 STEPS = {"reload": 3, "again": 1, "dummy": 2, "sharded_state": 1, "sleep": 4}
 
 

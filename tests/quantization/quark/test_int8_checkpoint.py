@@ -146,8 +146,9 @@ def test_the_index_says_which_files_count(tmp_path):
     save_file({"model.norm.weight": torch.ones(4)}, tmp_path / "more.safetensors")
     (tmp_path / "broken.safetensors").write_text("consolidated, or of another tool")
     look(checkpoint, folder)
-    os.unlink(tmp_path / "model-0.safetensors")
-    with pytest.raises(ValueError, match="model-0.safetensors: is missing"):
+    two = {"weight_map": {"a": "model-0.safetensors", "b": "model-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(two))
+    with pytest.raises(ValueError, match="model-1.safetensors: is missing"):
         look(checkpoint, folder)
     (tmp_path / "model.safetensors.index.json").write_text("{")
     with pytest.raises(ValueError, match="index.json: is no index"):
@@ -190,7 +191,7 @@ def test_a_layer_short_of_a_tensor_is_named(tmp_path):
 def test_a_model_short_of_its_ends_is_named(name, tmp_path):
     tensors = layers(5, BLOCK)
     del tensors[name]
-    with pytest.raises(ValueError, match="(norm|embedding) of model is not in"):
+    with pytest.raises(ValueError, match="(last norm|embedding) is not in"):
         look(made("plain"), write(tmp_path, tensors))
 
 
@@ -208,6 +209,77 @@ def test_layers_of_several_kinds_pass(tmp_path):
     look(made("plain"), write(tmp_path / "draft", draft))
 
 
+OTHERS = {
+    # What stands where, and which norms are missing, in models of that name.
+    "chatglm": (
+        ["transformer.encoder.layers.{}.input_layernorm"],
+        ["transformer.embedding.word_embeddings", "transformer.encoder.norm"],
+    ),
+    "plamo2": (
+        ["model.layers.layers.{}.pre_mixer_norm"],
+        ["model.embed_tokens", "model.norm"],
+    ),
+    "opt": (
+        ["model.decoder.layers.{}.final_layer_norm+bias"],
+        ["model.decoder.embed_tokens"],
+    ),
+    "olmo": (["model.layers.{}.mlp.gate"], ["model.embed_tokens"]),
+    "modernbert": (
+        ["layers.{}.mlp_norm", "layers.{}.attn_norm-0"],
+        ["embeddings", "final_norm"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_another_build_pass(name, tmp_path):
+    """No layer of theirs, no embedding and no norm is taken for missing."""
+    stack, rest = OTHERS[name]
+    tensors = {}
+    for i in range(6):
+        for module in stack:
+            module, _, kind = module.format(i).partition("+")
+            module, _, without = module.partition("-")
+            if without != str(i):
+                flat = "norm" in module
+                tensors[f"{module}.weight"] = (
+                    torch.ones(4) if flat else torch.ones(4, 4)
+                )
+                if kind:
+                    tensors[f"{module}.{kind}"] = torch.ones(4)
+    for module in rest:
+        tensors[f"{module}.weight"] = (
+            torch.ones(4) if "norm" in module else torch.ones(8, 4)
+        )
+    look(made("plain"), write(tmp_path, tensors))
+
+
+def test_an_index_without_its_files_passes(tmp_path):
+    """As for dummy weights."""
+    checkpoint = made("plain")
+    folder = write(tmp_path, checkpoint.tensors, index=True)
+    os.unlink(tmp_path / "model-0.safetensors")
+    look(checkpoint, folder)
+
+
+def test_a_hub_that_does_not_answer_passes(monkeypatch):
+    """Its client's errors are of many kinds; what is in the cache still loads."""
+    import huggingface_hub
+
+    asked = []
+
+    def get(model, revision=None):
+        asked.append(revision)
+        raise Exception("no route")
+
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", get)
+    look(made("plain"), "nobody/nothing", revision="abc")
+    assert asked == ["abc"]
+    # Releases that do not say the revision may load another.
+    look(made("plain"), "nobody/nothing", hf_config=None)
+    assert asked == ["abc"]
+
+
 def block(folder, kind: str, *extra: str) -> ck.Checkpoint:
     """A checkpoint of `kind` in files, and modules beside it that are INT8, too."""
     checkpoint = made(kind)
@@ -220,16 +292,17 @@ def block(folder, kind: str, *extra: str) -> ck.Checkpoint:
     return checkpoint
 
 
+@pytest.mark.parametrize("router", ["moe.gate", "mlp.shared_expert_gate"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_int8_layers_that_vllm_builds_unquantized_are_named(kind, tmp_path):
-    """A router, for one: nothing asks the config about it."""
+def test_int8_routers_are_named(kind, router, tmp_path):
+    """Models build them unquantized, and nothing asks the config about them."""
     ck.needs_kernel(kind)
-    checkpoint = block(tmp_path, kind, "moe.gate")
+    checkpoint = block(tmp_path, kind, router)
     config = look(checkpoint, str(tmp_path))
     torch.set_default_dtype(torch.bfloat16)
     layer = ck.build(checkpoint, config)
     ck.load(layer, checkpoint.tensors.items())
-    with pytest.raises(ValueError, match="moe.gate.weight is int8, but vLLM builds"):
+    with pytest.raises(ValueError, match=f"{router}.weight is int8, but vLLM builds"):
         ck.finish(layer)
 
 
@@ -242,6 +315,16 @@ def test_int8_layers_of_other_stages_pass(kind, tmp_path):
     checkpoint.tensors[f"{other}.weight"] = torch.ones(4, 4, dtype=torch.int8)
     checkpoint.tensors[f"{other}.weight_scale"] = torch.ones(4)
     config = look(checkpoint, write(tmp_path, checkpoint.tensors))
+    torch.set_default_dtype(torch.bfloat16)
+    layer = ck.build(checkpoint, config)
+    ck.load(layer, checkpoint.tensors.items())
+    ck.finish(layer)
+
+
+def test_int8_layers_that_a_model_leaves_out_pass(tmp_path):
+    """Keys and values of layers that share others', for one."""
+    checkpoint = block(tmp_path, "row", "self_attn.k_proj", "self_attn.v_proj")
+    config = look(checkpoint, str(tmp_path))
     torch.set_default_dtype(torch.bfloat16)
     layer = ck.build(checkpoint, config)
     ck.load(layer, checkpoint.tensors.items())

@@ -148,6 +148,16 @@ def test_names_before_and_after_the_models_mapper():
         assert isinstance(layer.quant_method, UnquantizedLinearMethod)
 
 
+def test_names_that_a_mapper_shortens():
+    checkpoint = case_of("plain")
+    checkpoint.config["exclude"] = ["thinker.visual.*"]
+    checkpoint.prefix = "visual.blocks.0.up_proj"
+    config = ck.quark_config(checkpoint)
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"thinker.": ""}))
+    layer = ck.build(checkpoint, config)
+    assert isinstance(layer.quant_method, UnquantizedLinearMethod)
+
+
 def test_names_of_mtp_blocks():
     checkpoint = case_of("plain")
     checkpoint.config["exclude"] = ["model.layers.45.mlp.up_proj"]

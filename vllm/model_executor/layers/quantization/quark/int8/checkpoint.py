@@ -20,6 +20,7 @@ from .names import Names, both_prefixes
 _INDEX = "model.safetensors.index.json"
 # Where vLLM takes names of models for another hub's.
 _MODELSCOPE = os.environ.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # As ShardedStateLoader names its files.
 _SHARDED = re.compile(r"-(rank|tp)-\d+-part-\d+\.")
 _UNREADABLE = (
@@ -91,6 +92,8 @@ def find_files(folder: str) -> list[str]:
             gone = sorted(listed - names)
         except _UNREADABLE as e:
             raise CheckpointError(f"{index}: is no index ({e}): {_INCOMPLETE}") from e
+        if len(gone) == len(listed):
+            return []  # a config and an index alone, for dummy weights
         if gone:
             path = os.path.join(folder, gone[0])
             raise CheckpointError(f"{path}: is missing, but in {_INDEX}: {_INCOMPLETE}")
@@ -195,8 +198,7 @@ def _fits(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
 
 
 def _find_gaps(contents: Contents) -> Iterator[Problem]:
-    """Tensors that one decoder layer lacks and all layers like it have, and what a
-    model with one stack of decoder layers cannot be without."""
+    """Tensors that one decoder layer lacks and all layers like it have."""
     layers: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for module, kinds in contents.modules.items():
         # Experts are alike but for their number, and many.
@@ -204,25 +206,32 @@ def _find_gaps(contents: Contents) -> Iterator[Problem]:
             layers[found[1]][found[2]] |= {found[3] + kind for kind in kinds}
     for stack, by_number in layers.items():
         count = Counter(map(frozenset, by_number.values()))
+        first = min(by_number, key=int)  # often without a norm before it
         for number, own in by_number.items():
-            if count[frozenset(own)] > 1:
+            if count[frozenset(own)] > 1 or number == first:
                 continue
             lacks = [k - own for k, times in count.items() if times > 1 and own < k]
             if len(lacks) == 1 and len({n.rpartition(".")[0] for n in lacks[0]}) == 1:
                 reason = "is not in the checkpoint, and all layers like its own have it"
                 name = f"{stack}.{number}.{min(lacks[0])}"
                 yield Problem(name, "", reason, _INCOMPLETE)
-    (stack, by_number), *more = [*layers.items(), ("", {})]
-    if len(more) == 1 and len(by_number) > 3:
-        root = stack.removesuffix(".layers")
-        beside = (
-            k for m, k in contents.modules.items() if m.rpartition(".")[0] == root
-        )
-        ranks = {len(kinds["weight"].shape) for kinds in beside if "weight" in kinds}
-        for rank, what in ((2, "embedding"), (1, "norm")):
-            if rank not in ranks:
-                name = f"the {what} of {root}"
-                yield Problem(name, "", "is not in the checkpoint", _INCOMPLETE)
+    if len(layers) == 1 and len(next(iter(layers.values()))) > 3:
+        yield from _find_missing_ends(contents)
+
+
+def _find_missing_ends(contents: Contents) -> Iterator[Problem]:
+    """The embedding of a model, or the norm at its end, where all norms of its
+    layers are RMSNorms: other models may have none, or one without a weight."""
+    inside: dict[bool, set[int]] = {True: set(), False: set()}
+    has_bias = False
+    for module, kinds in contents.modules.items():
+        rank = len(kinds["weight"].shape) if "weight" in kinds else 0
+        inside[".layers." in module].add(rank)
+        has_bias |= rank == 1 and "bias" in kinds
+    if 2 not in inside[False]:
+        yield Problem("the embedding", "", "is not in the checkpoint", _INCOMPLETE)
+    if 1 in inside[True] and 1 not in inside[False] and not has_bias:
+        yield Problem("the last norm", "", "is not in the checkpoint", _INCOMPLETE)
 
 
 def read_contents(folder: str) -> Contents:
@@ -234,11 +243,10 @@ def contents_of_hub(model: str, revision: str | None) -> Contents | None:
     """The same of a model on the Hugging Face hub, by its headers alone; None
     where the hub or its files cannot be read: loading says why."""
     from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
 
     try:
         files = get_safetensors_metadata(model, revision=revision).files_metadata
-    except (OSError, ValueError, HfHubHTTPError, NotASafetensorsRepoError):
+    except Exception:  # of the hub, its client's and its transport's
         return None
     return Contents(
         Entry(name, file, info.dtype, tuple(info.shape))
@@ -247,17 +255,19 @@ def contents_of_hub(model: str, revision: str | None) -> Contents | None:
     )
 
 
-def judge(model: str, revision: str | None, names: Names) -> Contents | None:
+def judge(model: str, names: Names, **known) -> Contents | None:
     """What `model`, a folder or a name on the hub, holds; None where there are no
     files, as with dummy weights.
 
-    Raises ValueError with the first problem and the number of others.
+    known: may have the `revision`. Releases that do not say it may load another
+    one than the hub's newest, which is then not looked at. Raises ValueError with
+    the first problem and the number of others.
     """
     contents: Contents | None = None
     if os.path.isdir(model):
         contents = read_contents(model)
-    elif not os.path.exists(model) and "://" not in model and not _MODELSCOPE:
-        contents = contents_of_hub(model, revision)
+    elif "revision" in known and _HUB_NAME.fullmatch(model) and not _MODELSCOPE:
+        contents = contents_of_hub(model, known["revision"])
     if not contents or not contents.modules:
         return None
     problems = list(find_problems(contents, names))

@@ -18,12 +18,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
-from vllm.model_executor.layers.linear import (
-    LinearBase,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    UnquantizedLinearMethod,
-)
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -39,6 +34,9 @@ _EXPERT_PROJECTIONS = (
     ("gate_up_proj", "gate_up_proj", "down_proj"),
 )
 _BLOCK = re.compile(r"(.*?\.layers\.\d+)\.")
+_ROUTER = re.compile(
+    r"(.*?\.layers\.\d+)\.(?:.*\.)?(gate|router|wg|shared_expert_gate)"
+)
 _UNQUANTIZED = (
     "{}.weight is int8, but vLLM builds this layer unquantized: add it to `exclude` "
     "and export it unquantized"
@@ -161,15 +159,13 @@ class Int8Layers:
                 touched, parts = found, names
         schemes = {p: self._scheme_of(p, n, touched) for p, n in parts.items()}
         scheme = self._as_one(layer_name, schemes, experts=True)
-        if not self._claim(layer_name, parts.values(), scheme):
-            self._claim_below(own)
+        self._claim(layer_name, parts.values(), scheme)
         return scheme
 
     def _claim(
         self, layer_name: str, parts: Iterable[Collection[str]], scheme: Any
-    ) -> bool:
-        """Note that a layer of vLLM takes these modules of the checkpoint; whether
-        any of them is INT8 in the files.
+    ) -> None:
+        """Note that a layer of vLLM takes these modules of the checkpoint.
 
         Raises ValueError where it is not quantized and they are, in the files.
         """
@@ -182,23 +178,14 @@ class Int8Layers:
                 f"{min(taken)}.weight is int8, but {layer_name} is in `exclude`: "
                 "restore config.json from the export"
             )
-        return bool(taken)
-
-    def _claim_below(self, parents: Collection[str]) -> None:
-        """The same for all modules below `parents`: vLLM's names for them differ."""
-        self._unclaimed -= {
-            module
-            for module in self._unclaimed
-            if any(module.startswith(f"{parent}.") for parent in parents)
-        }
 
     def check_claims(self) -> None:
-        """Raise ValueError for a module that is INT8 in the files, in a decoder layer
-        that vLLM built, and that none of its quantized layers takes. Call it when
-        the model stands."""
+        """Raise ValueError for a router that is INT8 in the files, in a decoder layer
+        that vLLM built, where no quantized layer of vLLM takes it: models build
+        routers without asking the config. Call it when the model stands."""
         for module in self._unclaimed if self._blocks else ():
-            found = _BLOCK.match(module)
-            if found and found[1] in self._blocks and "shared_expert" not in module:
+            found = _ROUTER.fullmatch(module)
+            if found and found[1] in self._blocks:
                 raise ValueError(_UNQUANTIZED.format(module))
         self._blocks.clear()
 
@@ -224,11 +211,6 @@ class Int8Layers:
         elif isinstance(layer, LinearBase):
             shards = config.packed_modules_mapping.get(layer_name.rpartition(".")[2])
             scheme = self.linear(layer_name, shards)
-            fused = (MergedColumnParallelLinear, QKVParallelLinear)
-            if not shards and isinstance(layer, fused):
-                # The model does not say what it is made of.
-                stem = layer_name.rpartition(".")[0]
-                self._claim_below(self.names.of(stem) if stem else ())
         else:
             return None
         if scheme is None and moe_config:

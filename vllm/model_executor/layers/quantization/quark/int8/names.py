@@ -69,7 +69,7 @@ class Names:
                     if to and to in new:
                         found.add(new.replace(to, old))
                 for old, to in (mapper.orig_to_new_prefix or {}).items():
-                    if to and new.startswith(to):
+                    if to is not None and new.startswith(to):
                         found.add(old + new[len(to) :])
                 for old, to in (mapper.orig_to_new_suffix or {}).items():
                     if to and new.endswith(to):

@@ -8,6 +8,7 @@ shard on the parameter. What was not noted, or still holds the NaN that scales
 start as, is refused when the weights are processed.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import MethodType
@@ -447,7 +448,9 @@ def prepare_experts(layer: torch.nn.Module) -> None:
     """Give INT8 experts' parameters their loader, and take what per-token kernels
     have no use for. Call it at the end of create_weights."""
     _add_sinks(layer, _EXPERTS_INPUTS)
-    if getattr(layer.w13_weight.weight_loader, "__self__", None) is not layer:
+    loader = layer.w13_weight.weight_loader
+    takes_experts = "expert_id" in inspect.signature(loader).parameters
+    if getattr(loader, "__self__", None) is not layer or not takes_experts:
         return
     for stem in ("w13", "w2"):
         for kind in ("weight", "weight_scale", "weight_zero_point"):

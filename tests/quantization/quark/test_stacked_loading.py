@@ -42,9 +42,9 @@ def counted(monkeypatch):
     loader = kind.weight_loader
 
     @wraps(loader, assigned=("__qualname__",), updated=())
-    def count(self, param, loaded_weight, weight_name, *args, **kwargs):
-        calls.append(weight_name)
-        return loader(self, param, loaded_weight, weight_name, *args, **kwargs)
+    def count(self, param, tensor, name, shard_id, expert_id, return_success=False):
+        calls.append(name)
+        return loader(self, param, tensor, name, shard_id, expert_id, return_success)
 
     del count.__wrapped__
     monkeypatch.setattr(kind, "weight_loader", count)

@@ -259,7 +259,7 @@ def load_linear(
 def prepare_linear(scheme: Any, layer: torch.nn.Module) -> None:
     """Give a QuarkW8A8Int8 layer activations that its kernel computes, and its
     parameters their loader. Call it at the end of create_weights."""
-    kernel = scheme.kernel
+    kernel, was_static = scheme.kernel, scheme.is_static_input_scheme
     name = type(kernel).__name__
     if name == "TritonInt8ScaledMMLinearKernel" and not scheme.input_symmetric:
         logger.warning_once(
@@ -272,7 +272,8 @@ def prepare_linear(scheme: Any, layer: torch.nn.Module) -> None:
     absent = set(_INPUTS[1:] if scheme.input_symmetric else ())
     if not scheme.is_static_input_scheme:
         absent = set(_INPUTS)
-        _add_sinks(layer, _INPUTS)
+        # None where no tensor comes: some models want all parameters filled.
+        _add_sinks(layer, _INPUTS if was_static else ())
     if absent:
         # The kernel finds none of them, and sets none, under names of its own: a
         # reload registers these as parameters again.

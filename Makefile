@@ -5,6 +5,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv
 NANO := examples/step3p5-nano
 CKPTS := build/ckpts
+TRAVELS := vllm tests/quantization tests/entrypoints
 # At a terminal the downloads show their progress.
 QUIET := $(shell [ -t 2 ] || echo -q)
 export HF_HUB_OFFLINE := 1
@@ -127,8 +128,11 @@ ckpts: env quark-env
 tree: env
 	$(BIN)/vllm-quark make-tree $(RELEASE) -o build/vllm-$(RELEASE)
 
+# What travels into vLLM's tree is sorted and formatted as there (the whole of vLLM's settings: tests/tool).
 lint: env
 	@$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .
+	@$(BIN)/ruff check -q --isolated --select I --config 'lint.isort.known-first-party=["vllm"]' $(TRAVELS)
+	@$(BIN)/ruff format -q --check --isolated $(TRAVELS)
 
 lock: env
 	cd requirements && for f in cpu quark; do \

@@ -11,6 +11,7 @@ import weakref
 
 import pytest
 import torch
+
 from vllm.config import get_current_vllm_config
 
 from . import checkpoints as ck

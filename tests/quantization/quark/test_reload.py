@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import regex as re
 import torch
+
 from vllm.config import (
     LoadConfig,
     get_current_vllm_config,

@@ -66,24 +66,26 @@ def _fit(
     [N, 1]; one value counts for all rows. Raises ValueError for another dtype or
     shape, and for zero points that no kernel takes.
     """
-    found, shape, problem = f"is {_like(tensor)}, expected", list(tensor.shape), ""
+    shape, expected, problem = list(tensor.shape), "", ""
     is_scale = kind.endswith("scale")
     if kind == "weight":
         if tensor.dtype != torch.int8:
-            problem = f"{found} int8: {_EXCLUDE}"
+            expected = f"int8: {_EXCLUDE}"
         elif rows is not None and len(shape) == 2 and shape != [rows, columns]:
-            problem = f"{found} int8 {[rows, columns]}: {_AGAIN}"
+            expected = f"int8 {[rows, columns]}: {_AGAIN}"
     elif tensor.is_floating_point() != is_scale:
-        problem = f"{found} {'float32' if is_scale else 'int8'}: {_AGAIN}"
+        expected = f"{'float32' if is_scale else 'int8'}: {_AGAIN}"
     elif rows is not None and [n for n in shape if n != 1] not in ([], [rows]):
-        problem = f"{found} [{rows}]: {_AGAIN}"
+        expected = f"[{rows}]: {_AGAIN}"
     elif not is_scale and not tensor.is_meta:
         # Symmetric kernels have no use for it, so it is judged here.
         if kind == "weight_zero_point" and tensor.any():
-            problem = f"is not 0, but kernels take symmetric weights only: {_AGAIN} "
-            problem += "with symmetric=True"
+            problem = "is not 0, but kernels take symmetric weights only: "
+            problem += f"{_AGAIN} with symmetric=True"
         elif tensor.to(torch.int8).ne(tensor).any():
             problem = f"is no int8 value: {_AGAIN}"
+    if expected:
+        problem = f"is {_like(tensor)}, expected {expected}"
     if problem:
         _refuse(layer, where, kind, problem)
     if kind == "weight" or rows is None:

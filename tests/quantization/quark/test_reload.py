@@ -352,8 +352,9 @@ def test_what_is_missing_is_named(some_pair, first):
         )
         gone = [n for n in pair.b.tensors if n.endswith(f".{kind}")][-1]
         left = {n: t for n, t in pair.b.tensors.items() if n != gone}
-        with pytest.raises(ValueError, match=pair.named):
+        with pytest.raises(ValueError, match=pair.named) as refusal:
             model.reload(left.items())
+        assert "reload again" in str(refusal.value)
         pair.reload_or_refuse(model, pair.a.tensors)
 
 

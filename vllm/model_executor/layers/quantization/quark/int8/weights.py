@@ -43,6 +43,7 @@ def _refuse(layer: torch.nn.Module, where: str, kind: str, problem: str) -> NoRe
         if info is not None and info.kernel_tensors is not None:
             layerwise._place_kernel_tensors(layer, info)
             info.reset()
+            problem += ". Or an earlier reload stopped halfway: reload again"
     raise ValueError(f"{where}: {kind} {problem}")
 
 

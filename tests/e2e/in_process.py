@@ -4,9 +4,10 @@
 
     PYTHONPATH=VLLM python in_process.py JOBS.json
 
-JOBS.json is a list of {"ckpt": folder, "out": file, "ids": [[token]], "logprobs": count, "tokens": count}. Each
-`out` gets {"logprobs": per prompt and position from the second on, {token: log-probability}} and the greedy
-"tokens" after the first prompt, or {"error": text, "type": name} where the checkpoint is refused.
+JOBS.json is a list of {"ckpt": folder, "out": file, "ids": [[token]], "logprobs": count, "tokens": count} and, where
+wanted, "options" of LLM. Each `out` gets {"logprobs": per prompt and position from the second on, {token:
+log-probability}} and the greedy "tokens" after the first prompt, or {"error": text, "type": name, "file": where it was
+raised} where the checkpoint is refused.
 """
 
 import gc
@@ -22,6 +23,13 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
+def origin(error: Exception) -> str:
+    """The file that raised an error, or the one that pydantic tells of."""
+    found = [*getattr(error, "errors", list)()]
+    inner = next((e["ctx"]["error"] for e in found if "error" in e.get("ctx", {})), error)
+    return traceback.extract_tb(inner.__traceback__)[-1].filename if inner.__traceback__ else ""
+
+
 def serve(job: dict) -> dict:
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -29,7 +37,8 @@ def serve(job: dict) -> dict:
     llm = None
     try:
         llm = LLM(job["ckpt"], dtype="bfloat16", enforce_eager=True, max_model_len=256, max_num_seqs=8, seed=0,
-                  skip_tokenizer_init=True, max_logprobs=300, distributed_executor_backend=UniProcExecutor)  # fmt: skip
+                  skip_tokenizer_init=True, max_logprobs=300, distributed_executor_backend=UniProcExecutor,
+                  **job.get("options", {}))  # fmt: skip
         prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job["ids"]]
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=job["logprobs"], detokenize=False)
         outs = llm.generate(prompts, params, use_tqdm=False)
@@ -39,7 +48,7 @@ def serve(job: dict) -> dict:
         return {"logprobs": logprobs, "tokens": list(tokens)}
     except Exception as e:
         where = traceback.extract_tb(e.__traceback__)[-1]
-        return {"error": str(e), "type": type(e).__name__, "file": where.filename}
+        return {"error": str(e), "type": type(e).__name__, "file": where.filename, "origin": origin(e)}
     finally:
         del llm
         gc.collect()

@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vllm.model_executor.layers.quantization.quark.int8 import layers as int8_layers
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from . import checkpoints as ck
 from .utils import quark_config
@@ -120,6 +122,70 @@ def test_broken_tensors_are_refused_by_name(kind, ending, change, named, tmp_pat
         checkpoint.tensors[name] = tensor.to(change)
     with pytest.raises(ValueError, match=named):
         look(checkpoint, write(tmp_path, *files))
+
+
+def test_scales_of_another_name_are_refused_and_renamed(tmp_path):
+    """As `quantize_quark.py --model_export hf_format` writes them."""
+    checkpoint = made("qkv")
+    scale = ".weight_quantizer.scale"
+    tensors = {
+        n.replace(".weight_scale", scale): t for n, t in checkpoint.tensors.items()
+    }
+    with pytest.raises(ValueError, match=r"AMD/Quark issue 44.*rename \*_quantizer"):
+        look(checkpoint, write(tmp_path, tensors))
+    renamed = {n.replace("_quantizer.scale", "_scale"): t for n, t in tensors.items()}
+    look(checkpoint, write(tmp_path, renamed))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_that_are_unquantized_in_the_files(kind, tmp_path, monkeypatch):
+    """Quark does not list what it cannot quantize, people forget: as it is there."""
+    ck.needs_kernel(kind)
+    checkpoint = made(kind)
+    weights = {
+        n: torch.randn(t.shape).to(torch.bfloat16)
+        for n, t in checkpoint.tensors.items()
+        if n.endswith(".weight")
+    }
+    config = look(checkpoint, write(tmp_path, weights))
+    torch.set_default_dtype(torch.bfloat16)
+    layer = ck.build(checkpoint, config)
+    assert type(layer.quant_method).__name__.startswith("Unquantized")
+    said = []
+    monkeypatch.setattr(int8_layers.logger, "warning", lambda *a: said.append(a))
+    config.int8.check_claims()
+    config.int8.check_claims()
+    stem = checkpoint.prefix.rpartition(".")[0]
+    assert len(said) == 1 and said[0][2].startswith(stem)
+
+
+@pytest.mark.parametrize(
+    "stacks",
+    [
+        ("experts.gate_up_proj", "experts.down_proj"),
+        ("experts.gate_up_proj.weight", "experts.down_proj.weight"),
+        ("input_linear.weight", "output_linear.weight"),
+    ],
+)
+def test_stacked_experts_that_are_unquantized_in_the_files(stacks, tmp_path):
+    """Of Llama 4, gpt-oss, Qwen3.5 and Granite; AMD Quark leaves them as they are."""
+    checkpoint = made("moe_per_expert")
+    stem = checkpoint.prefix.removesuffix(".experts")
+    tensors = {f"{stem}.{n}": torch.ones(8, 4, 4, dtype=torch.bfloat16) for n in stacks}
+    config = look(checkpoint, write(tmp_path, tensors))
+    assert config.int8.experts(checkpoint.prefix, 8, None) is None
+    assert config.int8.experts("model.layers.77.moe.experts", 8, None)
+
+
+def test_fused_layers_that_are_half_quantized_are_refused(tmp_path):
+    checkpoint = made("qkv")
+    name = next(n for n in checkpoint.tensors if n.endswith("k_proj.weight"))
+    checkpoint.tensors[name] = checkpoint.tensors[name].to(torch.bfloat16)
+    del checkpoint.tensors[f"{name}_scale"]
+    config = look(checkpoint, write(tmp_path, checkpoint.tensors))
+    torch.set_default_dtype(torch.bfloat16)
+    with pytest.raises(ValueError, match="k_proj is not quantized"):
+        ck.build(checkpoint, config)
 
 
 def test_several_problems_are_counted(tmp_path):
@@ -356,16 +422,24 @@ def test_patterns_for_a_router_spare_experts(pattern, tmp_path):
     assert ck.build(checkpoint, config).w13_weight.dtype == torch.int8
 
 
-def test_an_int8_head_is_refused(tmp_path):
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
+def with_int8(tmp_path, module: str) -> tuple[ck.Checkpoint, str]:
+    """A checkpoint whose `module` is INT8, too, and its folder."""
     checkpoint = made("plain")
-    checkpoint.tensors["lm_head.weight"] = torch.ones(64, 64, dtype=torch.int8)
-    checkpoint.tensors["lm_head.weight_scale"] = torch.ones(64)
+    checkpoint.tensors[f"{module}.weight"] = torch.ones(64, 64, dtype=torch.int8)
+    checkpoint.tensors[f"{module}.weight_scale"] = torch.ones(64)
     checkpoint.config["exclude"] = []
-    config = look(checkpoint, write(tmp_path, checkpoint.tensors))
+    return checkpoint, write(tmp_path, checkpoint.tensors)
+
+
+def test_an_int8_head_is_refused(tmp_path):
     with pytest.raises(ValueError, match="lm_head.weight is int8, but vLLM builds"):
-        ParallelLMHead(64, 64, quant_config=config, prefix="lm_head")
+        look(*with_int8(tmp_path, "lm_head"))
+
+
+def test_an_int8_embedding_is_refused(tmp_path):
+    config = look(*with_int8(tmp_path, "model.embed_tokens"))
+    with pytest.raises(ValueError, match="embed_tokens.weight is int8, but vLLM"):
+        VocabParallelEmbedding(64, 64, quant_config=config, prefix="model.embed_tokens")
 
 
 def test_configs_that_were_not_made_from_a_file():

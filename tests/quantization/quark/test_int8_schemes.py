@@ -102,7 +102,7 @@ def test_exclude_of_fused_projections(how):
         excluded = isinstance(layer.quant_method, UnquantizedLinearMethod)
         assert excluded == (count == 3)
     else:
-        with pytest.raises(ValueError, match=rf"{checkpoint.prefix}: .*excluded"):
+        with pytest.raises(ValueError, match=rf"{checkpoint.prefix}: .*not quantized"):
             ck.build(checkpoint)
 
 
@@ -129,7 +129,7 @@ def test_exclude_of_experts(how):
     names = [e.format(n=checkpoint.prefix, s=stem) for e in entries]
     checkpoint.config["exclude"] = names
     if excluded is None:
-        with pytest.raises(ValueError, match=rf"{checkpoint.prefix}: .*excluded"):
+        with pytest.raises(ValueError, match=rf"{checkpoint.prefix}: .*not quantized"):
             ck.build(checkpoint)
     else:
         layer = ck.build(checkpoint)
@@ -156,6 +156,14 @@ def test_names_that_a_mapper_shortens():
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"thinker.": ""}))
     layer = ck.build(checkpoint, config)
     assert isinstance(layer.quant_method, UnquantizedLinearMethod)
+
+
+def test_names_of_a_module_that_a_prefix_ends_in():
+    """As Qwen3.5 maps "lm_head." to "language_model.lm_head."."""
+    config = ck.quark_config(case_of("plain"))
+    mapper = WeightsMapper(orig_to_new_prefix={"lm_head.": "language_model.lm_head."})
+    config.apply_vllm_mapper(mapper)
+    assert "lm_head" in config.int8.names.of("language_model.lm_head")
 
 
 def test_names_of_mtp_blocks():

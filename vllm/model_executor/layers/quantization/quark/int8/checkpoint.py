@@ -153,9 +153,26 @@ class Contents:
         """Modules whose weight is INT8."""
         return [module for module, weight in self.weights() if weight.dtype == "I8"]
 
+    def _tensors(self) -> Iterator[tuple[str, Entry]]:
+        """Weights by their module, and experts' stacks of models that have them as
+        parameters by their own name."""
+        yield from self.weights()
+        for kinds in self.modules.values():
+            for kind, entry in kinds.items():
+                if kind != "weight" and len(entry.shape) == 3:
+                    yield entry.name, entry
+
     def stacks(self) -> list[str]:
         """Modules whose weight is one tensor [E, N, K] for all experts."""
-        return [module for module, w in self.weights() if len(w.shape) == 3]
+        return [module for module, w in self._tensors() if len(w.shape) == 3]
+
+    def unquantized(self) -> list[str]:
+        """Modules whose weight is of floats, with no scale beside it."""
+        return [
+            module
+            for module, w in self._tensors()
+            if w.dtype in _FLOATS and "weight_scale" not in self.modules.get(module, ())
+        ]
 
 
 def find_problems(contents: Contents, names: Names) -> Iterator[Problem]:
@@ -176,7 +193,11 @@ def find_problems(contents: Contents, names: Names) -> Iterator[Problem]:
             continue
         if names.excludes(both_prefixes([module])):
             yield Problem.of(weight, f"is int8, but {module} is in `exclude`", _RESTORE)
-        if scale is None:
+        if scale is None and f"{module}.weight_quantizer" in contents.modules:
+            reason = "is int8, its scale is weight_quantizer.scale (AMD/Quark issue 44)"
+            way_out = "rename *_quantizer.scale to *_scale in the files"
+            yield Problem.of(weight, reason, way_out)
+        elif scale is None:
             reason = f"is int8, but the checkpoint has no {module}.weight_scale"
             yield Problem.of(weight, reason, f"{_INCOMPLETE}, if it is an INT8 layer's")
         elif scale.dtype not in _FLOATS or not _fits(weight.shape, scale.shape):

@@ -32,6 +32,7 @@ _EXPERT_PROJECTIONS = (
     ("gate_proj", "up_proj", "down_proj"),
     ("w1", "w3", "w2"),
     ("gate_up_proj", "gate_up_proj", "down_proj"),
+    ("input_linear", "input_linear", "output_linear"),
 )
 _BLOCK = re.compile(r"(.*?\.layers\.\d+)\.")
 _ROUTER = re.compile(
@@ -46,7 +47,7 @@ Parts = dict[str, "Int8Scheme | dict[str, Any] | None"]
 
 def _said(scheme: Any) -> str:
     if scheme is None:
-        return "excluded from quantization"
+        return "not quantized"
     if isinstance(scheme, Int8Scheme):
         return f"INT8 with {scheme}"
     return f"quantized with {scheme.get('weight')}"
@@ -61,6 +62,8 @@ class Int8Layers:
         self._served: dict[str, dict[str, Any]] = {}
         self._unclaimed: set[str] = set()
         self._stacks: set[str] | None = None
+        self._unquantized: set[str] = set()
+        self._unlisted: list[str] = []
         self._blocks: set[str] = set()
         self._warned: set[str] = set()
 
@@ -69,16 +72,27 @@ class Int8Layers:
         if contents is not None:
             self._unclaimed = set(contents.int8_modules())
             self._stacks = set(contents.stacks())
+            self._unquantized = set(contents.unquantized())
+            self._unlisted.clear()
             self._blocks.clear()
+            # Not every model hands its lm_head a config, which would say it there.
+            for module in self._unclaimed:
+                if module.rpartition(".")[2] == "lm_head":
+                    raise ValueError(_UNQUANTIZED.format(module))
 
     def _scheme_of(
         self, module: str, names: Collection[str], among: Collection[str] | None = None
     ) -> Int8Scheme | dict[str, Any] | None:
         """The scheme of one module: INT8, another layer config, or none.
 
-        Raises ValueError, naming the module, where no kernel runs it.
+        None, too, for what the config calls INT8 and the files hold unquantized:
+        Quark does not list what it cannot quantize. Raises ValueError, naming the
+        module, where no kernel runs it.
         """
         config = self.names.config_of(names, among)
+        if is_int8(config) and not self._unquantized.isdisjoint(names):
+            self._unlisted.append(module)
+            return None
         if config is not None and not config.get("weight"):
             raise ValueError(
                 f"{module}: its input is quantized, its weight is not: export it "
@@ -135,6 +149,7 @@ class Int8Layers:
         names of gate, up and down, where known.
         """
         own = self.names.of(layer_name)
+        best = (-1, -1)
         touched: list[str] = []
         parts: dict[str, tuple[str, ...]] = {}
         for family in dict.fromkeys(filter(None, (projections, *_EXPERT_PROJECTIONS))):
@@ -154,9 +169,11 @@ class Int8Layers:
                 for e in range(count)
                 for proj in stacks
             }
-            found = self.names.touching({n for each in names.values() for n in each})
-            if len(found) > len(touched) or not parts:
-                touched, parts = found, names
+            every = {n for each in names.values() for n in each}
+            found = self.names.touching(every)
+            in_files = sum(len(every & n) for n in (self._unclaimed, self._unquantized))
+            if (in_files, len(found)) > best:
+                best, touched, parts = (in_files, len(found)), found, names
         schemes = {p: self._scheme_of(p, n, touched) for p, n in parts.items()}
         scheme = self._as_one(layer_name, schemes, experts=True)
         self._claim(layer_name, parts.values(), scheme)
@@ -188,6 +205,14 @@ class Int8Layers:
             if found and found[1] in self._blocks:
                 raise ValueError(_UNQUANTIZED.format(module))
         self._blocks.clear()
+        if self._unlisted:
+            logger.warning(
+                "%d modules are not quantized in the checkpoint's files, and not in "
+                "`exclude`: served unquantized (the first is %s)",
+                len(self._unlisted),
+                self._unlisted[0],
+            )
+            self._unlisted.clear()
 
     def select_method(
         self, config: Any, layer: torch.nn.Module, layer_name: str

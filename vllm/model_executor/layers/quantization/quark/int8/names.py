@@ -69,8 +69,9 @@ class Names:
                     if to and to in new:
                         found.add(new.replace(to, old))
                 for old, to in (mapper.orig_to_new_prefix or {}).items():
-                    if to is not None and new.startswith(to):
-                        found.add(old + new[len(to) :])
+                    # Prefixes may end in a dot, of a module of that name, too.
+                    if to is not None and f"{new}.".startswith(to):
+                        found.add((old + f"{new}."[len(to) :]).removesuffix("."))
                 for old, to in (mapper.orig_to_new_suffix or {}).items():
                     if to and new.endswith(to):
                         found.add(new[: -len(to)] + old)

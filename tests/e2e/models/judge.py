@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""Cells of architecture and variant: made, run through the engine, judged."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .architectures import ARCHITECTURES, VOCABULARY
+from .export import export, save
+from .variants import VARIANTS
+
+IN_PROCESS = Path(__file__).parents[1] / "in_process.py"
+# What the yardstick may be exceeded by, and what is left for layers whose BF16 error is nearly none.
+FACTOR, FLOOR = 1.5, 0.01
+# The variant that is not quantized: whether vLLM itself serves the architecture right.
+BF16 = "bf16"
+Cell = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """what: "right", "wrong", "refused" (by the Quark INT8 code), "stops" (anywhere else) or "dies".
+
+    distance: the median over positions of |p - exact| / |exact|, centred log-probabilities; yardstick: that of the
+    emulation in BF16. said: the error, and file the last one in its traceback.
+    """
+
+    what: str
+    distance: float | None = None
+    yardstick: float | None = None
+    said: str = ""
+    file: str = ""
+
+
+def cells() -> list[Cell]:
+    """Every architecture with every variant that means something for it."""
+    return [
+        (name, variant)
+        for name, architecture in ARCHITECTURES.items()
+        for variant in (BF16, *VARIANTS)
+        if variant == BF16 or architecture.is_moe or not VARIANTS[variant].moe_only
+    ]
+
+
+def make(cell: Cell, folder: Path) -> Path:
+    """The checkpoint of a cell below `folder`, made once."""
+    import transformers
+
+    name, variant = cell
+    source, out = folder / name / BF16, folder / name / variant
+    if not (out / "expected.json").exists():
+        warnings.filterwarnings("ignore")
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        if not (source / "expected.json").exists():
+            shutil.rmtree(source, ignore_errors=True)
+            source.mkdir(parents=True)
+            save(ARCHITECTURES[name], source)
+        if variant != BF16:
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir(parents=True)
+            export(ARCHITECTURES[name], VARIANTS[variant], source, out)
+    return out
+
+
+def run(checkpoints: Iterable[Path], results: Path, vllm: str, at_once: int = 12, patience: int = 900) -> None:
+    """Serve each checkpoint with the vLLM on the path `vllm`; `results`/ARCHITECTURE-VARIANT.json.
+
+    Several in a process, one after the other; one that ends the process is noted, and the next goes on.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    jobs = []
+    for folder in checkpoints:
+        out = results / f"{folder.parent.name}-{folder.name}.json"
+        if not out.exists():
+            ids = json.loads((folder / "expected.json").read_text())["ids"]
+            job = {"ckpt": str(folder), "out": str(out), "ids": ids, "logprobs": VOCABULARY, "tokens": 4}
+            if ARCHITECTURES[folder.parent.name].text:
+                job["options"] = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
+            jobs.append(job)
+    while jobs:
+        some, log = results / "jobs.json", results / "log"
+        some.write_text(json.dumps(jobs[:at_once]))
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [vllm, os.environ.get("PYTHONPATH")]))}
+        said = ""
+        with open(log, "w") as f:
+            try:
+                subprocess.run([sys.executable, IN_PROCESS, some], stdout=f, stderr=f, env=env, timeout=patience)
+            except subprocess.TimeoutExpired:
+                said = f"no answer within {patience} s"
+        left = [job for job in jobs if not Path(job["out"]).exists()]
+        if any(job in left for job in jobs[:at_once]):
+            last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+            died = {"error": said or "".join(last), "type": "died", "file": ""}
+            Path(left[0]["out"]).write_text(json.dumps(died))
+            left = left[1:]
+        jobs = left
+
+
+def judge(checkpoint: Path, result: Path) -> Verdict:
+    """What came of a checkpoint."""
+    found, expected = json.loads(result.read_text()), json.loads((checkpoint / "expected.json").read_text())
+    if "error" in found:
+        said, file = found["error"], found["file"]
+        if found["type"] == "died":
+            return Verdict("dies", said=said)
+        # What is said when the config is made comes out of pydantic.
+        _, _, said_by_config = said.partition("Value error, ")
+        if "/quantization/quark/int8/" in found["origin"]:
+            return Verdict("refused", said=said_by_config.partition(" [type=")[0] or said)
+        return Verdict("stops", said=f"{found['type']}: {said}", file=file)
+    out = torch.tensor([[[at[str(t)] for t in range(VOCABULARY)] for at in prompt] for prompt in found["logprobs"]])
+    exact, bf16 = (torch.tensor(expected[reading])[:, :-1] for reading in ("exact", "bf16"))
+    distance, yardstick = measure(out, exact), measure(bf16, exact)
+    right = math.isfinite(distance) and distance <= FACTOR * yardstick + FLOOR
+    return Verdict("right" if right else "wrong", distance, yardstick)
+
+
+def measure(out: torch.Tensor, exact: torch.Tensor) -> float:
+    """Median over positions of the relative distance of two [B, T, V] of log-probabilities.
+
+    The median, since an expert chosen otherwise at a near tie says nothing about the others.
+    """
+    out, exact = (x - x.mean(-1, keepdim=True) for x in (out, exact))
+    return ((out - exact).norm(dim=-1) / exact.norm(dim=-1)).flatten().median().item()

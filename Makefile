@@ -15,7 +15,7 @@ export VLLM_NO_USAGE_STATS := 1
 BASE := 0.26.0
 BASE_ENV := build/base-$(BASE)
 
-.PHONY: env quark-env demo check test sanitize test-base test-upstream test-gpu matrix releases drift ckpts tree lint lock clean
+.PHONY: env quark-env demo check test sanitize test-base test-upstream test-gpu matrix models releases drift ckpts tree lint lock clean
 
 env: .venv/.made .venv/.operator
 .venv/.made: requirements/cpu.txt requirements/cpu-override.txt setup.py
@@ -104,6 +104,12 @@ matrix: env $(BASE_ENV)/.made
 	    PYTHONPATH=$(CURDIR)/build/matrix/$$release-$$kind $${base#*:}/bin/python benchmarks/matrix.py measure \
 	      docs/matrix/cpu-$$release-$$kind.json 2> build/matrix/$$release-$$kind.log || exit 1; done; done
 	$(BIN)/python benchmarks/matrix.py table docs/matrix docs/matrix.md
+
+# The models that people publish in the ways in which they quantize them, stock and series, and docs/models.md (hours).
+models: env
+	$(BIN)/python benchmarks/models.py run build/models --stock
+	$(BIN)/python benchmarks/models.py run build/models
+	$(BIN)/python benchmarks/models.py table build/models docs/models.md
 
 # The series on every release, the layer tests on some CPU wheels, and docs/releases.md.
 releases: env

@@ -10,7 +10,7 @@ import re
 import pytest
 from lab import ROOT
 
-from tests.e2e.models.judge import BF16, judge, make, run
+from tests.e2e.models.judge import judge, make, run
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("models")]
 FOLDER = ROOT / "build/models"
@@ -35,7 +35,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def results(vllm, tmp_path_factory):
-    cells = [(architecture, BF16) for architecture in ("llama",)] + RIGHT + list(REFUSED)
+    cells = [*RIGHT, *REFUSED]
     checkpoints = {cell: make(cell, FOLDER) for cell in cells}
     out = tmp_path_factory.mktemp("models")
     run(checkpoints.values(), out, str(vllm()), at_once=len(cells))

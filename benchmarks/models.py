@@ -33,10 +33,11 @@ HEAD = """# Models that people publish
 Made by `benchmarks/models.py`. Each architecture is a tiny random model by Transformers' own class; each variant is a
 way to quantize it and to write `exclude` (tests/e2e/models/variants.py), in AMD Quark's layout written by hand.
 
-- *right*: the log-probabilities of four prompts of 48 tokens are those of Transformers' model in float32 whose quantized
-  layers compute what the exported numbers say. Over all positions, the median distance is at most {factor} times that of
-  the same in BF16, and {floor}.
-- *refused*: by the series, by name. *stops*: an error elsewhere. *wrong*: served, and not right. *dies*: the process ended.
+- *right*: the log-probabilities of four prompts of 48 tokens are those of Transformers' model in float32 whose
+  quantized layers compute what the exported numbers say. Over all positions, the median distance is at most {factor}
+  times that of the same in BF16, and {floor}.
+- *refused*: by the series, by name. *stops*: an error elsewhere. *wrong*: served, and not right. *dies*: the process
+  ended.
 - `bf16` is the model unquantized: where that is not right, vLLM itself does not serve this tiny model, and the row says
   nothing of the quantized ones.
 

@@ -29,7 +29,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vllm_quark.commits import format_patch, git  # noqa: E402
+from vllm_quark.commits import format_patch  # noqa: E402
+from vllm_quark.git import git  # noqa: E402
 from vllm_quark.patches import QuarkError  # noqa: E402
 from vllm_quark.release import sources, versions  # noqa: E402
 from vllm_quark.series import load_series  # noqa: E402

@@ -16,7 +16,8 @@ from typing import IO, TYPE_CHECKING
 
 from packaging.version import Version
 
-from vllm_quark.commits import commit, git, identity
+from vllm_quark.commits import commit
+from vllm_quark.git import git, identity
 from vllm_quark.patches import Patch, QuarkError
 from vllm_quark.series import Series
 from vllm_quark.tree import Tree
@@ -159,7 +160,7 @@ def make_tree(version: str, series: Series, patches: list[Patch], out: Path, cac
     """
     if out.exists():
         raise QuarkError(f"{out}: exists already: delete it to make it anew")
-    name, mail = identity(Path.cwd())
+    who = identity(Path.cwd())
     archive = fetch(version, cache)
     out.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
@@ -168,17 +169,16 @@ def make_tree(version: str, series: Series, patches: list[Patch], out: Path, cac
             tar.extractall(new, filter="data")
         root = new / f"vllm-{version}"
         git(root, "init", "-q", "-b", "main")
-        git(root, "config", "user.name", name)
-        git(root, "config", "user.email", mail)
         git(root, "add", "-A", "-f")
-        git(root, "commit", "-q", "--no-verify", "-m", f"vLLM {version}\n\nThe release's source distribution.")
-        git(root, "tag", "-a", f"v{version}", "-m", f"vLLM {version}")
+        message = f"vLLM {version}\n\nThe release's source distribution."
+        git(root, "commit", "-q", "--no-verify", "-m", message, who=who)
+        git(root, "tag", "-a", f"v{version}", "-m", f"vLLM {version}", who=who)
         done = []
         for patch, changed in Tree(root).steps(series, patches, {}):
             for file, data in changed.items():
                 (root / file).parent.mkdir(parents=True, exist_ok=True)
                 (root / file).write_bytes(data)
-            commit(root, patch)
+            commit(root, patch, who)
             done.append(patch)
         root.rename(out)
         return done

@@ -2,11 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """format-patch and make-tree: what git makes of the series."""
 
+import os
 import shutil
 import subprocess
+import sys
 
 import pytest
-from trees import RELEASE, ROOT, cli, visible
+from trees import RELEASE, ROOT, cli, one_line, snapshot, visible
 
 from vllm_quark.release import CACHE
 
@@ -117,3 +119,85 @@ def test_unknown_release(tmp_path, author):
     done = cli(ROOT, "make-tree", "0.21.99", "-o", tmp_path / "out")
     assert done.returncode == 2 and "no source distribution of vLLM 0.21.99" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+# What git sets for hooks, `rebase --exec` in a worktree and aliases: the temporary repository must not follow it.
+@pytest.mark.parametrize("command", ["format-patch", "make-tree"])
+def test_the_users_repository_is_left_alone(home, tree, tmp_path, author, monkeypatch, command):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "file").write_text("mine")
+    commit_base(mine)
+    before = snapshot(mine)
+    for variable, value in {"GIT_DIR": mine / ".git", "GIT_WORK_TREE": mine, "GIT_INDEX_FILE": mine / ".git/index",
+                            "GIT_OBJECT_DIRECTORY": mine / ".git/objects", "GIT_PREFIX": "sub/"}.items():  # fmt: skip
+        monkeypatch.setenv(variable, str(value))
+    words = ["format-patch", tree] if command == "format-patch" else ["make-tree", RELEASE]
+    done = cli(home, *words, "-o", tmp_path / "out", "--only", "0005" if command == "make-tree" else "0001")
+    assert snapshot(mine) == before
+    assert done.returncode == 0, done.stderr
+
+
+SETTINGS = {
+    "diff.noprefix=true",
+    "diff.mnemonicPrefix=true",
+    "diff.context=0",
+    "diff.interHunkContext=50",
+    "format.coverLetter=true",
+    "format.useAutoBase=true",
+    "format.subjectPrefix=RFC",
+    "format.attach=true",
+    "format.suffix=.eml",
+    "commit.gpgSign=true",
+    "core.attributesFile=attributes",
+}
+
+
+@pytest.mark.parametrize("way", ["GIT_CONFIG_GLOBAL", "GIT_CONFIG_COUNT", "GIT_DIFF_OPTS"])
+def test_the_users_settings_do_not_change_the_series(home, tree, tmp_path, author, monkeypatch, way):
+    def series(name: str) -> dict[str, str]:
+        done = cli(home, "format-patch", tree, "-o", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        return {p.name: "".join(line for line in p.open() if not line.startswith("Date:"))
+                for p in (tmp_path / name).iterdir()}  # fmt: skip
+
+    plain = series("plain")
+    (tmp_path / "attributes").write_text("*.py binary\n")
+    settings = sorted(s.replace("=attributes", f"={tmp_path}/attributes") for s in SETTINGS)
+    if way == "GIT_CONFIG_GLOBAL":
+        for setting in settings:
+            git(tmp_path, "config", "--global", *setting.split("=", 1))
+    elif way == "GIT_CONFIG_COUNT":
+        monkeypatch.setenv("GIT_CONFIG_COUNT", str(len(settings)))
+        for i, setting in enumerate(settings):
+            monkeypatch.setenv(f"GIT_CONFIG_KEY_{i}", setting.split("=", 1)[0])
+            monkeypatch.setenv(f"GIT_CONFIG_VALUE_{i}", setting.split("=", 1)[1])
+    else:
+        monkeypatch.setenv("GIT_DIFF_OPTS", "-u0")
+        monkeypatch.setenv("GIT_EXTERNAL_DIFF", "false")
+        monkeypatch.setenv("GIT_DEFAULT_HASH", "sha256")
+    assert series("other") == plain
+
+
+def test_identity_from_the_environment(home, tree, tmp_path, monkeypatch):
+    """git's own variables name the author and who signs off; no configuration is needed."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    monkeypatch.delenv("GIT_CONFIG_GLOBAL", raising=False)
+    for who in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{who}_NAME", f"The {who.title()}")
+        monkeypatch.setenv(f"GIT_{who}_EMAIL", f"{who.lower()}@example.com")
+    done = cli(home, "format-patch", tree, "-o", tmp_path / "out", "--only", "0001")
+    assert done.returncode == 0, done.stderr
+    mail = (tmp_path / "out/0001-Bugfix-Add-a-mapping-to-Alpha.patch").read_text()
+    assert "\nFrom: The Author <author@example.com>\n" in mail
+    assert "\nSigned-off-by: The Committer <committer@example.com>\n" in mail
+
+
+def test_no_git(home, tree, tmp_path):
+    (tmp_path / "bin").mkdir()
+    env = {"HOME": str(tmp_path), "PATH": str(tmp_path / "bin"), "PYTHONPATH": str(home)}
+    command = [sys.executable, "-m", "vllm_quark", "format-patch", str(tree), "-o", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    one_line(done, "git is not installed", "install it")
+    assert not os.path.exists(tmp_path / "out")

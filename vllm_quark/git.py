@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""git, seeing the folder it runs in and nothing else of its surroundings."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from vllm_quark.patches import QuarkError
+
+_EXACT = ["-c", "core.autocrlf=false", "-c", "core.safecrlf=false", "-c", "core.fileMode=true",
+          "-c", f"core.attributesFile={os.devnull}", "-c", f"core.hooksPath={os.devnull}"]  # fmt: skip
+_IDENT = re.compile(r"(?P<name>.+) <(?P<mail>[^<>]*)> \d+ [-+]\d+")
+# git's local variables that say who someone is, not where a repository lies
+_SAID_BY_USER = ("GIT_CONFIG_COUNT", "GIT_CONFIG_PARAMETERS")
+
+Identity = dict[str, str]
+"""GIT_AUTHOR_NAME, GIT_AUTHOR_EMAIL, GIT_COMMITTER_NAME, GIT_COMMITTER_EMAIL."""
+
+
+def _call(folder: Path, environment: dict[str, str], *words: str, stdin: str | None = None) -> str:
+    if not shutil.which("git"):
+        raise QuarkError("git is not installed: install it (Debian: apt-get install git)")
+    command = ["git", *words]
+    done = subprocess.run(command, cwd=folder, env=environment, input=stdin, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip() or "failed").splitlines()[-1]
+        raise QuarkError(f"git {next((w for w in words if w[0] != '-' and '=' not in w), '')}: {said}")
+    return done.stdout
+
+
+def git(folder: Path, *words: str, stdin: str | None = None, who: Identity | None = None) -> str:
+    """Run git in `folder` without the user's settings and git variables, as `who`; its output.
+
+    Raises QuarkError with git's own last words, or where there is no git.
+    """
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k == "GIT_EXEC_PATH"}
+    environment |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1"}
+    return _call(folder, environment | (who or {}), *_EXACT, *words, stdin=stdin)
+
+
+def identity(folder: Path) -> Identity:
+    """Who git would take for author and committer in `folder`: its variables, else its settings.
+
+    Raises QuarkError where neither says.
+    """
+    environment = dict(os.environ)
+    for variable in set(_call(folder, environment, "rev-parse", "--local-env-vars").split()).difference(_SAID_BY_USER):
+        environment.pop(variable, None)
+    found = {}
+    for role in ("AUTHOR", "COMMITTER"):
+        try:
+            said = _call(folder, environment, "-c", "user.useConfigOnly=true", "var", f"GIT_{role}_IDENT")
+        except QuarkError as e:
+            raise QuarkError(
+                f"git knows no {role.lower()} ({e}): "
+                'git config --global user.name "…" && git config --global user.email "…"'
+            ) from e
+        if m := _IDENT.match(said):
+            found |= {f"GIT_{role}_NAME": m["name"], f"GIT_{role}_EMAIL": m["mail"]}
+    return found

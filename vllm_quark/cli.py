@@ -9,6 +9,7 @@ import collections
 import functools
 import importlib.metadata
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +21,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_quark.commits import format_patch as write_mails
+from vllm_quark.judge import Status, Verdict
 from vllm_quark.patches import Patch, QuarkError
 from vllm_quark.release import CACHE, make_tree
 from vllm_quark.series import Series, load_series
 from vllm_quark.shadow import make_shadow
-from vllm_quark.tree import Tree, Verdict, find_installed
+from vllm_quark.tree import Tree, find_installed
 
 if TYPE_CHECKING:
     from vllm_quark.checkpoint import Report
@@ -35,13 +37,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-STYLE = {"applied": "green", "upstream": "green", "applies": "yellow", "absent": "dim", "conflict": "red"}
+STYLE = {
+    Status.APPLIED: "green",
+    Status.UPSTREAM: "green",
+    Status.APPLIES: "yellow",
+    Status.ABSENT: "dim",
+    Status.CONFLICT: "red",
+}
 
 TreeArgument = Annotated[
     Path | None,
     typer.Argument(metavar="[TREE]", help="site-packages, source checkout or unpacked sdist; default: installed vLLM"),
 ]
-Only = Annotated[list[str], typer.Option("--only", metavar="NAME", help="this patch only (may be repeated)")]
+Only = Annotated[
+    list[str] | None, typer.Option("--only", metavar="NAME", help="this patch only: 1, 0001 or its name; 1,2 for two")
+]
 Until = Annotated[str | None, typer.Option("--until", metavar="NAME", help="the patches up to and with this one")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 # Problems with the same way out are many at times; JSON has them all.
@@ -68,38 +78,51 @@ def options(
 
 
 def _guard(command: Callable[..., int | None]) -> Callable[..., None]:
-    """Turn bad input into one line on stderr and exit code 2."""
+    """Turn bad input into one line on stderr, with --json also {"error": that line}, and exit code 2."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            code = command(*args, **kwargs)
+            raise typer.Exit(command(*args, **kwargs) or 0)
+        except BrokenPipeError:
+            # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
         except QuarkError as e:
-            print(f"vllm-quark: {e}", file=sys.stderr)
-            code = 2
+            reason = str(e)
         except OSError as e:
-            print(f"vllm-quark: {e.filename or ''}: {e.strerror}: mend that and run again", file=sys.stderr)
-            code = 2
-        raise typer.Exit(code or 0)
+            reason = f"{e.filename or ''}: {e.strerror}: mend that and run again"
+        if kwargs.get("as_json"):
+            print(json.dumps({"error": reason}))
+        _say(reason)
+        raise typer.Exit(2)
 
     return run
 
 
-def _open(tree: Path | None, only: list[str], until: str | None) -> tuple[Tree, Series, list[Patch]]:
+def _say(line: str) -> None:
+    print(f"vllm-quark: {line}", file=sys.stderr)
+
+
+def _open(tree: Path | None, only: list[str] | None, until: str | None, alone: bool = False) \
+        -> tuple[Tree, Series, list[Patch]]:  # fmt: skip
     where = Tree(tree or find_installed())
     series = load_series().in_package(where.package)
-    return where, series, series.select(only, until)
+    return where, series, series.select(only or (), until, alone)
 
 
 def _left(verdicts: list[Verdict]) -> int:
-    return int(any(v.status in ("applies", "conflict") for v in verdicts))
+    return int(any(v.status in (Status.APPLIES, Status.CONFLICT) for v in verdicts))
 
 
-def _show(tree: Tree, verdicts: list[Verdict], as_json: bool) -> None:
+def _show(tree: Tree, verdicts: list[Verdict], note: str, as_json: bool, error: str = "") -> None:
     if as_json:
         rows = [{"name": v.patch.name, "status": v.status, "detail": v.detail} for v in verdicts]
-        print(json.dumps({"tree": str(tree.root), "version": tree.version, "patches": rows}, indent=1))
+        data = {"tree": str(tree.root), "version": tree.version, "note": note, "patches": rows}
+        print(json.dumps(data | ({"error": error} if error else {}), indent=1))
         return
+    if note:
+        _say(note)
     table = Table()
     for name in ("patch", "status", "detail"):
         table.add_column(name, overflow="fold")
@@ -112,34 +135,60 @@ def _show(tree: Tree, verdicts: list[Verdict], as_json: bool) -> None:
 
 @app.command()
 @_guard
-def status(tree: TreeArgument = None, only: Only = [], until: Until = None, as_json: AsJson = False) -> int:  # noqa: B006
-    """Say what each patch is in TREE: applied, applies, upstream, absent or conflict."""
+def status(tree: TreeArgument = None, only: Only = None, until: Until = None, as_json: AsJson = False) -> int:
+    """Say what each patch is in TREE: applied, applies, upstream, absent or conflict.
+
+    Example: vllm-quark status ~/my-vllm
+    """
     where, series, patches = _open(tree, only, until)
     verdicts = [v for v in where.status(series) if v.patch in patches]
-    _show(where, verdicts, as_json)
-    return _left(verdicts)
+    reason = where.nothing_here(verdicts)
+    _show(where, verdicts, where.note(), as_json, reason)
+    if reason:
+        _say(reason)
+    return 2 if reason else _left(verdicts)
 
 
 @app.command()
 @_guard
-def apply(tree: TreeArgument = None, only: Only = [], until: Until = None, as_json: AsJson = False) -> int:  # noqa: B006
-    """Apply the patches to TREE, all or nothing."""
+def apply(tree: TreeArgument = None, only: Only = None, until: Until = None, as_json: AsJson = False) -> int:
+    """Apply the patches to TREE, all or nothing.
+
+    Example: vllm-quark apply --only 0001
+    """
     where, series, patches = _open(tree, only, until)
+    note = where.note()
     verdicts = where.apply(series, patches)
-    _show(where, verdicts, as_json)
+    _show(where, verdicts, note, as_json)
     return _left(verdicts)
 
 
 @app.command()
 @_guard
-def revert(tree: TreeArgument = None, only: Only = [], until: Until = None, as_json: AsJson = False) -> int:  # noqa: B006
-    """Take the patches out of TREE; files come back byte for byte."""
-    where, series, patches = _open(tree, only, until)
-    gone = where.revert(series, patches)
+def revert(
+    tree: TreeArgument = None,
+    only: Only = None,
+    until: Until = None,
+    with_dependents: Annotated[
+        bool, typer.Option("--with-dependents", help="the patches that build on these, too")
+    ] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Take the patches out of TREE; files come back byte for byte.
+
+    Example: vllm-quark revert --only 0014
+    """
+    where, series, patches = _open(tree, only, until, alone=True)
+    note = where.note()
+    gone = where.revert(series, patches, with_dependents)
+    if not gone and (left := where.not_on_record(series, patches)):
+        raise QuarkError(left)
     if as_json:
-        print(json.dumps({"tree": str(where.root), "version": where.version, "reverted": gone}, indent=1))
-    else:
-        print("\n".join(f"reverted {name}" for name in gone) or "nothing to revert: no patch was applied by vllm-quark")
+        print(json.dumps({"tree": str(where.root), "version": where.version, "note": note, "reverted": gone}, indent=1))
+        return 0
+    if note:
+        _say(note)
+    print("\n".join(f"reverted {name}" for name in gone) or "nothing to revert: no patch was applied by vllm-quark")
     return 0
 
 
@@ -148,7 +197,7 @@ def revert(tree: TreeArgument = None, only: Only = [], until: Until = None, as_j
 def format_patch(
     tree: Annotated[Path, typer.Argument(metavar="TREE", help="the tree that the series is for")],
     out: OutFolder,
-    only: Only = [],  # noqa: B006
+    only: Only = None,
     until: Until = None,
     cover: Annotated[bool, typer.Option("--cover", help="a cover letter and the text of a pull request, too")] = False,
     as_json: AsJson = False,
@@ -171,13 +220,13 @@ def format_patch(
 def make_tree_command(
     version: Annotated[str, typer.Argument(metavar="VERSION", help="vLLM release, e.g. 0.21.0")],
     out: OutFolder,
-    only: Only = [],  # noqa: B006
+    only: Only = None,
     until: Until = None,
     cache: Annotated[Path, typer.Option(help="where downloads are kept")] = CACHE,
 ) -> int:
     """Make the full source tree of a release with the series as git commits."""
     series = load_series()
-    for patch in make_tree(version, series, series.select(only, until), out, cache):
+    for patch in make_tree(version, series, series.select(only or (), until), out, cache):
         print(patch.subject)
     print(f"{out}: vLLM {version}, tagged v{version}, with these commits on top")
     return 0
@@ -188,13 +237,13 @@ def make_tree_command(
 def wheel_command(
     wheel: Annotated[Path, typer.Argument(metavar="WHEEL", help="vLLM's wheel (pip download --no-deps vllm==…)")],
     out: OutFolder,
-    only: Only = [],  # noqa: B006
+    only: Only = None,
     until: Until = None,
 ) -> int:
     """Make a patched wheel: the same, with the patches in it and +quark in its version."""
     from vllm_quark.repack import repack
 
-    made, patches = repack(wheel, load_series(), only, until, out)
+    made, patches = repack(wheel, load_series(), only or [], until, out)
     for patch in patches:
         print(patch.subject)
     print(made)
@@ -206,14 +255,14 @@ def wheel_command(
 def shadow_command(
     out: OutFolder,
     tree: TreeArgument = None,
-    only: Only = [],  # noqa: B006
+    only: Only = None,
     stock: Annotated[bool, typer.Option("--stock", help="no patch at all")] = False,
 ) -> int:
     """Make a folder for PYTHONPATH: the installed vLLM with patches, itself untouched."""
     if out.exists():
         raise QuarkError(f"{out}: exists already: delete it to make it anew")
     series = load_series()
-    names = [] if stock else [p.name for p in series.select(only)]
+    names = [] if stock else [p.name for p in series.select(only or ())]
     print(make_shadow(out.absolute(), series, names, tree))
     return 0
 
@@ -243,6 +292,8 @@ def check_command(
         if as_json:
             report = Report(checkpoint, problems=[Finding("", "", e.file, e.reason, e.way_out)])
             print(json.dumps(report.to_json(), indent=1))
+            _say(str(e))
+            return 2
         raise
     if as_json:
         print(json.dumps(report.to_json(), indent=1))

@@ -12,6 +12,7 @@ from vllm_quark.patches import Patch, QuarkError
 from vllm_quark.series import Series
 from vllm_quark.tree import Tree
 
+
 def commit(repository: Path, patch: Patch, who: Identity) -> None:
     """Commit everything in `repository` with the patch's message, signed off."""
     git(repository, "add", "-A", "-f")
@@ -26,29 +27,29 @@ def format_patch(tree: Tree, series: Series, patches: list[Patch], out: Path, co
     would be taken for part of the series.
     """
     who = identity(tree.root)
-    todo = tree.steps(series, patches, {})
+    todo = tree.steps(series, patches)
     if out.exists() and not out.is_dir():
         raise QuarkError(f"{out}: is not a folder: name another with -o")
     if any(out.glob("[0-9][0-9][0-9][0-9]-*.patch")):
         raise QuarkError(f"{out}: holds a series already: empty it or name another folder with -o")
     if not todo:
         return []
-    text = pull_request(series, [patch for patch, _ in todo]) if cover else ""
+    text = pull_request(series, [verdict.patch for verdict in todo]) if cover else ""
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "tree"
         repository.mkdir()
         git(repository, "init", "-q", "--template=")
-        for file in {f for _, changed in todo for f in changed}:
+        for file in {f for verdict in todo for f in verdict.changed}:
             if (tree.root / file).exists():
                 (repository / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(tree.root / file, repository / file)
         git(repository, "add", "-A", "-f")
         git(repository, "commit", "-q", "--allow-empty", "-m", "base", who=who)
-        for patch, changed in todo:
-            for file, data in changed.items():
+        for verdict in todo:
+            for file, data in verdict.changed.items():
                 (repository / file).parent.mkdir(parents=True, exist_ok=True)
                 (repository / file).write_bytes(data)
-            commit(repository, patch, who)
+            commit(repository, verdict.patch, who)
         mails = Path(folder) / "mails"
         letter = ["--cover-letter"] if cover else []
         git(repository, "format-patch", "-q", "--no-signature", "--zero-commit", *letter, "-o", str(mails),

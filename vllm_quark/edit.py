@@ -3,12 +3,15 @@
 """Source text and rules in, source text out. Touches no file of a tree."""
 
 import ast
+import contextlib
 import enum
 import functools
+import importlib.metadata
 import json
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,9 @@ import yaml
 from vllm_quark import cmake
 from vllm_quark.imports import add_import
 from vllm_quark.patches import FileEdit, PatchError, QuarkError, Rewrite
+
+TIME_LIMIT = 60
+"""Seconds that ast-grep may take for one file; it takes a tenth of one for vLLM's longest."""
 
 
 class Outcome(enum.Enum):
@@ -41,20 +47,36 @@ class Edited:
 
 @functools.cache
 def _ast_grep() -> str:
-    for name in ("ast-grep", "sg"):
-        beside = Path(sysconfig.get_path("scripts")) / name
-        if beside.is_file():
-            return str(beside)
-        if name == "ast-grep" and (found := shutil.which(name)):
-            return found
+    folders = [Path(sysconfig.get_path("scripts")), Path(sys.executable).parent]
+    # pip install --user puts it where neither is, and its record says where.
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        installed = importlib.metadata.files("ast-grep-cli") or []
+        folders += [Path(str(f.locate())).resolve().parent for f in installed if f.name in ("ast-grep", "ast-grep.exe")]
+    for folder in folders:
+        for name in ("ast-grep", "sg"):
+            if found := shutil.which(name, path=folder):
+                return found
+    if found := shutil.which("ast-grep"):
+        return found
     raise QuarkError("ast-grep is not installed: pip install ast-grep-cli")
+
+
+class TooSlowError(QuarkError):
+    """A text that ast-grep does not get through."""
 
 
 @functools.lru_cache(maxsize=4096)
 def _scan(source: bytes, rules: str) -> dict[str, list[dict[str, Any]]]:
-    """Matches of each rule (by id) in `source`, as ast-grep reports them."""
+    """Matches of each rule (by id) in `source`, as ast-grep reports them. Raises TooSlowError."""
     command = [_ast_grep(), "scan", "--inline-rules", rules, "--stdin", "--json=compact"]
-    done = subprocess.run(command, input=source, capture_output=True)
+    try:
+        done = subprocess.run(command, input=source, capture_output=True, timeout=TIME_LIMIT)
+    except subprocess.TimeoutExpired as e:
+        lines = source.count(b"\n")
+        raise TooSlowError(
+            f"ast-grep is not through its {lines} lines after {TIME_LIMIT} s: shorten it, "
+            "or choose patches that leave it alone with --only"
+        ) from e
     if done.returncode not in (0, 1) or not done.stdout.strip():
         reason = " ".join(done.stderr.decode(errors="replace").split())
         raise PatchError(f"ast-grep refuses a rule: {reason}: mend the patch file")
@@ -198,6 +220,8 @@ def edit(source: str, rules: FileEdit) -> Edited:
         tree = ast.parse("" if rules.is_cmake else source)
     except SyntaxError as e:
         return Edited(Outcome.CONFLICT, source, f"{rules.file}:{e.lineno}: not valid {kind}: {e.msg}: mend it first")
+    except TooSlowError as e:
+        return Edited(Outcome.CONFLICT, source, f"{rules.file}: {e}")
     changes: list[tuple[int, int, str]] = []
     for k, rewrite in enumerate(rules.rewrite):
         if rewrite.where and not found.get(f"where-{k}"):

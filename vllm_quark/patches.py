@@ -3,6 +3,7 @@
 """What a patch file says: commit message, upstream facts, rules, files it brings."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -120,6 +121,36 @@ class Upstream(_Strict):
     since: str | None = None
 
 
+class Absence(_Strict):
+    """Releases that lack what a patch edits, and what that means there.
+
+    before, since: up to, or from, which release. harmless: nothing is amiss without the patch there.
+    """
+
+    before: str | None = None
+    since: str | None = None
+    because: str = Field(min_length=1)
+    harmless: bool = False
+
+    @model_validator(mode="after")
+    def _one_side(self) -> "Absence":
+        if (self.before is None) == (self.since is None):
+            raise ValueError("an absence is before or since a release")
+        return self
+
+    def holds(self, is_before: Callable[[str], bool]) -> bool:
+        """Whether it is about the release that `is_before` knows the older ones of."""
+        return is_before(self.before) if self.before is not None else not is_before(self.since or "0")
+
+    @property
+    def detail(self) -> str:
+        """For people: whether that is fine, and since which release it is otherwise."""
+        when = f"before {self.before}" if self.before else f"since {self.since}"
+        if self.harmless:
+            return f"fine {when}: {self.because}"
+        return f"{when}, {self.because}: use {self.before} or newer" if self.before else f"{when}, {self.because}"
+
+
 class Patch(_Strict):
     """One patch file. `name` is its file name without the suffix."""
 
@@ -127,6 +158,7 @@ class Patch(_Strict):
     subject: str = Field(min_length=1, pattern=r"^[^\n]+$")
     description: str = Field(min_length=1)
     upstream: Upstream | None = None
+    absent: list[Absence] = []
     requires: list[str] = Field([], description="numbers of earlier patches that this one builds on")
     edits: list[FileEdit] = []
     files: list[TreePath] = []
@@ -143,6 +175,11 @@ class Patch(_Strict):
             return self
         files = [move_path(f, "vllm", package) for f in self.files]
         return self.model_copy(update={"edits": [e.in_package(package) for e in self.edits], "files": files})
+
+    @property
+    def number(self) -> str:
+        """What other patches call it: NNNN."""
+        return self.name.split("-")[0]
 
     @property
     def message(self) -> str:

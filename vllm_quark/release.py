@@ -174,12 +174,12 @@ def make_tree(version: str, series: Series, patches: list[Patch], out: Path, cac
         git(root, "commit", "-q", "--no-verify", "-m", message, who=who)
         git(root, "tag", "-a", f"v{version}", "-m", f"vLLM {version}", who=who)
         done = []
-        for patch, changed in Tree(root).steps(series, patches, {}):
-            for file, data in changed.items():
+        for verdict in Tree(root).steps(series, patches):
+            for file, data in verdict.changed.items():
                 (root / file).parent.mkdir(parents=True, exist_ok=True)
                 (root / file).write_bytes(data)
-            commit(root, patch, who)
-            done.append(patch)
+            commit(root, verdict.patch, who)
+            done.append(verdict.patch)
         root.rename(out)
         return done
     finally:

@@ -46,17 +46,19 @@ def repack(wheel: Path, series: Series, only: list[str], until: str | None, out:
                     old.extract(name, folder)
             tree = Tree(Path(folder))
             series = series.in_package(tree.package)
-            done = tree.steps(series, series.select(only, until), {})
+            done = tree.steps(series, series.select(only, until))
             if not done:
                 raise QuarkError(f"{wheel}: no patch applies to it: nothing to do")
-            changed = {file: data for _, files in done for file, data in files.items()}
+            changed = {file: data for verdict in done for file, data in verdict.changed.items()}
             stem = f"{old.parsed_filename['name']}-{version}"
             info = f"{stem}.dist-info"
             out.mkdir(parents=True, exist_ok=True)
             target = out / wheel.name.replace(old.parsed_filename["namever"], stem, 1)
             with tempfile.TemporaryDirectory(dir=out) as fresh, WheelFile(Path(fresh) / target.name, "w") as new:
                 for entry in old.infolist():
-                    if entry.filename == old.record_path or entry.is_dir():
+                    # The signatures are of the RECORD as it was.
+                    record = re.escape(old.record_path)
+                    if entry.is_dir() or re.fullmatch(rf"{record}(\.jws|\.p7s)?", entry.filename):
                         continue
                     data = changed.pop(entry.filename, None)
                     data = old.read(entry) if data is None else data
@@ -70,9 +72,9 @@ def repack(wheel: Path, series: Series, only: list[str], until: str | None, out:
                     new.writestr(copy, data)
                 for name, data in changed.items():
                     new.writestr(name, data)
-                new.writestr(f"{info}/{WHEEL_NOTE}", "".join(f"{p.name}\n" for p, _ in done))
+                new.writestr(f"{info}/{WHEEL_NOTE}", "".join(f"{verdict.patch.name}\n" for verdict in done))
                 new.close()
                 (Path(fresh) / target.name).rename(target)
     except (WheelError, zipfile.BadZipFile, EOFError) as e:
         raise QuarkError(f"{wheel}: no usable wheel: {e}: fetch it again") from e
-    return target, [p for p, _ in done]
+    return target, [verdict.patch for verdict in done]

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from vllm_quark.patches import Patch, PatchError, QuarkError, move_path, read_patch, rename_package
 
+OLDEST = "0.17.0"
+"""The first release of vLLM that the series knows."""
+
 
 @dataclass(frozen=True)
 class Series:
@@ -28,30 +31,41 @@ class Series:
         """The same for a tree whose package is not called vllm."""
         return replace(self, patches=tuple(p.in_package(package) for p in self.patches), package=package)
 
-    def select(self, only: Iterable[str] = (), until: str | None = None) -> list[Patch]:
+    def select(self, only: Iterable[str] = (), until: str | None = None, alone: bool = False) -> list[Patch]:
         """The patches named in `only` with those they require, or those up to and with `until`, or all.
 
-        A name is a file name without suffix or its number. Raises QuarkError for an unknown one.
+        A name is a file name without suffix or its number, 0001 or 1; commas part several. alone: without those they
+        require. Raises QuarkError for an unknown one.
         """
-        only = list(only)
-        if only and until:
+        names = [name for words in only for name in words.split(",") if name]
+        if names and until:
             raise QuarkError("--only and --until exclude each other")
-        if only:
+        if names:
             wanted: set[str] = set()
-            while only:
-                patch = self._find(only.pop())
+            while names:
+                patch = self._find(names.pop())
                 if patch.name not in wanted:
                     wanted.add(patch.name)
-                    only += patch.requires
+                    names += () if alone else patch.requires
             return [p for p in self.patches if p.name in wanted]
         if until:
             last = self._find(until).name
             return [p for p in self.patches if p.name <= last]
         return list(self.patches)
 
+    def dependents(self, patches: Iterable[Patch]) -> list[Patch]:
+        """The patches that build on `patches`, directly or not, in series order, without these themselves."""
+        numbers = {p.number for p in patches}
+        found = []
+        for patch in self.patches:
+            if patch.number not in numbers and numbers.intersection(patch.requires):
+                numbers.add(patch.number)
+                found.append(patch)
+        return found
+
     def _find(self, name: str) -> Patch:
         for p in self.patches:
-            if name in (p.name, p.name.split("-")[0]):
+            if name in (p.name, p.number) or (name.isdecimal() and name.zfill(4) == p.number):
                 return p
         raise QuarkError(f"no patch '{name}': the series has {', '.join(p.name for p in self.patches)}")
 
@@ -74,7 +88,7 @@ def load_series(folder: Path | None = None) -> Series:
     series = Series(folder, tuple(read_patch(p) for p in paths))
     for path, patch in zip(paths, series.patches, strict=True):
         for name in patch.requires:
-            if not any(p.name < patch.name and p.name.split("-")[0] == name for p in series.patches):
+            if not any(p.name < patch.name and p.number == name for p in series.patches):
                 raise PatchError(f"{path}: requires '{name}', which is no earlier patch: mend the patch file")
         for file in patch.files:
             if not (folder / file).is_file():

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from trees import cli, make_tree, one_line, snapshot, visible, write
+from trees import ALPHA, cli, make_tree, one_line, snapshot, visible, write
 
 
 def test_no_such_tree(home, tmp_path):
@@ -73,8 +73,12 @@ def test_lost_original(home, tree):
     assert cli(home, "apply", tree).returncode == 0
     (tree / ".vllm-quark/original/vllm/alpha.py").write_text("lost")
     before = visible(tree)
-    one_line(cli(home, "revert", tree), "original/vllm/alpha.py", "reinstall vLLM")
+    one_line(cli(home, "revert", tree), "original/vllm/alpha.py", "put back what vLLM 9.9 has there")
     assert visible(tree) == before
+    assert cli(home, "apply", tree).returncode == 0, "nothing is left to do"
+    (tree / "vllm/alpha.py").write_text(ALPHA)
+    assert cli(home, "revert", tree).returncode == 0
+    assert (tree / "vllm/alpha.py").read_text() == ALPHA and not (tree / "vllm/new").exists()
 
 
 def test_damaged_record(home, tree):

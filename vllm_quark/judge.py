@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""What a patch is in a tree. Pure: a view of the files in, verdicts out."""
+
+import contextlib
+import enum
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
+
+from packaging.version import InvalidVersion, Version
+
+from vllm_quark.edit import Edited, Outcome, edit, matches, names_in
+from vllm_quark.patches import FileEdit, Patch
+from vllm_quark.series import OLDEST, Series
+from vllm_quark.text import decode
+
+
+class Status(str, enum.Enum):
+    """What a patch is: in the tree by us; to be applied; there without us; not for this release; in conflict."""
+
+    APPLIED = "applied"
+    APPLIES = "applies"
+    UPSTREAM = "upstream"
+    ABSENT = "absent"
+    CONFLICT = "conflict"
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one patch is in a tree.
+
+    detail: file and anchor, for people. harmless: absent, and nothing is amiss without it.
+    changed: new content of the files that it changes; edited, brought: the files that it is about here; missing:
+    those of `brought` that the tree lacks; incomplete: its edits are there, of its files some are not.
+    """
+
+    patch: Patch
+    status: Status
+    detail: str = ""
+    harmless: bool = False
+    changed: dict[str, bytes] = field(default_factory=dict)
+    edited: tuple[str, ...] = ()
+    brought: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    incomplete: bool = False
+
+
+@dataclass(frozen=True)
+class View:
+    """What there is to see of a tree.
+
+    read: bytes of a file, None where there is none. python_files: all of the package. takes: whether a file belongs
+    into this kind of tree. version: as the tree tells it. changed: contents that lie on top of those that `read`
+    gives.
+    """
+
+    read: Callable[[str], bytes | None]
+    python_files: Callable[[], Iterable[str]]
+    takes: Callable[[str], bool]
+    version: str
+    changed: dict[str, bytes | None]
+
+    def content(self, file: str) -> bytes | None:
+        """Bytes of `file`, None where the tree has no such file."""
+        if file not in self.changed:
+            self.changed[file] = self.read(file)
+        return self.changed[file]
+
+    def copy(self) -> "View":
+        """The same, to be changed on its own."""
+        return replace(self, changed=dict(self.changed))
+
+
+def release_of(version: str) -> Version | None:
+    """`version` for comparisons, None where it is none."""
+    try:
+        return Version(version)
+    except InvalidVersion:
+        return None
+
+
+def _is_before(version: str, release: str) -> bool:
+    known = release_of(version)
+    return known is not None and known.release < Version(release).release
+
+
+def _files_with(rules: FileEdit, view: View) -> list[str]:
+    """Files of the whole package, but for the named one, that have what `rules` need."""
+    needs, names = rules.needs, [name.encode() for name in names_in(rules.needs)]
+    if not needs or not names:
+        return []
+    found = []
+    for file in view.python_files():
+        raw = view.changed[file] if file in view.changed else view.read(file)
+        with contextlib.suppress(UnicodeDecodeError):
+            if file != rules.file and raw and all(name in raw for name in names) and matches(decode(raw).plain, needs):
+                found.append(file)
+    return found
+
+
+def _edit_file(rules: FileEdit, view: View) -> Edited:
+    raw = view.content(rules.file)
+    if raw is None:
+        return Edited(Outcome.ABSENT, "", f"{rules.file}: no such file")
+    try:
+        text = decode(raw)
+    except UnicodeDecodeError:
+        return Edited(Outcome.CONFLICT, "", f"{rules.file}: not UTF-8 text")
+    result = edit(text.plain, rules)
+    if result.outcome is Outcome.APPLIES:
+        view.changed[rules.file] = text.encode(result.text)
+    return result
+
+
+def _edit_where_it_stands(rules: FileEdit, view: View) -> tuple[str, Edited]:
+    """The file that has what `rules` edit, and what became of it."""
+    result = _edit_file(rules, view)
+    if result.outcome is not Outcome.ABSENT or not (holders := _files_with(rules, view)):
+        return rules.file, result
+    # What it edits moved: within its folder that is the same to us, elsewhere it is not.
+    folder = PurePosixPath(rules.file).parent
+    beside = [file for file in holders if PurePosixPath(file).parent == folder]
+    if len(beside) > 1:
+        where = f"{' and '.join(beside)}: each has what belongs into {rules.file}: leave one of them"
+        return rules.file, Edited(Outcome.CONFLICT, "", where)
+    if not beside:
+        where = f"{rules.file}: what it edits stands in {holders[0]}: move it back for this"
+        return rules.file, Edited(Outcome.CONFLICT, "", where)
+    return beside[0], _edit_file(rules.model_copy(update={"file": beside[0]}), view)
+
+
+def _lf(data: bytes) -> bytes:
+    return data.replace(b"\r\n", b"\n")
+
+
+def is_fixed_upstream(patch: Patch, version: str) -> bool:
+    """Whether upstream has the same fix in `version`, as far as anyone knows."""
+    return patch.upstream is not None and not (
+        patch.upstream.since is not None and _is_before(version, patch.upstream.since)
+    )
+
+
+def judge_patch(series: Series, patch: Patch, view: View) -> Verdict:
+    """What `patch` is on `view`. What is there already is UPSTREAM, whoever did it."""
+    after = view.copy()
+    edited: list[str] = []
+    details: dict[Outcome, str] = {}
+    for rules in patch.edits:
+        if view.takes(rules.file):
+            file, result = _edit_where_it_stands(rules, after)
+            edited.append(file)
+            details.setdefault(result.outcome, result.detail)
+    brought = tuple(file for file in patch.files if view.takes(file))
+    missing = tuple(file for file in brought if view.content(file) is None)
+    verdict = Verdict(patch, Status.UPSTREAM, edited=tuple(edited), brought=brought, missing=missing)
+
+    if Outcome.CONFLICT in details:
+        detail = details[Outcome.CONFLICT]
+        if _is_before(view.version, OLDEST):
+            detail = f"vLLM {view.version} is older than {OLDEST}, the first that this series knows: use a newer one"
+        return replace(verdict, status=Status.CONFLICT, detail=detail)
+    if Outcome.ABSENT in details:
+        for absence in patch.absent:
+            if absence.holds(lambda release: _is_before(view.version, release)) and release_of(view.version):
+                return replace(verdict, status=Status.ABSENT, detail=absence.detail, harmless=absence.harmless)
+        return replace(verdict, status=Status.ABSENT, detail=details[Outcome.ABSENT])
+
+    new = {file: series.content(file) for file in missing}
+    if Outcome.APPLIES in details or not edited:
+        for file in brought:
+            theirs = view.content(file)
+            if theirs is not None and _lf(theirs) != _lf(series.content(file)):
+                detail = f"{file}: there already, with other content: move it away"
+                return replace(verdict, status=Status.CONFLICT, detail=detail)
+        if not edited and not missing:
+            return verdict
+        new |= {file: data for file in edited if (data := after.changed[file]) is not None}
+        detail = "partly applied" if Outcome.PRESENT in details else ""
+        return replace(verdict, status=Status.APPLIES, detail=detail, changed=new)
+    needed = [f for f in missing if f.startswith(f"{series.package}/") or not is_fixed_upstream(patch, view.version)]
+    if needed:
+        detail = f"{needed[0]} is missing: apply brings it"
+        return replace(verdict, status=Status.APPLIES, detail=detail, changed=new, incomplete=True)
+    return verdict
+
+
+def judge_series(series: Series, patches: Iterable[Patch], view: View) -> Iterator[Verdict]:
+    """What each of `patches` is, one on top of the other; a patch is absent where one that it requires is.
+
+    view: brought up to date with what the patches change.
+    """
+    absent: dict[str, Verdict] = {}
+    for patch in patches:
+        verdict = judge_patch(series, patch, view)
+        if lacking := [absent[number] for number in sorted(patch.requires) if number in absent]:
+            detail = f"builds on {lacking[0].patch.number}, which is absent"
+            verdict = Verdict(patch, Status.ABSENT, detail, lacking[0].harmless, edited=verdict.edited)
+        if verdict.status is Status.ABSENT:
+            absent[patch.number] = verdict
+        view.changed.update(verdict.changed)
+        yield verdict

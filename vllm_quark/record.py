@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""What was done to a tree, and whether it still stands. Reads the tree, writes nothing.
+
+It lies beside the tree in `.vllm-quark/`: the originals of all changed files and a record of the digests that may
+lie in their place. The record is written before the first file changes and again after the last, so a killed run
+leaves every file either as it was or as it should become, and both are on record.
+"""
+
+import base64
+import contextlib
+import enum
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vllm_quark.git import git
+from vllm_quark.patches import QuarkError
+
+RECORD_DIR = ".vllm-quark"
+
+
+class TreeError(QuarkError):
+    """A tree that cannot be used or changed; names the file and the way out."""
+
+
+class LostOriginalError(TreeError):
+    """The original of a changed file is gone from the record's folder."""
+
+
+class State(enum.Enum):
+    """Whose content a recorded file has now."""
+
+    OURS = "ours"
+    ORIGINAL = "original"
+    CHANGED = "changed"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One changed file: digest before us (None: no file), digests that are our doing; of the original its mode, its
+    time of change (ns), and where it pointed to if it was a link."""
+
+    original: str | None
+    ours: list[str]
+    mode: int | None = None
+    link: str | None = None
+    mtime: int | None = None
+
+    def state(self, data: bytes | None) -> State:
+        """Whose content `data` is."""
+        now = digest_of(data)
+        if now in self.ours:
+            return State.OURS
+        return State.ORIGINAL if now == self.original else State.CHANGED
+
+
+@dataclass
+class Record:
+    """applied: names of patches; folders: those that came with them; version, installation: of what was patched."""
+
+    applied: list[str] = field(default_factory=list)
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    folders: list[str] = field(default_factory=list)
+    version: str = ""
+    installation: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(vars(self) | {"files": {name: vars(f) for name, f in self.files.items()}}, indent=1)
+
+
+def digest_of(data: bytes | None) -> str | None:
+    """SHA-256 of a file's content, None of no file."""
+    return None if data is None else hashlib.sha256(data).hexdigest()
+
+
+def record_path(root: Path) -> Path:
+    return root / RECORD_DIR / "record.json"
+
+
+def original_path(root: Path, file: str) -> Path:
+    """Where the original of `file` is kept."""
+    return root / RECORD_DIR / "original" / file
+
+
+def read_record(root: Path) -> Record:
+    """The record of the tree in `root`, an empty one where there is none. Raises TreeError for a damaged one."""
+    path = record_path(root)
+    try:
+        data = json.loads(path.read_text())
+        files = {name: FileRecord(**known) for name, known in data.pop("files").items()}
+        return Record(files=files, **data)
+    except (FileNotFoundError, NotADirectoryError):
+        return Record()
+    except OSError as e:
+        raise TreeError(f"{path}: cannot be read: {e.strerror}") from e
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise TreeError(f"{path}: damaged record: reinstall vLLM and delete {path.parent}") from e
+
+
+def read_original(root: Path, file: str, known: FileRecord) -> bytes | None:
+    """Content of `file` without us. Raises LostOriginalError."""
+    if known.original is None:
+        return None
+    path, data = original_path(root, file), None
+    with contextlib.suppress(OSError):
+        data = path.read_bytes()
+    if digest_of(data) != known.original:
+        raise LostOriginalError(f"{path}: the original is lost or damaged")
+    return data
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A package as its installer wrote it down in its distribution's RECORD.
+
+    stamp changes with each installation; digests: of each file its SHA-256 as in RECORD.
+    """
+
+    name: str
+    version: str
+    stamp: str
+    digests: dict[str, str]
+
+    def wrote(self, file: str, data: bytes | None) -> bool:
+        """Whether `file` with this content is the installer's doing, not ours and not a user's."""
+        if data is None:
+            return file not in self.digests
+        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")
+        return self.digests.get(file) == f"sha256={digest}"
+
+
+def find_installation(root: Path, package: str) -> Installation | None:
+    """The installed distribution in `root` that `package` came with, None where it was not installed from a wheel."""
+    mark = f"{package}/__init__.py,"
+    for path in sorted(root.glob("*.dist-info/RECORD"), key=lambda p: not p.parent.name.startswith(package)):
+        with contextlib.suppress(OSError, ValueError):
+            text = path.read_text(encoding="utf-8")
+            if f"\n{mark}" in text or text.startswith(mark):
+                rows = (line.rsplit(",", 2) for line in text.splitlines() if line.count(",") >= 2)
+                digests = {name.strip('"'): digest for name, digest, _ in rows}
+                name, _, version = path.parent.name.removesuffix(".dist-info").partition("-")
+                stamp = f"{path.parent.name} {int(path.stat().st_mtime)}"
+                return Installation(name.replace("_", "-"), version, stamp, digests)
+    return None
+
+
+def find_committed(root: Path, files: Iterable[str]) -> set[str]:
+    """Those of `files` that are in the tree's git as they lie there, or neither there nor here."""
+    files = list(files)
+    if not files or not (root / ".git").exists():
+        return set()
+    try:
+        there = git(root, "ls-tree", "-r", "--name-only", "-z", "HEAD", "--", *files).split("\0")
+        differing = git(root, "diff", "--name-only", "-z", "HEAD", "--", *files).split("\0")
+    except QuarkError:
+        return set()
+    gone = {file for file in files if file not in there and not (root / file).exists()}
+    return gone | {file for file in files if file in there and file not in differing}
+
+
+def settle(record: Record, root: Path, contents: dict[str, bytes | None], installation: Installation | None,
+           version: str) -> tuple[Record, str]:  # fmt: skip
+    """The record without files that were replaced since, and a line that says so ("": none was).
+
+    contents: of the recorded files, now. A file that changed was replaced where the installer or git has it as it
+    is, or where the tree is another release's. What a user changed stays on record.
+    """
+    states = {file: known.state(contents[file]) for file, known in record.files.items()}
+    changed = [file for file, state in states.items() if state is State.CHANGED]
+    other = bool(record.version) and record.version != version
+    committed = find_committed(root, changed)
+    replaced = {
+        file
+        for file in changed
+        if other or file in committed or (installation is not None and installation.wrote(file, contents[file]))
+    }
+    edited = [file for file, known in record.files.items() if known.original is not None]
+    again = (
+        installation is not None
+        and record.installation not in ("", installation.stamp)
+        and bool(edited)
+        and all(states[file] is State.ORIGINAL for file in edited)
+    )
+    if not replaced and not again:
+        return record, ""
+    what = f"replaced since vllm-quark patched it ({record.version} then, {version} now)" if other else "reinstalled"
+    if replaced and not other:
+        what = f"replaced since vllm-quark patched it ({len(replaced)} of {len(record.files)} files)"
+    kept = {file: known for file, known in record.files.items() if file not in replaced}
+    note = f"{root}: vLLM was {what}: what no longer stands is off the record"
+    return Record(list(record.applied), kept, list(record.folders), record.version, record.installation), note

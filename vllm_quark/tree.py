@@ -376,7 +376,8 @@ class Tree:
         if self.is_source:
             return ""
         by_wheel = self.by_wheel()
-        found = [v for v in self.status(series, patches) if v.status is Status.APPLIED and v.patch.name not in by_wheel]
+        there = [v for v in self.status(series, patches) if v.status is Status.APPLIED or v.incomplete]
+        found = [v for v in there if v.patch.name not in by_wheel]
         if not found:
             return ""
         return f"{self.root}: {found[0].patch.name} is not on record, the originals are gone: {self.way_back(())}"

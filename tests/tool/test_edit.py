@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """The pure part: text and rules in, text out."""
 
+from pathlib import Path
+
 import pytest
 
 from vllm_quark.edit import Outcome, edit
@@ -156,3 +158,32 @@ def test_text_beyond_ascii():
 def test_broken_patches_are_refused(rewrites, said):
     with pytest.raises(PatchError, match=said):
         edit(SOURCE, rules(*rewrites))
+
+
+def test_ast_grep_is_found_where_pip_install_user_puts_it(tmp_path, monkeypatch):
+    """In ~/.local/bin, which is neither beside Python nor always on PATH: the distribution's record has it."""
+    from vllm_quark import edit as module
+
+    module._ast_grep.cache_clear()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    try:
+        assert Path(module._ast_grep()).name.startswith("ast-grep")
+    finally:
+        module._ast_grep.cache_clear()
+
+
+def test_time_limit(tmp_path, monkeypatch):
+    from vllm_quark import edit as module
+
+    slow = tmp_path / "ast-grep"
+    slow.write_text("#!/bin/sh\nexec sleep 600\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(module, "_ast_grep", lambda: str(slow))
+    monkeypatch.setattr(module, "TIME_LIMIT", 0.2, raising=False)
+    rules = FileEdit(file="vllm/slow.py", present={"pattern": "g(1)"}, rewrite=[
+        {"anchor": "f", "rule": {"pattern": "f(1)"}, "fix": "g(1)"}])  # fmt: skip
+    found = edit("f(1)  # slow\n" * 3, rules)
+    assert found.outcome is Outcome.CONFLICT
+    assert "vllm/slow.py: ast-grep is not through its 3 lines after 0.2 s" in found.detail

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """Killed at every step, and many at once."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from trees import cli, make_tree, snapshot, visible
 
+from vllm_quark.patches import QuarkError
 from vllm_quark.series import Series
 from vllm_quark.tree import Tree
 
@@ -111,4 +113,27 @@ def test_apply_and_revert_at_once(home, tree, tmp_path):
         assert r.returncode == 0, err
     assert visible(tree) in (before, visible(whole))
     assert cli(home, "revert", tree).returncode == 0
+    assert snapshot(tree) == before
+
+
+def test_only_the_last_record_cannot_be_written(tree, series, monkeypatch):
+    """All files are in place then: it must not say that nothing was changed, and a second run finishes."""
+    before = snapshot(tree)
+    written = []
+
+    def replace(new, path):
+        written.append(path)
+        if sum(str(p).endswith("record.json") for p in written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        os.rename(new, path)
+
+    monkeypatch.setattr("os.replace", replace)
+    with pytest.raises(QuarkError) as e:
+        Tree(tree).apply(series, series.select())
+    monkeypatch.undo()
+    assert "record.json" in str(e.value) and "make room and run again" in str(e.value)
+    assert "nothing was changed" not in str(e.value)
+    assert "packed" in (tree / "vllm/alpha.py").read_text()
+    Tree(tree).apply(series, series.select())
+    Tree(tree).revert(series, series.select())
     assert snapshot(tree) == before

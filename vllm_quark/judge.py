@@ -137,7 +137,7 @@ def _lf(data: bytes) -> bytes:
     return data.replace(b"\r\n", b"\n")
 
 
-def is_fixed_upstream(patch: Patch, version: str) -> bool:
+def _is_fixed_upstream(patch: Patch, version: str) -> bool:
     """Whether upstream has the same fix in `version`, as far as anyone knows."""
     return patch.upstream is not None and not (
         patch.upstream.since is not None and _is_before(version, patch.upstream.since)
@@ -181,7 +181,7 @@ def judge_patch(series: Series, patch: Patch, view: View) -> Verdict:
         new |= {file: data for file in edited if (data := after.changed[file]) is not None}
         detail = "partly applied" if Outcome.PRESENT in details else ""
         return replace(verdict, status=Status.APPLIES, detail=detail, changed=new)
-    needed = [f for f in missing if f.startswith(f"{series.package}/") or not is_fixed_upstream(patch, view.version)]
+    needed = [f for f in missing if f.startswith(f"{series.package}/") or not _is_fixed_upstream(patch, view.version)]
     if needed:
         detail = f"{needed[0]} is missing: apply brings it"
         return replace(verdict, status=Status.APPLIES, detail=detail, changed=new, incomplete=True)
@@ -197,7 +197,7 @@ def judge_series(series: Series, patches: Iterable[Patch], view: View) -> Iterat
     for patch in patches:
         verdict = judge_patch(series, patch, view)
         if lacking := [absent[number] for number in sorted(patch.requires) if number in absent]:
-            detail = f"builds on {lacking[0].patch.number}, which is absent"
+            detail = f"builds on {lacking[0].patch.number}, which is absent: {lacking[0].detail}"
             verdict = Verdict(patch, Status.ABSENT, detail, lacking[0].harmless, edited=verdict.edited)
         if verdict.status is Status.ABSENT:
             absent[patch.number] = verdict

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from vllm_quark.edit import matches
 from vllm_quark.git import git
-from vllm_quark.judge import Status, Verdict, View, is_fixed_upstream, judge_patch, judge_series
+from vllm_quark.judge import Status, Verdict, View, judge_patch, judge_series
 from vllm_quark.patches import Patch, QuarkError
 from vllm_quark.record import (
     Installation,
@@ -199,8 +199,7 @@ class Tree:
             return replace(verdict, status=Status.APPLIED, detail=f"{odd[0]}: changed since" if odd else "")
         if patch.name in self.by_wheel():
             return replace(verdict, status=Status.APPLIED, detail="by wheel")
-        there = bool(verdict.brought) and not verdict.missing
-        if there or (patch.upstream is not None and not is_fixed_upstream(patch, self.version)):
+        if verdict.brought and not verdict.missing:
             detail = "by commit" if self.is_source else "not on record: only reinstalling vLLM takes it out"
             return replace(verdict, status=Status.APPLIED, detail=detail)
         return verdict

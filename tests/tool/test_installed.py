@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from trees import RELEASE, ROOT, cli, snapshot, visible
+from trees import RELEASE, ROOT, cli, one_line, snapshot, visible
 
 from vllm_quark.series import load_series
 from vllm_quark.tree import Tree, find_installed
@@ -34,6 +34,20 @@ def test_apply_and_revert(installed):
     assert snapshot(site / "vllm/model_executor/layers/quantization/quark") == cached
     assert cli(ROOT, "revert", installed).returncode == 0
     assert snapshot(installed) == before
+
+
+def test_revert_of_what_others_build_on(installed):
+    assert cli(ROOT, "apply", installed).returncode == 0
+    for name, dependents in (("0007", ("0008", "0014")), ("0004", ("0015",))):
+        line = one_line(cli(ROOT, "revert", installed, "--only", name), f"{name}-", "--with-dependents")
+        assert all(f"{d}-" in line for d in dependents)
+    done = cli(ROOT, "revert", installed, "--only", "0014")
+    assert done.returncode == 0 and done.stdout == "reverted 0014-step3p5-stacked-loading\n"
+    done = cli(ROOT, "revert", installed, "--only", "0007", "--with-dependents")
+    assert [line[9:13] for line in done.stdout.splitlines()] == ["0007", "0008"], done.stderr
+    data = json.loads(cli(ROOT, "status", installed, "--json").stdout)
+    left = {p["name"][:4] for p in data["patches"] if p["status"] == "applies"}
+    assert left == {"0007", "0008", "0014"}
 
 
 def test_every_patch_applies_alone(installed, real_series):
@@ -88,6 +102,42 @@ def test_style_is_vllms_own(unpacked, tmp_path):
         if name.startswith("tests/") or name not in before:
             head = (unpacked / name).read_text().splitlines()
             assert not head or head[0].lstrip("/# ") == "SPDX-License-Identifier: Apache-2.0", name
+
+
+SCHEME = "vllm/model_executor/layers/quantization/quark/schemes/quark_w8a8_int8.py"
+LIFT = """
+        def lift(param, loaded_weight):
+            return given(param, loaded_weight.reshape(-1, 1))
+
+        given, weight_loader = weight_loader, lift
+"""
+
+
+def test_a_fork_with_columns_and_a_loader_that_does_not_lift(installed, real_series):
+    """[N, 1] alone is half of 0002: checkpoints that store [N] would not load."""
+    path, real = installed / SCHEME, find_installed() / SCHEME
+    half = real.read_text()
+    for name in ("weight_scale", "weight_zero_point"):
+        at = half.index("sum(output_partition_sizes)", half.index(f"            {name} = Channel"))
+        end = at + len("sum(output_partition_sizes)")
+        if half[at - 1] == "(" and half[end] == ")":
+            at, end = at - 1, end + 1
+        half = f"{half[:at]}(sum(output_partition_sizes), 1){half[end:]}"
+    path.unlink()
+    path.write_text(half)
+    patches = real_series.select(["0002"])
+    assert [v.status for v in Tree(installed).status(real_series, patches)] == ["applies"]
+    Tree(installed).apply(real_series, patches)
+    applied = path.read_text()
+    Tree(installed).revert(real_series, patches)
+    path.write_text(real.read_text())
+    Tree(installed).apply(real_series, patches)
+    assert path.read_text() == applied
+    Tree(installed).revert(real_series, patches)
+    weight = "        # WEIGHT\n"
+    path.write_text(half.replace(weight, f"{LIFT}{weight}"))
+    assert path.read_text() != half
+    assert [v.status for v in Tree(installed).status(real_series, patches)] == ["upstream"]
 
 
 @pytest.mark.parametrize("patches", ["stock", "0001"])

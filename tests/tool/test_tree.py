@@ -222,7 +222,7 @@ def test_absent_where_a_patch_that_it_builds_on_is(home, tree):
     patch.write_text(patch.read_text() + 'requires: ["0004"]\n')
     done = cli(home, "status", tree, "--json", "--only", "0005")
     found = {p["name"][:4]: (p["status"], p["detail"]) for p in json.loads(done.stdout)["patches"]}
-    assert found["0005"] == ("absent", "builds on 0004, which is absent")
+    assert found["0005"] == ("absent", "builds on 0004, which is absent: vllm/alpha.py lacks what it edits")
 
 
 @pytest.mark.parametrize("version", ["0.34.1rc2.dev45+gabc1234.d20261123.cu130", "1.0.0", "0.0.0+unknown", "dev"])

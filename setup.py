@@ -15,7 +15,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-SERIES = ("patches", "vllm", "csrc", "tests/quantization", "tests/entrypoints", "docs")
+sys.path.insert(0, str(ROOT))
+
+from vllm_quark import SERIES  # noqa: E402
+
 OPERATOR = "vllm_quark._int8_moe_C"
 
 
@@ -52,7 +55,7 @@ class BuildWithSeries(build_py):
             return
         home = Path(self.build_lib) / "vllm_quark/series"
         shutil.rmtree(home, ignore_errors=True)
-        for name in SERIES:
+        for name in (*SERIES, "docs"):
             if (ROOT / name).is_dir():
                 shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
 

@@ -29,20 +29,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from vllm_quark import SERIES  # noqa: E402
 from vllm_quark.commits import format_patch  # noqa: E402
 from vllm_quark.git import git  # noqa: E402
 from vllm_quark.patches import QuarkError  # noqa: E402
 from vllm_quark.release import sources, versions  # noqa: E402
-from vllm_quark.series import load_series  # noqa: E402
+from vllm_quark.series import OLDEST, load_series  # noqa: E402
 from vllm_quark.shadow import make_shadow  # noqa: E402
 from vllm_quark.tree import Tree  # noqa: E402
 
-OLDEST = "0.17.0"
 KEPT = ROOT / "build/releases"
 Files = dict[str, bytes]
-
-
-SERIES = ("patches", "vllm", "csrc", "tests/quantization", "tests/entrypoints")
 
 
 def state(places: tuple[str, ...]) -> str:

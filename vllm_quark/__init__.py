@@ -2,5 +2,15 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """Structural patches for vLLM: know a tree, patch it, format it for git.
 
-Modules run one way: patches -> series -> edit -> tree -> (commits, release, shadow) -> cli.
+Modules run one way: patches -> series -> edit -> judge -> (record, transaction) -> tree -> (commits, release, repack,
+shadow, run, diff) -> cli.
 """
+
+import os
+from pathlib import Path
+
+SERIES = ("patches", "vllm", "csrc", "tests/quantization", "tests/entrypoints")
+"""What the series is made of, below the root of the repository."""
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "vllm-quark"
+"""Downloads, and what `vllm-quark run` made."""

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,11 +20,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from vllm_quark import CACHE
 from vllm_quark.commits import format_patch as write_mails
+from vllm_quark.diff import format_diff
 from vllm_quark.judge import Status, Verdict
 from vllm_quark.patches import Patch, QuarkError
-from vllm_quark.release import CACHE, make_tree
+from vllm_quark.release import make_tree
+from vllm_quark.run import find_shadow, run_command
 from vllm_quark.series import Series, load_series
 from vllm_quark.shadow import make_shadow
 from vllm_quark.tree import Tree, find_installed
@@ -44,6 +49,7 @@ STYLE = {
     Status.ABSENT: "dim",
     Status.CONFLICT: "red",
 }
+DIFF_STYLE = {"diff ": "bold", "--- ": "bold", "+++ ": "bold", "@@ ": "cyan", "+": "green", "-": "red"}
 
 TreeArgument = Annotated[
     Path | None,
@@ -190,6 +196,50 @@ def revert(
         _say(note)
     print("\n".join(f"reverted {name}" for name in gone) or "nothing to revert: no patch was applied by vllm-quark")
     return 0
+
+
+@app.command("run", context_settings={"allow_interspersed_args": False})
+@_guard
+def run_on_shadow(
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND…", help="a program and its arguments")],
+    only: Only = None,
+    until: Until = None,
+) -> int:
+    """Run COMMAND on the installed vLLM with the patches; nothing that is installed changes.
+
+    What COMMAND starts sees the patched vLLM, too: workers, scripts, python -m. A Ray cluster has to be started so
+    as well, on each node: vllm-quark run -- ray start …
+
+    Example: vllm-quark run -- vllm serve CKPT
+    """
+    started = time.monotonic()
+    shadow, is_new = find_shadow(only or [], until)
+    if is_new:
+        _say(f"the patched vLLM is in {shadow}, made in {time.monotonic() - started:.1f} s")
+    run_command(command, shadow)
+    return 0
+
+
+@app.command("diff")
+@_guard
+def diff_command(tree: TreeArgument = None, only: Only = None, until: Until = None) -> int:
+    """Say what apply would change in TREE, as a diff.
+
+    Example: vllm-quark diff ~/my-vllm | less -R
+
+    Exit codes: 0 nothing, 1 something, 2 bad tree or bad use.
+    """
+    where, series, patches = _open(tree, only, until)
+    changes = where.preview(series, patches)
+    console = Console(highlight=False, soft_wrap=True)
+    for line in format_diff(changes):
+        if console.is_terminal:
+            style = next((style for start, style in DIFF_STYLE.items() if line.startswith(start)), "")
+            console.print(Text(line.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), style), end="")
+        else:
+            sys.stdout.buffer.write(line.encode("utf-8", "surrogateescape"))
+    sys.stdout.flush()
+    return int(bool(changes))
 
 
 @app.command("format-patch")

@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING
 
 from packaging.version import Version
 
+from vllm_quark import CACHE
 from vllm_quark.commits import commit
 from vllm_quark.git import git, identity
 from vllm_quark.patches import Patch, QuarkError
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 _INDEX_VARIABLES = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")
 
 
-CACHE = Path.home() / ".cache/vllm-quark"
 # What patching and judging a release wants of its source distribution.
 _KEPT = re.compile(
     r"(vllm/.*\.py|tests/quantization/.*\.py|tests/[^/]*\.py|pyproject\.toml|setup\.py|PKG-INFO|cmake/[^/]*\.cmake)"

@@ -5,9 +5,8 @@
 import os
 from pathlib import Path
 
-from vllm_quark.judge import Status
 from vllm_quark.series import Series
-from vllm_quark.tree import Tree, TreeError, find_installed
+from vllm_quark.tree import Tree, find_installed
 
 
 def make_shadow(out: Path, series: Series, only: list[str], site: Path | None = None) -> Path:
@@ -18,21 +17,17 @@ def make_shadow(out: Path, series: Series, only: list[str], site: Path | None = 
     """
     tree = Tree(site or find_installed())  # its root is absolute: links hold from anywhere
     series = series.in_package(tree.package)
-    if came := tree.by_wheel().difference(only):
-        raise TreeError(f"{tree.root}: {min(came)} came with the wheel: install the release's own wheel for this")
-    originals = tree.originals(series)
+    contents = tree.package_with(series, series.select(only) if only else [])
     for folder, _, files in os.walk(tree.root / tree.package):
         to = out / Path(folder).relative_to(tree.root)
         to.mkdir(parents=True)
         for name in files:
-            file = (Path(folder) / name).relative_to(tree.root).as_posix()
-            if file not in originals:
+            if (Path(folder) / name).relative_to(tree.root).as_posix() not in contents:
                 os.symlink(os.path.join(folder, name), to / name)
-    for file, data in originals.items():
-        if data is not None and file.startswith(f"{tree.package}/"):
+    for file, data in contents.items():
+        if data is not None:
+            (out / file).parent.mkdir(parents=True, exist_ok=True)
             (out / file).write_bytes(data)
-    if only:
-        for verdict in Tree(out).apply(series, series.select(only)):
-            if verdict.status not in (Status.APPLIED, Status.UPSTREAM, Status.ABSENT):
-                raise TreeError(f"{out}: {verdict.patch.name} is {verdict.status} {verdict.detail}")
+            if (tree.root / file).exists():
+                (out / file).chmod((tree.root / file).stat().st_mode & 0o7777)
     return out

@@ -92,6 +92,17 @@ def _find_package(root: Path) -> str:
     raise TreeError(f"{root}: not a vLLM tree (no vllm/__init__.py with vllm/model_executor in it){hint}")
 
 
+def _applying(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """Those of patches that apply. Raises TreeError for a conflict, naming file and anchor."""
+    done = []
+    for verdict in verdicts:
+        if verdict.status is Status.CONFLICT:
+            raise TreeError(f"{verdict.patch.name}: conflict: {verdict.detail}: nothing was changed")
+        if verdict.status is Status.APPLIES:
+            done.append(verdict)
+    return done
+
+
 @dataclass(frozen=True)
 class Plan:
     """Contents that files of a tree are to have (None: no file), and the names of the patches that make them."""
@@ -215,7 +226,7 @@ class Tree:
         """Files that are our doing, but not what `series` would make of them today."""
         try:
             view = self.view(self._contents_without_us(series, record))
-            self._steps(series, [p for p in series.patches if p.name in record.applied], view)
+            _applying(judge_series(series, [p for p in series.patches if p.name in record.applied], view))
         except QuarkError:
             return set()  # changed since: said file by file
         settled = (f for f, known in record.files.items() if known.ours == [digest_of(self.read(f))])
@@ -295,7 +306,7 @@ class Tree:
         """What the tree is to be: what it was before us, with the patches `names` on top in series order."""
         start = self._contents_without_us(series, record)
         view = self.view(self._leftovers(series, record) | start)
-        done = self._steps(series, [p for p in series.patches if p.name in names], view)
+        done = _applying(judge_series(series, [p for p in series.patches if p.name in names], view))
         wanted = start | {file: data for verdict in done for file, data in verdict.changed.items()}
         return Plan(wanted, [verdict.patch.name for verdict in done])
 
@@ -391,22 +402,25 @@ class Tree:
                     f"files they import would go: {self.way_back(verdict.edited)}; then revert again"
                 )
 
-    def _steps(self, series: Series, patches: list[Patch], view: View) -> list[Verdict]:
-        """Those of `patches` that apply, one on top of the other. Raises TreeError for a conflict."""
-        done = []
-        for verdict in judge_series(series, patches, view):
-            if verdict.status is Status.CONFLICT:
-                raise TreeError(f"{verdict.patch.name}: conflict: {verdict.detail}: nothing was changed")
-            if verdict.status is Status.APPLIES:
-                done.append(verdict)
-        return done
-
     def steps(self, series: Series, patches: list[Patch]) -> list[Verdict]:
         """Those of `patches` that apply to the tree as it is, with the new content of their files, one on top of the
         other. Raises TreeError for a conflict, naming file and anchor."""
-        return self._steps(series, patches, self.view(self._leftovers(series, Record())))
+        return _applying(judge_series(series, patches, self.view(self._leftovers(series, Record()))))
 
-    def originals(self, series: Series) -> dict[str, bytes | None]:
-        """Content without us of the files that we changed (None: no file). Raises TreeError where it is lost."""
-        contents = self._contents_without_us(series, self._settled()[0])
-        return {file: data for file, data in contents.items() if data != self.read(file)}
+    def package_with(self, series: Series, patches: list[Patch]) -> dict[str, bytes | None]:
+        """Content of the package's files (None: no file) that differ from those on disk where `patches` and no others
+        are applied.
+
+        Raises TreeError as `apply` does, and where other patches came with the wheel.
+        """
+        if came := self.by_wheel().difference(p.name for p in patches):
+            raise TreeError(f"{self.root}: {min(came)} came with the wheel: install the release's own wheel for this")
+        record, _ = self._settled()
+        start = self._contents_without_us(series, record)
+        here = f"{self.package}/"
+        view = replace(self.view(self._leftovers(series, record) | start), takes=lambda file: file.startswith(here))
+        verdicts = list(judge_series(series, patches, view))
+        if reason := self.nothing_here(verdicts):
+            raise TreeError(reason)
+        contents = start | {file: data for v in _applying(verdicts) for file, data in v.changed.items()}
+        return {f: data for f, data in contents.items() if f.startswith(here) and data != self.read(f)}

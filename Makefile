@@ -137,6 +137,7 @@ tree: env
 # What travels into vLLM's tree is sorted and formatted as there (the whole of vLLM's settings: tests/tool).
 lint: env
 	@$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .
+	@$(BIN)/python -m mypy --no-error-summary
 	@$(BIN)/ruff check -q --isolated --select I --config 'lint.isort.known-first-party=["vllm"]' $(TRAVELS)
 	@$(BIN)/ruff format -q --check --isolated $(TRAVELS)
 

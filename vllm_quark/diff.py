@@ -23,6 +23,7 @@ def format_diff(changes: Mapping[str, tuple[bytes | None, bytes | None]]) -> Ite
         yield f"diff --git a/{file} b/{file}\n"
         if old is None or new is None:
             yield f"{'new' if old is None else 'deleted'} file mode 100644\n"
-        names = [f"a/{file}" if old is not None else "/dev/null", f"b/{file}" if new is not None else "/dev/null"]
-        for line in difflib.unified_diff(_lines(old), _lines(new), *names):
+        before = f"a/{file}" if old is not None else "/dev/null"
+        after = f"b/{file}" if new is not None else "/dev/null"
+        for line in difflib.unified_diff(_lines(old), _lines(new), before, after):
             yield line if line.endswith("\n") else f"{line}\n{_NO_NEWLINE}"

@@ -103,7 +103,8 @@ def _any_quotes(rule: Any) -> Any:
 
 def _documents(rules: dict[str, dict[str, Any]]) -> str:
     rules = {id_: {**d, "rule": _any_quotes(d["rule"])} for id_, d in rules.items()}
-    return yaml.safe_dump_all([{"language": "python", "id": id_, **d} for id_, d in rules.items()], sort_keys=False)
+    documents = [{"language": "python", "id": id_, **d} for id_, d in rules.items()]
+    return str(yaml.safe_dump_all(documents, sort_keys=False))
 
 
 def _named(edit: FileEdit) -> dict[str, dict[str, Any]]:

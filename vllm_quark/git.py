@@ -49,7 +49,7 @@ def identity(folder: Path) -> Identity:
     environment = dict(os.environ)
     for variable in set(_call(folder, environment, "rev-parse", "--local-env-vars").split()).difference(_SAID_BY_USER):
         environment.pop(variable, None)
-    found = {}
+    found: Identity = {}
     for role in ("AUTHOR", "COMMITTER"):
         try:
             said = _call(folder, environment, "-c", "user.useConfigOnly=true", "var", f"GIT_{role}_IDENT")

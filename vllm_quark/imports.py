@@ -3,7 +3,6 @@
 """Import statements put where ruff's isort rules want them. Text in, text out."""
 
 import ast
-import re
 import sys
 
 LINE_LENGTH = 88
@@ -58,7 +57,8 @@ def _merged(lines: list[str], node: ast.ImportFrom, new: list[str]) -> list[str]
             names.insert(index, name)
         tail = lines[last - 1][node.end_col_offset :] if first + 1 == last else ""
         return [*lines[:first], *(_written(node.module or "", names) + tail).split("\n"), *lines[last:]]
-    indent = re.match(r"\s*", lines[at[0] - 1])[0]
+    first_line = lines[at[0] - 1]
+    indent = first_line[: len(first_line) - len(first_line.lstrip())]
     lines = list(lines)
     for name in sorted(new, key=_key, reverse=True):
         later = [alias.lineno for alias in node.names if _key(_shown(alias)) > _key(name)]
@@ -95,6 +95,8 @@ def add_import(source: str, statement: str, package: str = "vllm") -> str:
             return "\n".join(_merged(lines, same[0], names))
         text = _written(module, sorted(names, key=_key))
     else:
+        if not isinstance(wanted, ast.Import):
+            raise SyntaxError(f"'{statement}' is no import")
         module = wanted.names[0].name
         if any(isinstance(n, ast.Import) and any(_shown(a) == _shown(wanted.names[0]) for a in n.names) for n in block):
             return source

@@ -12,7 +12,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Protocol
 
 from packaging.version import Version
 
@@ -92,10 +92,14 @@ def fetch(version: str, cache: Path) -> Path:
     return target
 
 
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
 class _Hashed(io.RawIOBase):
     """A stream that hashes what is read from it."""
 
-    def __init__(self, raw: io.BufferedIOBase):
+    def __init__(self, raw: _Readable):
         self.raw, self.sha256 = raw, hashlib.sha256()
 
     def read(self, size: int = -1) -> bytes:
@@ -113,7 +117,7 @@ def sources(version: str, cache: Path = CACHE) -> dict[str, bytes]:
     kept = cache / f"vllm-{version}-kept.tar.gz"
     if kept.is_file():
         with tarfile.open(kept) as tar:
-            return {m.name: tar.extractfile(m).read() for m in tar}
+            return {member.name: _content(tar, member) for member in tar}
     whole = cache / f"vllm-{version}.tar.gz"
     if whole.is_file():
         with open(whole, "rb") as raw:
@@ -141,14 +145,19 @@ def sources(version: str, cache: Path = CACHE) -> dict[str, bytes]:
     return files
 
 
-def _kept(raw: IO[bytes]) -> dict[str, bytes]:
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    return file.read() if file else b""
+
+
+def _kept(raw: "IO[bytes] | _Hashed") -> dict[str, bytes]:
     """What `sources` keeps of a source distribution."""
     files: dict[str, bytes] = {}
     with tarfile.open(fileobj=raw, mode="r|gz") as tar:
         for member in tar:
             path = member.name.partition("/")[2]
             if member.isfile() and _KEPT.fullmatch(path):
-                files[path] = tar.extractfile(member).read()
+                files[path] = _content(tar, member)
     return files
 
 

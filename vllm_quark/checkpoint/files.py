@@ -22,7 +22,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 class NoCheckpointError(QuarkError):
     """What cannot be judged: `file`, `reason` and `way_out` make the line that the user sees."""
 
-    def __init__(self, file: str | os.PathLike, reason: str, way_out: str) -> None:
+    def __init__(self, file: str | os.PathLike[str], reason: str, way_out: str) -> None:
         super().__init__(f"{file}: {reason}: {way_out}")
         self.file, self.reason, self.way_out = str(file), reason, way_out
 
@@ -108,7 +108,7 @@ def read_hub(name: str, report: Report) -> tuple[dict[str, Any], Any]:
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
     except ImportError:
         reason = "is no folder, and without huggingface_hub no model of the Hugging Face hub can be read"
         raise NoCheckpointError(name, reason, way_out) from None

@@ -90,7 +90,7 @@ class Modules:
             if weight is None or len(weight.shape) not in (2, 3):
                 continue
             is_excluded, config = self.entries.look_up(module, len(weight.shape) == 3)
-            if not is_excluded and scheme.is_int8(config) and weight.dtype == "I8":
+            if not is_excluded and config is not None and scheme.is_int8(config) and weight.dtype == "I8":
                 if id(config) not in parsed:
                     parsed[id(config)] = _parse(config)
                 found = self.int8[module] = parsed[id(config)]
@@ -98,7 +98,7 @@ class Modules:
                     self._refused[found].append(module)
                 else:
                     self.schemes[str(found)] += 1
-                wrong = ()
+                wrong: tuple[str, str] | tuple[()] = ()
                 if module.rpartition(".")[2] in VOCABULARY:
                     way_out = "add it to `exclude` and export it unquantized"
                     wrong = "is int8, but vLLM builds this layer unquantized", way_out

@@ -34,9 +34,44 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def place_rule(place: str) -> dict[str, Any]:
+    """The rule that matches the definition of a place: "Class", "Class.method" or "function"."""
+    rule: dict[str, Any] = {}
+    for name in place.split("."):
+        kind = "class_definition" if name.lstrip("_")[:1].isupper() else "function_definition"
+        around = {"inside": {"stopBy": "end", **rule}} if rule else {}
+        rule = {"kind": kind, "has": {"field": "name", "regex": f"^{re.escape(name)}$"}, **around}
+    return rule
+
+
+def _expand_places(rule: Any) -> Any:
+    """`rule` with the keys of the place for each `at: place` in it."""
+    if isinstance(rule, list):
+        return [_expand_places(r) for r in rule]
+    if not isinstance(rule, dict):
+        return rule
+    expanded = {key: _expand_places(value) for key, value in rule.items() if key != "at"}
+    if "at" in rule:
+        place = place_rule(str(rule["at"]))
+        if both := place.keys() & expanded.keys():
+            raise ValueError(f"at: {rule['at']} leaves no room for '{min(both)}' beside it")
+        expanded |= place
+    return expanded
+
+
+def _within(rule: dict[str, Any], around: dict[str, Any]) -> dict[str, Any]:
+    """`rule` for matches inside of `around` only."""
+    if "inside" not in rule:
+        return {**rule, "inside": around}
+    return {**rule, "all": [*rule.get("all", []), {"inside": around}]}
+
+
 class Rewrite(_Strict):
     """One structural edit: an ast-grep `rule` that has to match once, and what comes of it.
 
+    at: where the match is, "Class", "Class.method" or "function"; without a rule, that definition itself. what: of
+    it, for people. directly: the match is a statement of that body, not of a block in it. They are short for rule and
+    anchor, which is all that is kept of them.
     fix: text in place of the match.
     above, below: lines before the matched statement (and its comments and decorators), or after it.
     top: first lines of the matched function, below its docstring.
@@ -51,6 +86,20 @@ class Rewrite(_Strict):
     below: str | None = None
     top: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _say_place(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = data | {key: _expand_places(data[key]) for key in ("rule", "where") if key in data}
+        at, what, directly = (data.pop(key, None) for key in ("at", "what", "directly"))
+        if at is not None:
+            place = place_rule(str(at))
+            around = {"kind": "block", "inside": place} if directly else {"stopBy": "end", **place}
+            data["rule"] = _within(data["rule"], around) if "rule" in data else place
+            data["anchor"] = f"{at}, {what}" if what else at
+        return data
+
     @model_validator(mode="after")
     def _one_way(self) -> "Rewrite":
         if sum(v is not None for v in (self.fix, self.above, self.below, self.top)) != 1:
@@ -61,6 +110,7 @@ class Rewrite(_Strict):
 class FileEdit(_Strict):
     """Edits of one file. All `rewrite` rules see the same, unedited text.
 
+    at: the place that it is about, short for `needs`, and `present` is looked for there.
     needs: structure without which this release lacks what the patch edits (`absent`); where it stands
         in another file of the same package, that file is the one.
     present: structure that means the edit, or upstream's equivalent, is already there.
@@ -72,6 +122,18 @@ class FileEdit(_Strict):
     present: Rule
     imports: list[str] = []
     rewrite: list[Rewrite] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _say_place(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = data | {key: _expand_places(data[key]) for key in ("needs", "present") if key in data}
+        if (at := data.pop("at", None)) is not None:
+            data["needs"] = place_rule(str(at))
+            if isinstance(data.get("present"), dict):
+                data["present"] = _within(data["present"], {"stopBy": "end", **data["needs"]})
+        return data
 
     @property
     def is_cmake(self) -> bool:

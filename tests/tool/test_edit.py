@@ -187,3 +187,54 @@ def test_time_limit(tmp_path, monkeypatch):
     found = edit("f(1)  # slow\n" * 3, rules)
     assert found.outcome is Outcome.CONFLICT
     assert "vllm/slow.py: ast-grep is not through its 3 lines after 0.2 s" in found.detail
+
+
+PLACES = {
+    "A.g": "class A:\n    def g(self):\n        return old(self)\n",
+    "A": "class A:\n    old = old(1)\n",
+    "g": "def g(self):\n    return old(self)\n",
+    "_A._g": "class _A:\n    async def _g(self):\n        return old(self)\n",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_at_is_the_rule_the_needs_and_the_words(place):
+    """A place said once: only matches in it count, it is what the edit needs, and what the error names."""
+    rewrite = {"at": place, "what": "the call", "rule": {"pattern": "old($X)"}, "fix": "new($X)"}
+    rules = FileEdit(file="vllm/a.py", at=place, present={"pattern": "new($$$)"}, rewrite=[rewrite])
+    elsewhere = "\n\ndef other():\n    return old(2), new(2)\n"
+    found = edit(PLACES[place] + elsewhere, rules)
+    assert found.outcome is Outcome.APPLIES, found
+    assert found.text.count("new(") == 2 and found.text.endswith(elsewhere)
+    assert edit(found.text, rules).outcome is Outcome.PRESENT
+    assert edit(elsewhere, rules).outcome is Outcome.ABSENT
+    found = edit(PLACES[place].replace("old(", "older("), rules)
+    assert (found.outcome, found.detail) == (Outcome.CONFLICT, f"vllm/a.py: {place}, the call: not found")
+    assert FileEdit(**rules.model_dump()) == rules, "nothing is lost where the package has another name"
+
+
+def test_at_alone_is_the_definition():
+    rules = FileEdit(file="vllm/a.py", at="A", present={"pattern": "first()"},
+                     rewrite=[{"at": "A.g", "top": "first()\n"}])  # fmt: skip
+    found = edit(PLACES["A.g"], rules)
+    assert found.text == "class A:\n    def g(self):\n        first()\n        return old(self)\n"
+    assert edit("class A:\n    pass\n", rules).detail == "vllm/a.py: A.g: not found"
+
+
+@pytest.mark.parametrize("directly", [True, False])
+def test_directly_is_a_statement_of_the_body_itself(directly):
+    rewrite = {"at": "g", "directly": directly, "rule": {"kind": "return_statement"}, "above": "new()\n"}
+    rules = FileEdit(file="vllm/a.py", present={"pattern": "new()"}, rewrite=[rewrite])
+    found = edit("def g(x):\n    if x:\n        return 1\n    return 2\n", rules)
+    assert found.outcome is (Outcome.APPLIES if directly else Outcome.CONFLICT)
+    if directly:
+        assert found.text == "def g(x):\n    if x:\n        return 1\n    new()\n    return 2\n"
+
+
+def test_at_in_a_rule():
+    where = {"kind": "module", "not": {"has": {"stopBy": "end", "at": "A.h"}}}
+    rewrite = {"at": "A.g", "where": where, "top": "first()\n"}
+    rules = FileEdit(file="vllm/a.py", needs={"at": "A"}, present={"pattern": "first()"}, rewrite=[rewrite])
+    assert edit(PLACES["A.g"], rules).outcome is Outcome.APPLIES
+    with pytest.raises(ValueError, match="leaves no room for 'kind' beside it"):
+        FileEdit(file="vllm/a.py", needs={"at": "A", "kind": "module"}, present={"pattern": "x"}, rewrite=[rewrite])

@@ -111,7 +111,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["vllm_quark", "vllm_quark.checkpoint"],
+    packages=["vllm_quark", "vllm_quark.checkpoint", "vllm_quark.convert", "vllm_quark.verify"],
     ext_modules=[] if reason else [Extension(OPERATOR, sources=[])],
     install_requires=requirements(),
     entry_points={"console_scripts": ["vllm-quark=vllm_quark.cli:main"]},

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from vllm_quark import CACHE
 from vllm_quark.commits import format_patch as write_mails
+from vllm_quark.convert.command import convert
 from vllm_quark.diff import format_diff
 from vllm_quark.judge import Status, Verdict
 from vllm_quark.patches import Patch, QuarkError
@@ -375,6 +376,9 @@ def _show_report(report: "Report") -> None:
     for note in report.notes:
         say(f"note: {note}")
     say("sound" if report.sound else f"problems: {len(report.problems)}")
+
+
+app.command("convert")(_guard(convert))
 
 
 def main() -> None:

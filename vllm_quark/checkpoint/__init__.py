@@ -11,6 +11,8 @@ One direction: int8, values, report → entries → modules → parts, scales �
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 from vllm_quark.checkpoint.entries import Entries
 from vllm_quark.checkpoint.files import MEND, NoCheckpointError, find_quant_config, read_folder, read_hub
@@ -19,11 +21,30 @@ from vllm_quark.checkpoint.parts import judge_parts
 from vllm_quark.checkpoint.report import Finding, Report
 from vllm_quark.checkpoint.scales import Wanted, judge_scale_headers, judge_values
 
-__all__ = ["Finding", "NoCheckpointError", "Report", "check_checkpoint"]
+__all__ = ["Checkpoint", "Finding", "NoCheckpointError", "Report", "check_checkpoint", "read_checkpoint"]
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint that was judged: its config.json, its completed Quark config, its modules, and the report.
+
+    quant_config and modules are None where the report says why there are none.
+    """
+
+    name: str
+    config: dict[str, Any]
+    quant_config: dict[str, Any] | None
+    modules: Modules | None
+    report: Report
 
 
 def check_checkpoint(name: str) -> Report:
-    """Judge the checkpoint in the folder `name`, or of that name on the Hugging Face hub (by its headers alone).
+    """The report of `read_checkpoint`, which has what is raised, too."""
+    return read_checkpoint(name).report
+
+
+def read_checkpoint(name: str) -> Checkpoint:
+    """Read and judge the checkpoint in the folder `name`, or of that name on the Hugging Face hub (by its headers).
 
     Raises NoCheckpointError where there is nothing to judge: no folder, no config.json or index that can be read, no
     safetensors files, a quantization that is not Quark's, or none at all.
@@ -31,12 +52,12 @@ def check_checkpoint(name: str) -> Report:
     is_local, report = os.path.isdir(name), Report(name)
     config, contents = read_folder(name, report) if is_local else read_hub(name, report)
     if contents is None:
-        return report
+        return Checkpoint(name, config, None, None, report)
     entries = [entry for kinds in contents.modules.values() for entry in kinds.values()]
     report.tensors, report.files = len(entries), len({entry.file for entry in entries})
     quant_config = find_quant_config(config, contents, report)
     if quant_config is None:
-        return report
+        return Checkpoint(name, config, None, None, report)
     modules, wanted = Modules(Entries(quant_config), contents), list[Wanted]()
 
     def note(findings: Iterable[Finding]) -> None:
@@ -55,4 +76,4 @@ def check_checkpoint(name: str) -> Report:
             raise NoCheckpointError(e.filename or name, f"cannot be read ({e.strerror})", MEND) from e
     report.schemes, report.excluded = dict(modules.schemes.most_common()), modules.excluded
     report.unmatched = modules.entries.find_unmatched(contents)
-    return report
+    return Checkpoint(name, config, quant_config, modules, report)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""`vllm-quark convert`: what it takes, says and returns."""
+
+import enum
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Layout(str, enum.Enum):
+    COMPRESSED_TENSORS = "compressed-tensors"
+    STACKED = "stacked"
+    PER_EXPERT = "per-expert"
+
+
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="a checkpoint's folder")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="folder to write, which does not exist yet")],
+    to: Annotated[Layout, typer.Option("--to", help="how to write it")],
+    per_token: Annotated[
+        bool,
+        typer.Option("--per-token", help="dynamic per-token activations where the format cannot say a layer's own"),
+    ] = False,
+) -> int:
+    """Write an INT8 checkpoint of AMD Quark in another layout, its INT8 numbers bit for bit.
+
+    compressed-tensors: for a vLLM that cannot be patched. stacked, per-expert: Step-3.5's experts in three tensors a
+    layer, or one by one. What a layout cannot say is refused by the layer's name, before anything is written.
+
+    It takes little memory, whatever the size. Killed, or out of room, it goes on where it stopped: run it again.
+
+    Example: vllm-quark convert Step-3.5-Flash-INT8 -o Step-3.5-Flash-CT --to compressed-tensors
+
+    Exit codes: 0 written, 2 not, with a line that says why.
+    """
+    from vllm_quark.convert import convert_checkpoint
+
+    plan = convert_checkpoint(checkpoint, out, to.value, per_token, _Progress())
+    print(f"{out}: {len(plan.tensors)} tensors, {to.value}: vllm serve {out}")
+    return 0
+
+
+class _Progress:
+    """A line on stderr that goes on at a terminal; elsewhere one a file, and one every 10 %."""
+
+    def __init__(self) -> None:
+        self.said = ("", -1)
+
+    def __call__(self, file: str, done: int, total: int) -> None:
+        is_terminal = sys.stderr.isatty()
+        percent = 100 * done // max(1, total)
+        now = file, percent if is_terminal else percent // 10
+        if now == self.said:
+            return
+        self.said = now
+        line = f"{percent:3}% of {total / 1e9:.1f} GB  {file}"
+        if is_terminal:
+            print(f"\r{line}\x1b[K", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)

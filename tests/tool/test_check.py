@@ -186,6 +186,24 @@ def test_help_has_an_example():
     assert done.returncode == 0 and "vllm-quark check ~/models/" in done.stdout and "0 sound" in done.stdout
 
 
+@pytest.mark.parametrize("below", ["mlp", "mlp.experts"])
+def test_entries_that_name_stacks(tmp_path, below):
+    """As exporters that keep experts stacked write them, beside their layer or below it."""
+    made = Checkpoint(stacked=True)
+    other = {"weight": {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}, "input_tensors": None}
+    made.quant["layer_quant_config"] = {"*experts.1.*": copy.deepcopy(made.quant["global_quant_config"])}
+    for last in ("gate_proj", "up_proj", "down_proj"):
+        weight = made.tensors[f"model.layers.0.mlp.{last}.weight"][1]
+        made.tensors[f"model.layers.0.mlp.{last}.weight"] = bf16(*weight.shape)
+        del made.tensors[f"model.layers.0.mlp.{last}.weight_scale"]
+        made.quant["exclude"].append(f"model.layers.0.{below}.{last}")
+    sound(made.write(tmp_path / "ckpt"))
+    made.quant["layer_quant_config"] = {"model.layers.1.mlp.experts.2.up_proj": other}
+    problem(
+        made.write(tmp_path / "ckpt"), "says of model.layers.1.mlp.experts.2.up_proj what it does not say of others"
+    )
+
+
 # What is wrong with values, and nothing else. The change, what the line says, and the way out.
 
 SCALE = "model.layers.1.self_attn.o_proj.weight_scale"

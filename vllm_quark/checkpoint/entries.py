@@ -82,7 +82,7 @@ class Entries(names.Names):
         self.alike = self.patterns.difference(self.telling)
         self.listed = {_unify_spellings(e) for e in self.entries if e not in self.patterns}
         self._excluded: dict[str, bool] = {}
-        self._looked_up: dict[tuple[bool, str], tuple[bool, dict[str, Any] | None]] = {}
+        self._looked_up: dict[tuple[bool, str, str], tuple[bool, dict[str, Any] | None]] = {}
 
     def excludes(self, found: Collection[str], among: Collection[str] | None = None) -> bool:
         """As of Names, with patterns tried once for all experts that they do not tell apart."""
@@ -93,10 +93,11 @@ class Entries(names.Names):
             self._excluded[key] = super().excludes(found, self.alike)
         return self._excluded[key] or bool(self.telling and super().excludes(found, self.telling))
 
-    def look_up(self, module: str, is_stacked: bool = False) -> tuple[bool, dict[str, Any] | None]:
+    def look_up(self, module: str, is_stacked: bool = False, stack: str = "") -> tuple[bool, dict[str, Any] | None]:
         """Whether `exclude` lists a module of the checkpoint, and its layer config (None: not quantized).
 
-        is_stacked: it holds all experts of a layer; then what is said of the first one.
+        is_stacked: it holds all experts of a layer; then what is said of the first one. stack: the module that holds
+        this expert with all others, whose name counts, too.
         """
         stem, _, last = module.rpartition(".")
         # vLLM asks for experts by their layer's name, too.
@@ -105,12 +106,14 @@ class Entries(names.Names):
         is_alone = is_stacked or any(name and _unify_spellings(name) in self.listed for name in (module, layer, fused))
         if not is_alone and self.telling:
             is_alone = any(names.matches(e, spell_names(module)) for e in self.telling)
-        key = is_alone, module if is_alone else _fold(module)
+        key = is_alone, module if is_alone else _fold(module), stack
         if key not in self._looked_up:
             found = spell_names(module)
             if is_stacked:
                 # Beside its layer, below it, or by an expert's name.
                 found += spell_names(f"{layer}.{last}") + spell_names(f"{layer}.0.{last}")
+            if stack:
+                found += spell_names(stack) + spell_names(f"{layer}.{last}")
             if layer:
                 found += spell_names(layer)
             elif fused and self.lists(spell_names(fused)):

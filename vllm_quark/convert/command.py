@@ -36,7 +36,7 @@ def convert(
 
     Exit codes: 0 written, 2 not, with a line that says why.
     """
-    from vllm_quark.convert import convert_checkpoint
+    from vllm_quark.convert.conversion import convert_checkpoint
 
     plan = convert_checkpoint(checkpoint, out, to.value, per_token, _Progress())
     print(f"{out}: {len(plan.tensors)} tensors, {to.value}: vllm serve {out}")

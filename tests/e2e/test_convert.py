@@ -71,7 +71,7 @@ def test_experts_on_the_newest_stock(tmp_path):
 
 @pytest.fixture
 def float_experts(ckpts, tmp_path) -> Path:
-    """Quark's export with its experts in BF16: dense layers INT8, attention, shared experts and experts in `exclude`."""
+    """Quark's export with its experts in BF16: dense layers INT8, attention and all experts in `exclude`."""
     out = shutil.copytree(ckpts["quark"], tmp_path / "float-experts")
     tensors = load_file(out / "model.safetensors")
     for name in [n for n in tensors if ".experts." in n and n.endswith("_scale")]:
@@ -87,7 +87,7 @@ def float_experts(ckpts, tmp_path) -> Path:
 
 
 def test_step3p5_without_a_packed_modules_mapping(float_experts, judge, vllm, tmp_path):
-    """Right by the fused layers' names in `ignore`; garbage without them, as every other writer of the format has it."""
+    """Right by the fused layers' names in `ignore`; garbage without them, as other writers have it."""
     out = convert(float_experts, tmp_path / "out")
     emulated = judge.emulate(float_experts)
     result = judge.run(out, vllm(["0004"]), tmp_path / "r.json")

@@ -269,7 +269,11 @@ def make_sparse(folder: Path, files: int, experts: int, rows: int, columns: int)
     made.files = {f"model-{i:05}-of-{files:05}.safetensors": {} for i in range(files)}
     folder = made.write(folder)
     for i, name in enumerate(made.files):
-        header, start = {}, 0
+        end = 16 * columns
+        header, start = (
+            {f"model.embed.{i}.weight": {"dtype": "BF16", "shape": [8, columns], "data_offsets": [0, end]}},
+            end,
+        )
         for proj in ("gate_proj", "up_proj", "down_proj"):
             shape = [experts, *((columns, rows) if proj == "down_proj" else (rows, columns))]
             for kind, dtype, dims, width in (("weight_scale", "F32", shape[:2], 4), ("weight", "I8", shape, 1)):

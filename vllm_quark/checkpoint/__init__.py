@@ -37,6 +37,11 @@ class Checkpoint:
     modules: Modules | None
     report: Report
 
+    @property
+    def own_quant_config(self) -> dict[str, Any]:
+        """The quantization_config as it stands in config.json."""
+        return self.config.get("quantization_config") or self.config["text_config"]["quantization_config"]
+
 
 def check_checkpoint(name: str) -> Report:
     """The report of `read_checkpoint`, which has what is raised, too."""

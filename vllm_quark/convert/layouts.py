@@ -106,7 +106,7 @@ def _stack(source: Source, name: str, group: list[str]) -> list[Tensor]:
 
 def carry_config(source: Source, moved: Moved) -> dict[str, Any]:
     """The quantization_config that says of the moved modules, by their new names, what it said of the old ones."""
-    entries, config = source.modules.entries, source.own_quant_config
+    entries, config = source.modules.entries, source.checkpoint.own_quant_config
     added: dict[str, Any] = {}
     for new, old in moved.items():
         _, said = entries.look_up(old, source.modules.is_stacked(old))

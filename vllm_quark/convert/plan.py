@@ -104,12 +104,6 @@ class Source:
             return config | {"text_config": config["text_config"] | {"quantization_config": quant_config}}
         return config | {"quantization_config": quant_config}
 
-    @property
-    def own_quant_config(self) -> dict[str, Any]:
-        """The quantization_config as it stands in config.json."""
-        config = self.checkpoint.config
-        return config.get("quantization_config") or config["text_config"]["quantization_config"]
-
 
 def _measure(contents: Any) -> dict[str, int]:
     """Bytes of each tensor, of any dtype: `check` saw that they follow one another without gaps."""

@@ -4,6 +4,7 @@
 
 import datetime
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -71,13 +72,19 @@ def verify(
         part.replace(report)
     is_right = all(row.is_good for row in rows)
     if as_json:
-        print(json.dumps({"checkpoint": str(checkpoint), "right": is_right, "machine": machine,
-                          "layers": [vars(row) for row in rows]}, indent=1))  # fmt: skip
+        found_layers = [vars(row) | {k: _as_json(getattr(row, k)) for k in ("error", "worst")} for row in rows]
+        said = {"checkpoint": str(checkpoint), "right": is_right, "machine": machine, "layers": found_layers}
+        print(json.dumps(said, indent=1))
     else:
         _show(rows, machine, len(every))
         if report:
             print(f"{report}: {ISSUE}")
     return int(not is_right)
+
+
+def _as_json(error: float | None) -> float | None:
+    """JSON has no infinity."""
+    return error if error is None or math.isfinite(error) else None
 
 
 def _read_count(layers: str) -> int | None:

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """The layers that vLLM makes of a checkpoint's modules, and a choice among them."""
 
+import math
 import random
 import re
 from collections import defaultdict
@@ -45,12 +46,18 @@ class Layer:
 
 
 def find_layers(checkpoint: Checkpoint) -> list[Layer]:
-    """All layers with INT8 weights, and those linear ones that `exclude` lists, in the model's order."""
+    """All layers with INT8 weights, and those linear ones that `exclude` lists, in the model's order.
+
+    Of layers that draft, behind the model's own, only INT8 ones: another class of vLLM's makes them, under other names.
+    """
     modules: Any = checkpoint.modules
+    own = checkpoint.config.get("num_hidden_layers") or math.inf
     linear = {m: s for m, s in modules.int8.items() if modules.is_linear(m) and not isinstance(s, Refusal)}
     for module, why in modules.others.items():
         last = module.rpartition(".")[2]
-        if why == "in `exclude`" and last in SURE and modules.is_linear(module):
+        at = _LAYER.search(module)
+        is_own = at is not None and int(at[1]) < own
+        if why == "in `exclude`" and is_own and last in SURE and modules.is_linear(module):
             linear[module] = None
     layers = []
     seen: set[str] = set()

@@ -3,6 +3,7 @@
 """Layer by layer: how far vLLM's output is from what the checkpoint's numbers say."""
 
 import gc
+import importlib.util
 import math
 import platform
 import time
@@ -27,8 +28,9 @@ RIGHT, OTHER, OFF, STOPS = "right", "right, other activations", "off", "stops"
 class Row:
     """What one layer came to.
 
-    error: of the output, over its norm; worst: the worst token's, over its own. status: RIGHT; OTHER: right for other
-    activations than the checkpoint's, which vLLM says when it serves; OFF; STOPS: vLLM raised an error.
+    error: of the output, over its norm (infinite where that has no number); worst: the worst token's, over its own.
+    status: RIGHT; OTHER: right for other activations than the checkpoint's, which vLLM says when it serves; OFF;
+    STOPS: vLLM raised an error.
     """
 
     layer: str
@@ -57,7 +59,9 @@ def describe_machine(device: str) -> dict[str, str]:
     else:
         with open("/proc/cpuinfo") as file:
             name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
-    found = {"vLLM": vllm.__version__, "torch": torch.__version__, "device": f"{device}: {name}"}
+    has_series = importlib.util.find_spec("vllm.model_executor.layers.quantization.quark.int8") is not None
+    found = {"vLLM": f"{vllm.__version__}, {'with' if has_series else 'without'} vllm-quark's series"}
+    found |= {"torch": torch.__version__, "device": f"{device}: {name}"}
     found["ROCm or CUDA"] = str(getattr(torch.version, "hip", None) or torch.version.cuda or "none")
     try:
         import triton
@@ -169,3 +173,5 @@ def _measure(checkpoint: Checkpoint, layer: Layer, builder: Builder, row: Row) -
             if status == OTHER:
                 row.detail = f"served with {scheme.inputs()} activations"
             return
+    if not torch.isfinite(out).all():
+        row.detail = "its output has NaN or infinite values"

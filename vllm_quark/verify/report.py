@@ -8,12 +8,13 @@ from html import escape
 from vllm_quark.verify.measure import LIMIT, RIGHT, STOPS, Row
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; margin: 2rem auto; max-width: 84rem; padding: 0 1rem; }
 h1 { font-size: 1.4rem; } table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; }
 td, th { border-bottom: 1px solid #d0d7de; padding: .25rem .6rem; text-align: left; vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .verdict { font-weight: 600; } .good { color: #1a7f37; } .bad { color: #cf222e; }
-td { overflow-wrap: anywhere; } svg { width: 100%; height: auto; } svg text { font-size: 12px; fill: #57606a; }
+td { overflow-wrap: anywhere; } td:first-child { white-space: nowrap; }
+svg { width: 100%; height: auto; } svg text { font-size: 12px; fill: #57606a; }
 """
 # Of Okabe and Ito, told apart by colour-blind people, too.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")

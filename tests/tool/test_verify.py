@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""`vllm-quark verify`: right where vLLM is, and which layer is off where a fault is planted in it."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_check import INPUTS, spec
+from test_check import Checkpoint as Small
+from trees import ROOT, cli, one_line
+
+from vllm_quark.checkpoint import read_checkpoint
+from vllm_quark.series import load_series
+from vllm_quark.shadow import make_shadow
+from vllm_quark.tree import find_installed
+from vllm_quark.verify.layers import choose_layers, find_layers
+from vllm_quark.verify.measure import OFF, OTHER, RIGHT, STOPS, Row, deviate
+from vllm_quark.verify.report import draw_errors, make_page
+
+EXPERTS, K, WIDTH = 16, 128, 96
+
+
+def write(folder: Path, inputs: str = "token", qscheme: str = "per_channel", layers: int = 1, width: int = WIDTH,
+          columns: int = K, experts: int = EXPERTS) -> Path:  # fmt: skip
+    """Decoder layers of attention, a shared expert and experts one by one; o_proj is in `exclude`."""
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+
+    def add(module: str, rows: int, columns: int, is_static: bool) -> None:
+        tensors[f"{module}.weight"] = torch.randint(
+            -127, 128, (rows, columns), dtype=torch.int8, generator=generator
+        )  # fmt: skip
+        shape = (rows,) if qscheme == "per_channel" else ()
+        tensors[f"{module}.weight_scale"] = 10 ** (torch.rand(shape, generator=generator) * 2 - 4)
+        if is_static:
+            tensors[f"{module}.input_scale"] = torch.tensor(0.02)
+            tensors[f"{module}.input_zero_point"] = torch.tensor(-60 if inputs == "static_asym" else 0)
+
+    for i in range(layers):
+        stem = f"model.layers.{i}"
+        is_static = inputs.startswith("static")
+        for proj, rows in (("q", 128), ("k", 64), ("v", 64)):
+            add(f"{stem}.self_attn.{proj}_proj", rows, columns, is_static)
+        tensors[f"{stem}.self_attn.o_proj.weight"] = torch.randn(columns, columns, generator=generator).bfloat16()
+        for proj in ("gate_proj", "up_proj", "down_proj"):
+            shape = (columns, width) if proj == "down_proj" else (width, columns)
+            add(f"{stem}.mlp.shared_expert.{proj}", *shape, is_static)
+            for expert in range(experts):
+                add(f"{stem}.mlp.experts.{expert}.{proj}", *shape, is_static)
+    weight = spec(qscheme, 0 if qscheme == "per_channel" else None, False)
+    config = {
+        "architectures": ["NoModelOfThisVLLM"],
+        "quantization_config": {
+            "quant_method": "quark",
+            "global_quant_config": {"weight": weight, "input_tensors": INPUTS[inputs]},
+            "exclude": ["lm_head", "*.o_proj"],
+            "layer_quant_config": {},
+            "layer_type_quant_config": {},
+            "export": {"kv_cache_group": [], "pack_method": "reorder"},
+        },
+    }
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory) -> Path:
+    """The installed vLLM with the series."""
+    whole = load_series(ROOT)
+    return make_shadow(tmp_path_factory.mktemp("vllm") / "series", whole, [p.name for p in whole.patches],
+                       find_installed())  # fmt: skip
+
+
+def run(vllm: Path | None, *words: object) -> subprocess.CompletedProcess:
+    path = os.pathsep.join(map(str, filter(None, [vllm, ROOT])))
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT,
+                          env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"})  # fmt: skip
+
+
+def drive(vllm: Path, ckpt: Path, *faults: str) -> dict[str, list]:
+    done = run(vllm, ROOT / "tests/tool/verify_driver.py", ckpt, *faults)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+QKV, OUT = "model.layers.0.self_attn.qkv_proj", "model.layers.0.self_attn.o_proj"
+SHARED = "model.layers.0.mlp.shared_expert"
+ALL = {QKV, OUT, f"{SHARED}.gate_up_proj", f"{SHARED}.down_proj", "model.layers.0.mlp.experts"}
+
+
+def assert_off(found: list, *layers: str, status: str = OFF) -> None:
+    """Exit code 1, these layers have `status`, and no other layer is off."""
+    code, rows = found[:2]
+    assert code == 1 and rows.keys() == ALL, found
+    assert {name for name, row in rows.items() if row[0] == status} == set(layers), rows
+    assert all(rows[name][0] in (RIGHT, OTHER) for name in ALL.difference(layers)), rows
+
+
+def test_faults_of_linear_layers(series, tmp_path):
+    """Static asymmetric activations. Experts are served per token, and said to be."""
+    faults = ("none", "kernel config, linear", "swapped scales, linear", "one row", "no kernel", "none")
+    ckpt = write(tmp_path / "ckpt", "static_asym")
+    found = drive(series, ckpt, *faults)
+    code, rows = found["none"]
+    assert code == 0 and rows.keys() == ALL, rows
+    assert {name: row[0] for name, row in rows.items()} == dict.fromkeys(ALL, RIGHT) | {
+        "model.layers.0.mlp.experts": OTHER
+    }, rows
+    linear = (QKV, f"{SHARED}.gate_up_proj", f"{SHARED}.down_proj")
+    assert_off(found["kernel config, linear"], *linear, status=STOPS)
+    assert_off(found["swapped scales, linear"], f"{SHARED}.gate_up_proj")
+    assert_off(found["one row"], f"{SHARED}.gate_up_proj")
+    assert_off(found["no kernel"], *linear, status=STOPS)
+    assert "NotImplementedError: no kernel for this" in found["no kernel"][1][QKV][2]
+
+
+def test_faults_of_experts(series, tmp_path):
+    faults = ("none", "kernel config, experts", "swapped scales, experts", "stale weight")
+    found = drive(series, write(tmp_path / "ckpt"), *faults)
+    code, rows = found["none"]
+    assert code == 0 and {row[0] for row in rows.values()} == {RIGHT} and rows.keys() == ALL, rows
+    for fault in faults[1:]:
+        assert_off(found[fault], "model.layers.0.mlp.experts")
+
+
+@pytest.mark.parametrize("qscheme", ["per_channel", "per_tensor"])
+@pytest.mark.parametrize("inputs", ["token", "tensor", "static"])
+def test_right(inputs, qscheme, series, tmp_path):
+    """What the series serves with other activations than the checkpoint's is said."""
+    done = run(series, "-m", "vllm_quark", "verify", write(tmp_path / "ckpt", inputs, qscheme), "--json")
+    assert done.returncode == 0, (done.stdout, done.stderr[-2000:])
+    said = json.loads(done.stdout)
+    status = {row["layer"]: row["status"] for row in said["layers"]}
+    assert said["right"] and status.keys() == ALL and "with vllm-quark's series" in said["machine"]["vLLM"]
+    served = {"token": (RIGHT, RIGHT), "tensor": (OTHER, OTHER), "static": (RIGHT, OTHER)}[inputs]
+    assert (status[QKV], status["model.layers.0.mlp.experts"]) == served, said["layers"]
+
+
+def test_stock_runs_excluded_layers_as_int8(tmp_path):
+    """0.21.0's Step3p5ForCausalLM has no packed_modules_mapping; the page says which layers are off."""
+    folder = ROOT / "build/ckpts/quark"
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"{folder} is not there (make ckpts)")
+    page = tmp_path / "r.html"
+    done = run(None, "-m", "vllm_quark", "verify", folder, "--report", page, "--layers", "10")
+    assert done.returncode == 1, done
+    text = page.read_text()
+    rows = re.findall(r"<tr><td>(model\.[^<]*)</td>.*?</tr>", text)
+    off = {
+        re.match(r"<tr><td>([^<]*)", row)[1] for row in re.findall(r"<tr><td>model\..*?</tr>", text) if ">off" in row
+    }
+    assert len(rows) == 10 and off and all(name.endswith((".qkv_proj", ".gate_up_proj")) for name in off), off
+    assert "model.layers.0.mlp.gate_up_proj" not in off
+    assert "without vllm-quark" in text and "stops<br>NotImplementedError" in text
+
+
+# What is built of a checkpoint, and which of it.
+
+
+def test_layers(tmp_path):
+    ckpt = read_checkpoint(str(write(tmp_path / "ckpt", "static", layers=3)))
+    layers = find_layers(ckpt)
+    assert [layer.name for layer in layers[:5]] == [
+        "model.layers.0.mlp.experts", f"{SHARED}.down_proj", f"{SHARED}.gate_up_proj", OUT, QKV,
+    ]  # fmt: skip
+    assert len(layers) == 15
+    by_name = {layer.name: layer for layer in layers}
+    assert by_name[QKV].shape == (256, K) and len(by_name[QKV].parts) == 3 and by_name[QKV].scheme.static
+    assert by_name[OUT].scheme is None
+    experts = by_name["model.layers.0.mlp.experts"]
+    assert experts.shape == (EXPERTS, WIDTH, K)
+    assert experts.parts[2][11] == "model.layers.0.mlp.experts.11.down_proj"
+    few = choose_layers(layers, 5)
+    assert len({layer.alike for layer in few}) == 5 and choose_layers(layers, 99) == layers
+    ten = choose_layers(layers, 10)
+    assert {layer.name.split(".")[2] for layer in ten} == {"0", "2"} and len(ten) == 10
+
+
+def test_stacked_experts_and_limits(tmp_path):
+    made = Small(stacked=True)
+    made.config["swiglu_limits"] = [0.0, 7.0]
+    layers = {layer.name: layer for layer in find_layers(read_checkpoint(str(made.write(tmp_path / "ckpt"))))}
+    experts = [layers[f"model.layers.{i}.mlp.experts"] for i in (0, 1)]
+    assert [e.activation for e in experts] == ["silu", "swiglustep"]
+    assert experts[0].parts == tuple((f"model.layers.0.mlp.{p}_proj",) for p in ("gate", "up", "down"))
+
+
+def test_deviation():
+    expected = torch.tensor([[100.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    whole, worst = deviate(expected * 1.005, expected)
+    assert whole == pytest.approx(0.005) and worst == pytest.approx(0.005)
+    # A small token that is wrong says little of the whole.
+    whole, worst = deviate(expected + torch.tensor([[0.0], [0.1]]), expected)
+    assert whole < 0.01 and worst > 0.1
+    assert deviate(expected * math.nan, expected) == (math.inf, math.inf)
+
+
+# The page.
+
+ROWS = [
+    Row("model.layers.0.a<b", "linear", "2 × 2", "s", RIGHT, 0.002, 0.004),
+    Row("model.layers.1.b", "experts", "2 × 2", "s", OFF, 0.5, 0.9),
+    Row("model.layers.2.c", "linear", "2 × 2", "s", STOPS, detail='ValueError: "<&>'),
+    Row("model.layers.3.d", "linear", "2 × 2", "s", OFF, math.inf, math.inf),
+]
+
+
+def test_page_is_whole_and_takes_nothing_from_elsewhere():
+    page = make_page("a <name>", {"device": "x & y"}, ["note"], ROWS)
+
+    class Parser(HTMLParser):
+        open: list[str] = []
+
+        def handle_starttag(self, tag, attrs):
+            assert not {"src", "href"} & dict(attrs).keys() and tag not in ("script", "link", "img")
+            if tag not in ("meta", "br", "line", "circle", "path"):
+                self.open.append(tag)
+
+        def handle_endtag(self, tag):
+            if tag in ("line", "circle", "path"):
+                return
+            assert self.open.pop() == tag
+
+    parser = Parser()
+    parser.feed(page)
+    assert parser.open == [] and "http" not in page.replace("http-equiv", "")
+    assert "a&lt;b" in page and "a<b" not in page and "3 of 4 layers are off" in page
+    assert "all 1 layers are right" in make_page("a", {}, [], ROWS[:1])
+
+
+def test_plot():
+    """A point a layer, in its place: lower is better, what is off has a red edge, what has no number is a cross."""
+    points = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="5" fill="[^"]+" stroke="([^"]+)"', draw_errors(ROWS))
+    assert len(points) == 2
+    (x0, y0, edge0), (x1, y1, edge1) = points
+    assert float(x0) < float(x1) and float(y0) > float(y1) and (edge0, edge1) == ("none", "#cf222e")
+    limit = re.search(r'y1="([\d.]+)" y2="[\d.]+" stroke="#cf222e" stroke-dasharray', draw_errors(ROWS))
+    assert float(y1) < float(limit[1]) < float(y0)
+    assert draw_errors(ROWS).count("<path") == 2 and "<svg" in draw_errors([])
+
+
+# Bad input, memory, help.
+
+
+def test_bad_input(tmp_path):
+    ckpt = write(tmp_path / "ckpt")
+    one_line(cli(ROOT, "verify", tmp_path / "gone"), "gone: is no folder", "hf download")
+    one_line(cli(ROOT, "verify", ckpt, "--layers", "some"), "--layers some", "nor all")
+    one_line(cli(ROOT, "verify", ckpt, "--layers", "0"), "--layers 0")
+    one_line(cli(ROOT, "verify", ckpt, "--report", tmp_path / "no/r.html"), "no: is no folder")
+    one_line(cli(ROOT, "verify", ckpt, "--report", tmp_path), "is a folder: name a file")
+    (tmp_path / "empty").mkdir()
+    one_line(cli(ROOT, "verify", tmp_path / "empty"), "config.json: does not exist")
+    made = Small()
+    made.tensors["model.layers.0.self_attn.o_proj.weight_scale"][1][0] = math.nan
+    one_line(cli(ROOT, "verify", made.write(tmp_path / "nan")), "o_proj.weight_scale", "is nan")
+
+
+def test_no_vllm(tmp_path):
+    """One line, also where torch is missing."""
+    ckpt = write(tmp_path / "ckpt")
+    for missing in ("vllm", "torch"):
+        code = (
+            f"import sys; sys.modules[{missing!r}] = None; from vllm_quark.cli import main\n"
+            f"sys.argv = ['vllm-quark', 'verify', {str(ckpt)!r}]; main()"
+        )
+        done = run(None, "-c", code)
+        one_line(done, "this Python has no", missing, "run it in vLLM's environment")
+
+
+def test_memory_for_one_layer(series, tmp_path):
+    """Three layers of 36 MB take no more than one, but for what an allocator keeps."""
+    code = (
+        "import sys; from vllm_quark.cli import main\n"
+        "try: main()\n"
+        "finally: print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')), file=sys.stderr)"
+    )
+    peaks = []
+    for layers in (1, 3):
+        ckpt = write(tmp_path / f"ckpt{layers}", layers=layers, width=512, columns=1024, experts=24)
+        done = run(series, "-c", code, "verify", ckpt, "--layers", "all")
+        assert done.returncode == 0, done.stderr[-2000:]
+        peaks.append(int(done.stderr.split("VmHWM:")[1].split()[0]) / 1024)
+    size = 24 * 3 * 512 * 1024 / (1 << 20)
+    assert peaks[1] - peaks[0] < 1.5 * size, peaks
+
+
+def test_help_has_an_example():
+    done = cli(ROOT, "verify", "--help")
+    assert done.returncode == 0 and "vllm-quark verify Step-3.5-Flash-INT8" in done.stdout
+
+
+def test_issue_template_asks_for_the_report():
+    import yaml
+
+    form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/verify-report.yml").read_text())
+    assert form["name"] and form["description"] and form["body"]
+    said = json.dumps(form)
+    assert "vllm-quark verify" in said and "MI300X" in said and "--report" in said
+    ids = [part["id"] for part in form["body"] if part["type"] != "markdown"]
+    assert len(ids) == len(set(ids)) and all(part["attributes"] for part in form["body"])

@@ -32,7 +32,7 @@ from vllm_quark.release import make_tree
 from vllm_quark.run import find_shadow, run_command
 from vllm_quark.series import Series, load_series
 from vllm_quark.shadow import make_shadow
-from vllm_quark.tree import Tree, Verdict, find_installed
+from vllm_quark.tree import Tree, find_installed
 from vllm_quark.verify.command import verify
 
 if TYPE_CHECKING:

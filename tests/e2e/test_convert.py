@@ -102,12 +102,13 @@ def test_step3p5_without_a_packed_modules_mapping(ckpts, vllm, tmp_path):
     def build() -> dict[str, float]:
         path = before(vllm([])) + os.pathsep + str(ROOT)
         call(tmp_path / "log", sys.executable, "-c", LAYERS, ckpts["quark"], out, PYTHONPATH=path)
-        found = json.loads((tmp_path / "log").read_text().splitlines()[-1])
+        log = (tmp_path / "log").read_text().splitlines()
+        found = json.loads(next(line for line in log if line.startswith('{"mapping"')))
         assert found.pop("mapping") == {}
         return found
 
     errors = build()
-    assert len(errors) == 36 and max(errors.values()) < 0.01, errors
+    assert len(errors) == 32 and max(errors.values()) < 0.01, errors
     config = json.loads((out / "config.json").read_text())
     ignored = config["quantization_config"]["ignore"]
     config["quantization_config"]["ignore"] = [n for n in ignored if not n.endswith((".qkv_proj", ".gate_up_proj"))]

@@ -201,5 +201,5 @@ def environment(dtype: torch.dtype) -> Iterator[Builder]:
             # Fused kernels of experts take their buffers there.
             workspace.init_workspace_manager(torch.device(device))
             stack.callback(workspace.reset_workspace_manager)
-        stack.enter_context(torch.inference_mode())
+        stack.enter_context(torch.no_grad())
         yield Builder(config, device, dtype)

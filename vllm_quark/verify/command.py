@@ -18,6 +18,8 @@ from rich.table import Table
 from vllm_quark.patches import QuarkError
 
 if TYPE_CHECKING:
+    from vllm_quark.checkpoint import Checkpoint
+    from vllm_quark.verify.layers import Layer
     from vllm_quark.verify.measure import Row
 
 ISSUE = "where we have no such machine (MI300X, MI350) the report helps us: .github/ISSUE_TEMPLATE/verify-report.yml"
@@ -102,7 +104,7 @@ def _judge_report(report: Path | None) -> None:
         raise QuarkError(f"{report}: is a folder: name a file")
 
 
-def _measure(found, chosen) -> tuple[dict[str, str], list["Row"]]:  # noqa: ANN001
+def _measure(found: "Checkpoint", chosen: list["Layer"]) -> tuple[dict[str, str], list["Row"]]:
     """The machine in words, and a row a layer; each is told of on stderr as it comes."""
     import torch
 

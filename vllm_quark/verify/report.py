@@ -13,7 +13,7 @@ h1 { font-size: 1.4rem; } table { border-collapse: collapse; margin: 1rem 0; fon
 td, th { border-bottom: 1px solid #d0d7de; padding: .25rem .6rem; text-align: left; vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .verdict { font-weight: 600; } .good { color: #1a7f37; } .bad { color: #cf222e; }
-td { overflow-wrap: anywhere; } td:first-child { white-space: nowrap; }
+td { overflow-wrap: anywhere; } td:nth-child(-n+3) { white-space: nowrap; }
 svg { width: 100%; height: auto; } svg text { font-size: 12px; fill: #57606a; }
 """
 # Of Okabe and Ito, told apart by colour-blind people, too.

@@ -38,9 +38,16 @@ class Checkpoint:
     report: Report
 
     @property
+    def text_config(self) -> dict[str, Any]:
+        """The config of the language model inside another; empty where there is none."""
+        found = self.config.get("text_config")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def own_quant_config(self) -> dict[str, Any]:
         """The quantization_config as it stands in config.json."""
-        return self.config.get("quantization_config") or self.config["text_config"]["quantization_config"]
+        found: dict[str, Any] = self.config.get("quantization_config") or self.text_config["quantization_config"]
+        return found
 
 
 def check_checkpoint(name: str) -> Report:

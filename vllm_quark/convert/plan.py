@@ -54,7 +54,8 @@ class Tensor:
     @property
     def file(self) -> str:
         """The name of the file that its first piece is from."""
-        return os.path.basename(self.pieces[0].entry.file)
+        path: str = self.pieces[0].entry.file
+        return os.path.basename(path)
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,9 @@ class Source:
     refused: dict[tuple[str, str], dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
 
     def __post_init__(self) -> None:
-        self.modules: Any = self.checkpoint.modules
-        self.contents = self.modules.contents
+        assert self.checkpoint.modules is not None
+        self.modules = self.checkpoint.modules
+        self.contents: Any = self.modules.contents
         self.sizes = _measure(self.contents)
 
     def refuse(self, layer: str, reason: str, way_out: str) -> None:

@@ -55,7 +55,7 @@ class Builder:
         self.quant_config.maybe_update_config(folder)
         self.vllm_config.quant_config = self.quant_config
 
-    def build(self, layer: Layer, numbers: Numbers) -> torch.nn.Module:
+    def build(self, layer: Layer, numbers: Numbers) -> Any:
         """The layer, loaded and processed. Raises what vLLM raises."""
         with torch.device(self.device):
             module = self._make_experts(layer) if layer.kind == "experts" else self._make_linear(layer, numbers)
@@ -68,7 +68,7 @@ class Builder:
         """What vLLM calls the layer."""
         return (self._mapper._map_name(layer.name) if self._mapper else None) or layer.name
 
-    def _make_linear(self, layer: Layer, numbers: Numbers) -> torch.nn.Module:
+    def _make_linear(self, layer: Layer, numbers: Numbers) -> Any:
         from vllm.model_executor.layers import linear
 
         rows = [numbers.rows(part) for part in range(len(layer.parts))]
@@ -86,7 +86,7 @@ class Builder:
             return linear.QKVParallelLinear(columns, head, rows[0] // head, rows[1] // head, **words)
         return linear.MergedColumnParallelLinear(columns, rows, **words)
 
-    def _make_experts(self, layer: Layer) -> torch.nn.Module:
+    def _make_experts(self, layer: Layer) -> Any:
         from vllm.model_executor.layers import fused_moe
 
         make = getattr(fused_moe, "FusedMoEFactory", None) or fused_moe.FusedMoE
@@ -104,16 +104,18 @@ class Builder:
         )
         return getattr(module, "routed_experts", module)
 
-    def run(self, module: torch.nn.Module, x: torch.Tensor, routes: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def run(self, module: Any, x: torch.Tensor, routes: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """x [T, K] through a layer -> [T, N]; routes: weights and ids [T, top_k] of experts."""
         if not hasattr(module, "moe_config"):
-            return module(x)[0]
+            out: torch.Tensor = module(x)[0]
+            return out
         for ensure in ("ensure_moe_quant_config_init", "_ensure_moe_quant_config_init"):
             if hasattr(module, ensure):
                 getattr(module, ensure)()
         apply = module.quant_method.apply
         more = len(inspect.signature(apply).parameters) - 4
-        return apply(module, x.clone(), *routes, *[None] * more)
+        out = apply(module, x.clone(), *routes, *[None] * more)
+        return out
 
     def forget(self, layer: Layer) -> None:
         """Let go of what vLLM keeps of a layer beside itself."""
@@ -132,8 +134,8 @@ def _find_model(architecture: str) -> Any:
         return None
 
 
-def _load_linear(module: torch.nn.Module, layer: Layer, numbers: Numbers) -> None:
-    params = dict(module.named_parameters())
+def _load_linear(module: Any, layer: Layer, numbers: Numbers) -> None:
+    params: dict[str, Any] = dict(module.named_parameters())
     for part, (name,) in enumerate(layer.parts):
         for kind in numbers.kinds(part):
             if kind in params:
@@ -143,8 +145,8 @@ def _load_linear(module: torch.nn.Module, layer: Layer, numbers: Numbers) -> Non
                 params[kind].weight_loader(params[kind], numbers.get(part, kind), *shard)
 
 
-def _load_experts(module: torch.nn.Module, layer: Layer, numbers: Numbers) -> None:
-    params = dict(module.named_parameters())
+def _load_experts(module: Any, layer: Layer, numbers: Numbers) -> None:
+    params: dict[str, Any] = dict(module.named_parameters())
     for part, shard in enumerate(EXPERTS[1]):
         for expert in range(layer.shape[0]):
             for kind in numbers.kinds(part, expert):
@@ -154,7 +156,7 @@ def _load_experts(module: torch.nn.Module, layer: Layer, numbers: Numbers) -> No
                     params[name].weight_loader(params[name], tensor, name, shard_id=shard, expert_id=expert)
 
 
-def name_kernel(module: torch.nn.Module) -> str:
+def name_kernel(module: Any) -> str:
     """What runs a layer, by the names of vLLM's classes."""
     method = module.quant_method
     scheme = getattr(module, "scheme", None)
@@ -162,7 +164,7 @@ def name_kernel(module: torch.nn.Module) -> str:
         if found is not None:
             return type(found).__name__
     experts = getattr(method, "experts_cls", None)
-    return experts.__name__ if experts is not None else type(method).__name__
+    return str(experts.__name__) if experts is not None else type(method).__name__
 
 
 @contextlib.contextmanager

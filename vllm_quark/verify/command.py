@@ -111,8 +111,9 @@ def _measure(found: "Checkpoint", chosen: list["Layer"]) -> tuple[dict[str, str]
     from vllm_quark.verify.build import environment
     from vllm_quark.verify.measure import describe_machine, measure_layers
 
-    text = found.config.get("text_config") if isinstance(found.config.get("text_config"), dict) else {}
-    name = next((c[k] for c in (found.config, text) for k in ("dtype", "torch_dtype") if c.get(k)), "bfloat16")
+    name = next(
+        (c[k] for c in (found.config, found.text_config) for k in ("dtype", "torch_dtype") if c.get(k)), "bfloat16"
+    )
     dtype = torch.float16 if name == "float16" else torch.bfloat16
     with environment(dtype) as builder:
         machine = describe_machine(builder.device) | {"dtype": str(dtype).removeprefix("torch.")}

@@ -33,7 +33,8 @@ class Numbers:
 
     def rows(self, part: int) -> int:
         """Rows of the weight of a part of a linear layer."""
-        return self._modules[self.layer.parts[part][0]]["weight"].shape[0]
+        rows: int = self._modules[self.layer.parts[part][0]]["weight"].shape[0]
+        return rows
 
     def kinds(self, part: int, expert: int | None = None) -> list[str]:
         """What there is beside a weight, and that."""

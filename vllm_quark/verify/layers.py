@@ -104,13 +104,13 @@ def _find_experts(checkpoint: Checkpoint) -> list[Layer]:
         if len(shape) == 2:
             shape = (len(parts[1]), *shape)
         scheme = _join([modules.int8[module] for part in parts for module in part])
-        layers.append(Layer(name, "experts", parts, scheme, shape, _find_activation(checkpoint.config, name)))
+        layers.append(Layer(name, "experts", parts, scheme, shape, _find_activation(checkpoint, name)))
     return layers
 
 
-def _find_activation(config: dict[str, Any], layer: str) -> str:
+def _find_activation(checkpoint: Checkpoint, layer: str) -> str:
     """The activation of a layer's experts: Step-3.5 limits those of its last layers."""
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    config, text = checkpoint.config, checkpoint.text_config
     limits, at = config.get("swiglu_limits") or text.get("swiglu_limits") or [], _LAYER.search(layer)
     if at and int(at[1]) < len(limits) and limits[int(at[1])]:
         return "swiglustep"

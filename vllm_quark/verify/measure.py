@@ -153,16 +153,16 @@ def measure_layers(checkpoint: Checkpoint, layers: list[Layer], builder: Builder
 def _measure(checkpoint: Checkpoint, layer: Layer, builder: Builder, row: Row) -> None:
     numbers = Numbers(layer, checkpoint.modules)
     x = make_inputs(layer, numbers, builder.dtype).to(builder.device)
-    routes = tuple(t.to(builder.device) for t in make_routes(layer, len(x)))
+    weights, ids = (t.to(builder.device) for t in make_routes(layer, len(x)))
     module = builder.build(layer, numbers)
     row.kernel = name_kernel(module)
-    out = builder.run(module, x, routes)
+    out = builder.run(module, x, (weights, ids))
     del module
     # Kernels of GPUs keep the steps between an expert's two products in the model's dtype.
     store = builder.dtype if builder.device != "cpu" else None
     for status, scheme in _read_schemes(layer):
         if layer.kind == "experts":
-            expected = emulate_experts(x, numbers, scheme, *routes, store)
+            expected = emulate_experts(x, numbers, scheme, weights, ids, store)
         else:
             expected = emulate_linear(x, numbers, scheme)
         error, worst = deviate(out, expected)

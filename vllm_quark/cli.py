@@ -102,13 +102,13 @@ def _guard(command: Callable[..., int | None]) -> Callable[..., None]:
             reason = f"{e.filename or ''}: {e.strerror}: mend that and run again"
         if kwargs.get("as_json"):
             print(json.dumps({"error": reason}))
-        _say(reason)
+        _print_error(reason)
         raise typer.Exit(2)
 
     return run
 
 
-def _say(line: str) -> None:
+def _print_error(line: str) -> None:
     print(f"vllm-quark: {line}", file=sys.stderr)
 
 
@@ -130,7 +130,7 @@ def _show(tree: Tree, verdicts: list[Verdict], note: str, as_json: bool, error: 
         print(json.dumps(data | ({"error": error} if error else {}), indent=1))
         return
     if note:
-        _say(note)
+        _print_error(note)
     table = Table()
     for name in ("patch", "status", "detail"):
         table.add_column(name, overflow="fold")
@@ -153,7 +153,7 @@ def status(tree: TreeArgument = None, only: Only = None, until: Until = None, as
     reason = where.nothing_here(verdicts)
     _show(where, verdicts, where.note(), as_json, reason)
     if reason:
-        _say(reason)
+        _print_error(reason)
     return 2 if reason else _left(verdicts)
 
 
@@ -195,7 +195,7 @@ def revert(
         print(json.dumps({"tree": str(where.root), "version": where.version, "note": note, "reverted": gone}, indent=1))
         return 0
     if note:
-        _say(note)
+        _print_error(note)
     print("\n".join(f"reverted {name}" for name in gone) or "nothing to revert: no patch was applied by vllm-quark")
     return 0
 
@@ -217,7 +217,7 @@ def run_on_shadow(
     started = time.monotonic()
     shadow, is_new = find_shadow(only or [], until)
     if is_new:
-        _say(f"the patched vLLM is in {shadow}, made in {time.monotonic() - started:.1f} s")
+        _print_error(f"the patched vLLM is in {shadow}, made in {time.monotonic() - started:.1f} s")
     run_command(command, shadow)
     return 0
 
@@ -254,7 +254,10 @@ def format_patch(
     cover: Annotated[bool, typer.Option("--cover", help="a cover letter and the text of a pull request, too")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Write the patches that apply to TREE as a series for `git am`."""
+    """Write the patches that apply to TREE as a series for `git am`.
+
+    Example: vllm-quark format-patch ~/my-vllm -o /tmp/series
+    """
     where, series, patches = _open(tree, only, until)
     files = write_mails(where, series, patches, out, cover)
     if as_json:
@@ -276,7 +279,10 @@ def make_tree_command(
     until: Until = None,
     cache: Annotated[Path, typer.Option(help="where downloads are kept")] = CACHE,
 ) -> int:
-    """Make the full source tree of a release with the series as git commits."""
+    """Make the full source tree of a release with the series as git commits.
+
+    Example: vllm-quark make-tree 0.21.0 -o vllm-0.21.0
+    """
     series = load_series()
     for patch in make_tree(version, series, series.select(only or (), until), out, cache):
         print(patch.subject)
@@ -292,7 +298,10 @@ def wheel_command(
     only: Only = None,
     until: Until = None,
 ) -> int:
-    """Make a patched wheel: the same, with the patches in it and +quark in its version."""
+    """Make a patched wheel: the same, with the patches in it and +quark in its version.
+
+    Example: vllm-quark wheel vllm-0.21.0-*.whl -o dist
+    """
     from vllm_quark.repack import repack
 
     made, patches = repack(wheel, load_series(), only or [], until, out)
@@ -310,7 +319,10 @@ def shadow_command(
     only: Only = None,
     stock: Annotated[bool, typer.Option("--stock", help="no patch at all")] = False,
 ) -> int:
-    """Make a folder for PYTHONPATH: the installed vLLM with patches, itself untouched."""
+    """Make a folder for PYTHONPATH: the installed vLLM with patches, itself untouched.
+
+    Example: vllm-quark shadow -o DIR --only 0002
+    """
     if out.exists():
         raise QuarkError(f"{out}: exists already: delete it to make it anew")
     series = load_series()
@@ -344,7 +356,7 @@ def check_command(
         if as_json:
             report = Report(checkpoint, problems=[Finding("", "", e.file, e.reason, e.way_out)])
             print(json.dumps(report.to_json(), indent=1))
-            _say(str(e))
+            _print_error(str(e))
             return 2
         raise
     if as_json:

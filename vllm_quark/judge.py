@@ -53,14 +53,14 @@ class Verdict:
 class View:
     """What there is to see of a tree.
 
-    read: bytes of a file, None where there is none. python_files: all of the package. takes: whether a file belongs
-    into this kind of tree. version: as the tree tells it. changed: contents that lie on top of those that `read`
+    read: bytes of a file, None where there is none. python_files: all of the package. belongs: whether a file does,
+    in this kind of tree. version: as the tree tells it. changed: contents that lie on top of those that `read`
     gives.
     """
 
     read: Callable[[str], bytes | None]
     python_files: Callable[[], Iterable[str]]
-    takes: Callable[[str], bool]
+    belongs: Callable[[str], bool]
     version: str
     changed: dict[str, bytes | None]
 
@@ -150,11 +150,11 @@ def judge_patch(series: Series, patch: Patch, view: View) -> Verdict:
     edited: list[str] = []
     details: dict[Outcome, str] = {}
     for rules in patch.edits:
-        if view.takes(rules.file):
+        if view.belongs(rules.file):
             file, result = _edit_where_it_stands(rules, after)
             edited.append(file)
             details.setdefault(result.outcome, result.detail)
-    brought = tuple(file for file in patch.files if view.takes(file))
+    brought = tuple(file for file in patch.files if view.belongs(file))
     missing = tuple(file for file in brought if view.content(file) is None)
     verdict = Verdict(patch, Status.UPSTREAM, edited=tuple(edited), brought=brought, missing=missing)
 

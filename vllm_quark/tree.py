@@ -34,7 +34,7 @@ from vllm_quark.transaction import change_files, lock_tree, read_file
 
 WHEEL_NOTE = "vllm-quark.txt"
 SHADOW_NOTE = "vllm-quark-shadow-of.txt"
-_IMPORTS_VLLM = re.compile(rb"^\s*(?:from|import) vllm\b", re.M)
+_IMPORTED = re.compile(rb"^\s*(?:from|import) (\w+)", re.M)
 _UNFINISHED = {
     "rebase-merge": "rebase",
     "rebase-apply": "rebase or am",
@@ -72,8 +72,10 @@ def _is_package(folder: Path) -> bool:
 
 
 def _depends_on_vllm(folder: Path) -> bool:
-    """Whether a package under another name is no fork of vLLM, but imports it."""
-    return any(_IMPORTS_VLLM.search(path.read_bytes()) for path in folder.rglob("*.py") if path.is_file())
+    """Whether a package under another name is no fork of vLLM, but imports it, and not by a slip here and there."""
+    sources = (path.read_bytes() for path in folder.rglob("*.py") if path.is_file())
+    imported = [name for source in sources for name in _IMPORTED.findall(source)]
+    return 10 * imported.count(b"vllm") > imported.count(folder.name.encode())
 
 
 def _find_package(root: Path) -> str:
@@ -159,7 +161,7 @@ class Tree:
         """Bytes of `file`, None where the tree has no such file."""
         return read_file(self.root, file)
 
-    def _takes(self, file: str) -> bool:
+    def _belongs_here(self, file: str) -> bool:
         """An installed package has no build, docs or tests of its own: it takes only what lies in vllm/."""
         return self.is_source or file.startswith(f"{self.package}/")
 
@@ -168,7 +170,7 @@ class Tree:
 
     def view(self, changed: dict[str, bytes | None]) -> View:
         """The tree for `judge`, with the contents `changed` on top."""
-        return View(self.read, self._python_files, self._takes, self.version, changed)
+        return View(self.read, self._python_files, self._belongs_here, self.version, changed)
 
     def _settled(self) -> tuple[Record, str]:
         """The record as far as it stands, and a line that says what does not."""
@@ -236,7 +238,7 @@ class Tree:
         """Files that the series brings, not on record and not the installer's: an older record had them."""
         if self.installation is None:
             return {}
-        brought = {f for patch in series.patches for f in patch.files if self._takes(f)}
+        brought = {f for patch in series.patches for f in patch.files if self._belongs_here(f)}
         return {f: None for f in brought if f not in record.files and f not in self.installation.digests
                 and (data := self.read(f)) is not None and data != series.content(f)}  # fmt: skip
 
@@ -408,8 +410,7 @@ class Tree:
         return _applying(judge_series(series, patches, self.view(self._leftovers(series, Record()))))
 
     def package_with(self, series: Series, patches: list[Patch]) -> dict[str, bytes | None]:
-        """Content of the package's files (None: no file) that differ from those on disk where `patches` and no others
-        are applied.
+        """Content (None: no file) of those files of the package that we changed or would, with `patches` and no others.
 
         Raises TreeError as `apply` does, and where other patches came with the wheel.
         """
@@ -418,9 +419,9 @@ class Tree:
         record, _ = self._settled()
         start = self._contents_without_us(series, record)
         here = f"{self.package}/"
-        view = replace(self.view(self._leftovers(series, record) | start), takes=lambda file: file.startswith(here))
+        view = replace(self.view(self._leftovers(series, record) | start), belongs=lambda file: file.startswith(here))
         verdicts = list(judge_series(series, patches, view))
         if reason := self.nothing_here(verdicts):
             raise TreeError(reason)
         contents = start | {file: data for v in _applying(verdicts) for file, data in v.changed.items()}
-        return {f: data for f, data in contents.items() if f.startswith(here) and data != self.read(f)}
+        return {file: data for file, data in contents.items() if file.startswith(here)}

@@ -295,6 +295,8 @@ def test_a_package_that_only_depends_on_vllm(home, tree):
                  "vllm_ascend/__init__.py": "import vllm\n", "vllm_ascend/model_executor/__init__.py": ""})  # fmt: skip
     assert statuses(home, tree) == BEFORE
     shutil.move(tree / "vllm", tree / "acme_vllm")
+    imports = "".join(f"from acme_vllm.a{i} import b\n" for i in range(30))
+    write(tree, {"acme_vllm/more.py": f"{imports}from vllm.a import forgotten\n"})
     assert statuses(home, tree) == BEFORE, "the fork among them is found"
     shutil.rmtree(tree / "acme_vllm")
     before = snapshot(tree)

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from vllm import _custom_ops as ops
-from vllm.model_executor.layers.fused_moe.cpu_int8_native import native
+from vllm.model_executor.layers.fused_moe.cpu_int8_native import (
+    native,
+    native_experts,
+)
 from vllm.model_executor.utils import replace_parameter
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -143,68 +146,67 @@ direct_register_custom_op(
 )
 
 
-class CPUInt8Experts:
+def has_int8_experts(activation: str) -> bool:
+    """Whether `PackedInt8Experts` runs here with an activation, by MoEActivation's value."""
+    has_onednn = hasattr(torch.ops._C, "onednn_scaled_mm")
+    return activation in _ACTIVATIONS and (has_onednn or native() is not None)
+
+
+class PackedInt8Experts:
     """Routed INT8 experts of one layer, packed for the native operator where it
     is built (csrc/cpu/int8_moe), else for oneDNN.
 
     Takes over `layer.w13_weight` [E, 2I, K] and `layer.w2_weight` [E, K, I],
-    both int8, and their float32 scales: per channel ([E, N] or [E, N, 1]) or
-    per tensor ([E]). Activations are quantized per token, or with the layer's
-    static input scales.
+    both int8. `scales` are theirs, float32, per channel ([E, N] or [E, N, 1]) or
+    per tensor ([E]); `biases` [E, N]. Activations are quantized per token, or with
+    `input_scales`, one value each.
 
     Raises NotImplementedError, naming the layer, for activations that have no
     CPU implementation.
     """
 
-    def __init__(self, layer: torch.nn.Module) -> None:
-        activation = layer.activation.value
-        if getattr(layer, "swiglu_limit", None) is not None:
-            activation += " with a limit"
+    def __init__(
+        self,
+        layer: torch.nn.Module,
+        activation: str,
+        scales: tuple[torch.Tensor, torch.Tensor],
+        biases: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+        input_scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    ) -> None:
         if activation not in _ACTIVATIONS:
             raise NotImplementedError(
                 f"{layer.layer_name}: INT8 experts on CPU know no "
                 f"{activation} activation"
             )
-        self.operators = native()
-        if self.operators is not None:
-            self._pack_native(layer)
-        else:
-            self._pack_onednn(layer)
-
-    def _pack_native(self, layer: torch.nn.Module) -> None:
-        self.run = self.operators.experts.default
-        tensors = []
-        for name in ("w13", "w2"):
-            weight = getattr(layer, f"{name}_weight").data
-            scale = getattr(layer, f"{name}_weight_scale").data.float()
-            scale = scale.reshape(scale.size(0), -1).expand(-1, weight.size(1))
-            bias = getattr(layer, f"{name}_bias")
-            tensors += [
-                weight.contiguous(),
-                scale.contiguous(),
-                bias if bias is None else bias.float().contiguous(),
-            ]
-        packed = self.operators.pack(
-            *tensors,
-            self.operators.activations().index(layer.activation.value),
-            LIMIT,
-            layer.w13_input_scale,
-            layer.w2_input_scale,
-        )
+        self.activation = activation
+        self.operators = native_experts()
+        # oneDNN takes the bias in the output's dtype.
+        self.biases = [b if b is None else b.float().contiguous() for b in biases]
+        self.input_scales = input_scales
+        weights = (layer.w13_weight.data, layer.w2_weight.data)
         # A parameter: a reload copies it to where it lay before.
+        if self.operators is not None:
+            packed = self._pack_native(weights, scales)
+        else:
+            packed = self._pack_onednn(weights, scales)
         replace_parameter(layer, "w13_weight", packed)
         replace_parameter(layer, "w2_weight", packed.new_empty(0))
 
-    def _pack_onednn(self, layer: torch.nn.Module) -> None:
-        self.w13_out_size = layer.w13_weight.size(1)
-        self.a1_scale, self.a2_scale = layer.w13_input_scale, layer.w2_input_scale
-        dynamic = self.a1_scale is None
+    def _pack_native(self, weights, scales) -> torch.Tensor:
+        tensors = []
+        for weight, scale, bias in zip(weights, scales, self.biases):
+            scale = scale.data.float().reshape(len(scale), -1)
+            scale = scale.expand(-1, weight.size(1))
+            tensors += [weight.contiguous(), scale.contiguous(), bias]
+        self.run = self.operators.experts.default
+        kind = self.operators.activations().index(self.activation)
+        return self.operators.pack(*tensors, kind, LIMIT, *self.input_scales)
+
+    def _pack_onednn(self, weights, scales) -> torch.Tensor:
+        self.w13_out_size = weights[0].size(1)
+        dynamic = self.input_scales[0] is None
         # oneDNN reads the scales in place: these are the experts' own.
-        self._scales = [
-            getattr(layer, f"{name}_weight_scale").data.clone()
-            for name in ("w13", "w2")
-        ]
-        weights = (layer.w13_weight.data, layer.w2_weight.data)
+        self._scales = [scale.data.clone() for scale in scales]
         self._handlers = [
             [
                 ops.create_onednn_scaled_mm(
@@ -218,12 +220,53 @@ class CPUInt8Experts:
             torch.stack([h.handler_tensor for h in handlers])
             for handlers in self._handlers
         )
-        for name in ("w13_weight", "w2_weight"):
-            replace_parameter(layer, name, layer.w13_weight.data.new_empty(0))
-        # oneDNN takes the bias in the output's dtype.
-        self.w13_bias, self.w2_bias = (
-            bias if bias is None else bias.float()
-            for bias in (layer.w13_bias, layer.w2_bias)
+        return weights[0].new_empty(0)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        w13_weight: torch.Tensor,
+        expert_map: torch.Tensor | None = None,
+        apply_router_weight_on_input: bool = False,
+    ) -> torch.Tensor:
+        """[T, K] through the experts; w13_weight: the layer's."""
+        if self.operators is not None:
+            # Each argument counts, see csrc/cpu/int8_moe/ops.cpp.
+            args = x, topk_weights, topk_ids, w13_weight
+            if expert_map is None and not apply_router_weight_on_input:
+                return self.run(*args)
+            return self.run(*args, expert_map, apply_router_weight_on_input)
+        return torch.ops.vllm.cpu_int8_experts(
+            x,
+            topk_weights,
+            topk_ids,
+            self.w13,
+            self.w2,
+            self.w13_out_size,
+            self.activation,
+            *self.biases,
+            *self.input_scales,
+            expert_map,
+            apply_router_weight_on_input,
+        )
+
+
+class CPUInt8Experts:
+    """`PackedInt8Experts` of a layer that has its scales, biases and static input
+    scales as attributes."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        activation = layer.activation.value
+        if getattr(layer, "swiglu_limit", None) is not None:
+            activation += " with a limit"
+        self.packed = PackedInt8Experts(
+            layer,
+            activation,
+            (layer.w13_weight_scale, layer.w2_weight_scale),
+            (layer.w13_bias, layer.w2_bias),
+            (layer.w13_input_scale, layer.w2_input_scale),
         )
 
     def __call__(
@@ -233,26 +276,5 @@ class CPUInt8Experts:
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
     ) -> torch.Tensor:
-        if self.operators is not None:
-            # Each argument counts, see csrc/cpu/int8_moe/ops.cpp.
-            args = x, topk_weights, topk_ids, layer.w13_weight
-            expert_map = layer.expert_map
-            on_input = layer.apply_router_weight_on_input
-            if expert_map is None and not on_input:
-                return self.run(*args)
-            return self.run(*args, expert_map, on_input)
-        return torch.ops.vllm.cpu_int8_experts(
-            x,
-            topk_weights,
-            topk_ids,
-            self.w13,
-            self.w2,
-            self.w13_out_size,
-            layer.activation.value,
-            self.w13_bias,
-            self.w2_bias,
-            self.a1_scale,
-            self.a2_scale,
-            layer.expert_map,
-            layer.apply_router_weight_on_input,
-        )
+        args = layer.w13_weight, layer.expert_map, layer.apply_router_weight_on_input
+        return self.packed(x, topk_weights, topk_ids, *args)

@@ -4,63 +4,65 @@
 
 import functools
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vllm import envs
 from vllm.logger import init_logger
 
 logger = init_logger(__name__)
 
-# Of vLLM's own build, or of the vllm-quark wheel for an installed vLLM.
-_HOMES = (__name__.partition(".")[0], "vllm_quark")
-_NAME = "_int8_moe_C.abi3.so"
+# Where vLLM's own build puts it. It has no Python in it: it is not imported.
+_MODULE = f"{__name__.partition('.')[0]}._int8_moe_C"
 
 
 def _library() -> Path | None:
-    """The library's file. VLLM_INT8_MOE_LIBRARY names another one; empty: none."""
-    named = os.environ.get("VLLM_INT8_MOE_LIBRARY")
+    """The library's file: the one that VLLM_INT8_MOE_LIBRARY names (empty: none),
+    or the one of vLLM's own build."""
+    named = getattr(envs, "VLLM_INT8_MOE_LIBRARY", None)
     if named is not None:
         return Path(named) if named else None
-    for home in _HOMES:
-        spec = importlib.util.find_spec(home)
-        for folder in spec.submodule_search_locations or () if spec else ():
-            if (file := Path(folder) / _NAME).is_file():
-                return file
-    return None
+    spec = importlib.util.find_spec(_MODULE)
+    return Path(spec.origin) if spec and spec.origin else None
 
 
 @functools.cache
-def native() -> Any | None:
-    """Namespace of the operators (`isas`, `pack`, `experts`, `route`), or None.
-
-    Says once, in the log, which of both it is.
-    """
-    library, reason = _library(), None
+def _load() -> tuple[Any | None, str]:
+    """Namespace of the operators, or None, and where it is from, or why it is not."""
+    library = _library()
     if library is None:
-        reason = (
-            f"the native operator ({_NAME}) is not built. It needs a C++ compiler "
-            "and CMake when vLLM or vllm-quark is installed from source"
+        return None, (
+            f"the native operator ({_MODULE}) is not built: it needs a C++ compiler "
+            "and CMake at installation"
         )
-    else:
-        try:
-            torch.ops.load_library(str(library))
-        except OSError as error:
-            cause = error.__cause__ or error
-            reason = f"{library} does not load ({cause}). Build it with this PyTorch"
-    if reason:
-        logger.warning(
-            "INT8 experts on CPU run on oneDNN, expert by expert, which is slower: %s",
-            reason,
-        )
-        return None
-    found = torch.ops._int8_moe_C
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        cause = error.__cause__ or error
+        return None, f"{library} does not load ({cause}): build it with this PyTorch"
     torch.library.register_fake("_int8_moe_C::pack", _pack_fake)
     torch.library.register_fake("_int8_moe_C::experts", _experts_fake)
     torch.library.register_fake("_int8_moe_C::route", _route_fake)
-    logger.info("INT8 experts on CPU run on %s, %s", library, found.isas()[0])
+    return torch.ops._int8_moe_C, str(library)
+
+
+def native() -> Any | None:
+    """Namespace of the operators (`isas`, `pack`, `experts`, `route`), or None."""
+    return _load()[0]
+
+
+def native_experts() -> Any | None:
+    """`native`, for INT8 experts. Says once, in the log, which of both it is."""
+    found, why = _load()
+    if found is None:
+        logger.warning_once(
+            "INT8 experts on CPU run on oneDNN, expert by expert, which is slower: %s",
+            why,
+        )
+    else:
+        logger.info_once("INT8 experts on CPU run on %s, %s", why, found.isas()[0])
     return found
 
 

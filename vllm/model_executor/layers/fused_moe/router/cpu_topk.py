@@ -7,23 +7,24 @@ import torch
 from vllm.model_executor.layers.fused_moe.cpu_int8_native import route_on_cpu
 
 
-def topk_on_cpu(
+def select_on_cpu(
     gating_output: torch.Tensor,
+    bias: torch.Tensor | None,
     topk: int,
     renormalize: bool,
-    indices_type: torch.dtype | None,
     scoring_func: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """float32 weights [T, k], ids [T, k], and k-major row indices [T, k], of
-    router logits [T, E]: scored, the top k kept, renormalized if asked.
+    indices_type: torch.dtype | None,
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 weights and ids, both [T, k], of router logits [T, E]: scored in
+    float32, the top k of score plus bias kept, renormalized if asked, times
+    `scale`.
 
     Raises ValueError for scoring functions other than softmax and sigmoid.
     """
-    tokens = gating_output.size(0)
-    rows = torch.arange(tokens * topk, dtype=torch.int32).view(topk, tokens).t()
-    args = gating_output, None, topk, renormalize, scoring_func, indices_type
+    args = gating_output, bias, topk, renormalize, scoring_func, indices_type, scale
     if (routed := route_on_cpu(*args)) is not None:
-        return *routed, rows
+        return routed
     logits = gating_output.float()
     if scoring_func == "softmax":
         scores = logits.softmax(dim=-1)
@@ -31,7 +32,23 @@ def topk_on_cpu(
         scores = logits.sigmoid()
     else:
         raise ValueError(f"Unsupported scoring function: {scoring_func}")
-    weights, ids = scores.topk(topk, dim=-1)
+    choice = scores if bias is None else scores + bias.float()
+    ids = choice.topk(topk, dim=-1).indices
+    weights = scores.gather(1, ids)
     if renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
-    return weights, ids.to(indices_type or torch.int32), rows
+    return weights * scale, ids.to(indices_type or torch.int32)
+
+
+def topk_on_cpu(
+    gating_output: torch.Tensor,
+    topk: int,
+    renormalize: bool,
+    indices_type: torch.dtype | None,
+    scoring_func: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`select_on_cpu` without a bias, and k-major row indices [T, k]."""
+    tokens = gating_output.size(0)
+    rows = torch.arange(tokens * topk, dtype=torch.int32).view(topk, tokens).t()
+    args = gating_output, None, topk, renormalize, scoring_func, indices_type
+    return *select_on_cpu(*args), rows

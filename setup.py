@@ -114,7 +114,10 @@ setup(
     packages=["vllm_quark", "vllm_quark.checkpoint", "vllm_quark.convert", "vllm_quark.verify"],
     ext_modules=[] if reason else [Extension(OPERATOR, sources=[])],
     install_requires=requirements(),
-    entry_points={"console_scripts": ["vllm-quark=vllm_quark.cli:main"]},
+    entry_points={
+        "console_scripts": ["vllm-quark=vllm_quark.cli:main"],
+        "vllm.general_plugins": ["vllm_quark=vllm_quark.operator:name_library"],
+    },
     cmdclass={"build_py": BuildWithSeries, "build_ext": BuildOperator, "bdist_wheel": AnyPython},
     # Without git's history (an archive of the tree) there is no version to take.
     use_scm_version={"fallback_version": os.environ.get("VLLM_QUARK_VERSION", "0.0.0")},

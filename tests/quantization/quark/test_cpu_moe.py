@@ -39,8 +39,8 @@ def path(request, monkeypatch):
     except ImportError:
         return request.param  # the tests say what is missing
     if request.param == "onednn":
-        monkeypatch.setattr(cpu_int8_moe, "native", lambda: None)
-    elif cpu_int8_moe.native() is None:
+        monkeypatch.setattr(cpu_int8_moe, "native_experts", lambda: None)
+    elif cpu_int8_moe.native_experts() is None:
         pytest.skip("csrc/cpu/int8_moe is not built here")
     return request.param
 
@@ -73,7 +73,18 @@ class Layer(torch.nn.Module):
 def packed(layer: Layer):
     from vllm.model_executor.layers.fused_moe.cpu_int8_moe import CPUInt8Experts
 
-    return CPUInt8Experts(layer)
+    return CPUInt8Experts(
+        layer,
+        (layer.w13_weight_scale, layer.w2_weight_scale),
+        (layer.w13_bias, layer.w2_bias),
+        (layer.w13_input_scale, layer.w2_input_scale),
+    )
+
+
+def run(layer: Layer, x, weights, ids):
+    experts = packed(layer)
+    args = layer.w13_weight, layer.expert_map, layer.apply_router_weight_on_input
+    return experts(x, weights, ids, *args)
 
 
 def routing(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +112,7 @@ def test_experts(activation, per_tensor, tokens):
     layer = Layer(activation, per_tensor)
     x = random_input(tokens, K)
     weights, ids = routing(tokens)
-    out = packed(layer)(layer, x, weights, ids)
+    out = run(layer, x, weights, ids)
     assert out.dtype == DTYPE and out.shape == x.shape
     assert_close(out, emulate(layer, x, weights, ids))
 
@@ -111,14 +122,14 @@ def test_static_input_scales():
     layer = Layer(static=[s.float() for s in scales])
     x = torch.randn(33, K)
     weights, ids = routing(33)
-    out = packed(layer)(layer, x, weights, ids)
+    out = run(layer, x, weights, ids)
     assert_close(out, emulate(layer, x, weights, ids))
 
 
 def test_no_tokens():
     layer = Layer()
     ids = torch.empty(0, TOP_K, dtype=torch.int32)
-    out = packed(layer)(layer, torch.empty(0, K), ids.float(), ids)
+    out = run(layer, torch.empty(0, K), ids.float(), ids)
     assert out.shape == (0, K)
 
 
@@ -127,7 +138,7 @@ def test_zero_token_stays_zero():
     x = random_input(3, K)
     x[1] = 0
     weights, ids = routing(3)
-    out = packed(layer)(layer, x, weights, ids)
+    out = run(layer, x, weights, ids)
     assert torch.equal(out[1], torch.zeros(K))
     assert_close(out[::2], emulate(layer, x, weights, ids)[::2])
 
@@ -137,7 +148,7 @@ def test_all_tokens_on_one_expert():
     x = random_input(9, K)
     ids = torch.full((9, 1), 5, dtype=torch.int32)
     weights = torch.rand(9, 1, dtype=torch.float32)
-    out = packed(layer)(layer, x, weights, ids)
+    out = run(layer, x, weights, ids)
     assert_close(out, emulate(layer, x, weights, ids))
 
 
@@ -149,7 +160,7 @@ def test_experts_of_other_ranks_are_skipped():
     x = random_input(21, K)
     weights, ids = torch.rand(21, 16, dtype=torch.float32).topk(TOP_K)
     ids[0] = torch.tensor([0, 1, 15])
-    out = packed(layer)(layer, x, weights, ids.int())
+    out = run(layer, x, weights, ids.int())
     local = layer.expert_map[ids]
     assert torch.equal(out[0], torch.zeros(K))
     assert_close(out[1:], emulate(layer, x, weights, local)[1:])
@@ -161,7 +172,7 @@ def test_router_weight_on_input():
     x = random_input(9, K)
     ids = torch.randint(0, E, (9, 1), dtype=torch.int32)
     weights = torch.rand(9, 1, dtype=torch.float32).to(DTYPE).float()
-    out = packed(layer)(layer, x, weights, ids)
+    out = run(layer, x, weights, ids)
     scaled = x * weights.to(DTYPE)
     assert_close(out, emulate(layer, scaled, torch.ones(9, 1), ids))
 
@@ -170,7 +181,7 @@ def test_expert_id_out_of_range():
     layer = Layer()
     ids = torch.full((2, 1), E, dtype=torch.int32)
     with pytest.raises(ValueError, match="out of range"):
-        packed(layer)(layer, random_input(2, K), ids.float(), ids)
+        run(layer, random_input(2, K), ids.float(), ids)
 
 
 def test_unknown_activation_names_the_layer():
@@ -189,10 +200,24 @@ def test_operator_contract(path):
         torch.library.opcheck(torch.ops._int8_moe_C.experts.default, args)
         return
     args = (
-        *(x, weights, ids, experts.w13, experts.w2, experts.w13_out_size),
+        *(x, weights, ids),
+        *(experts.w13, experts.w2, experts.w13_out_size),
         *("silu", None, None, None, None, None, False),
     )
     torch.library.opcheck(torch.ops.vllm.cpu_int8_experts.default, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("turned", [False, True])
+def test_router_weights_of_any_dtype_and_layout(dtype, turned):
+    layer = Layer()
+    x = random_input(9, K)
+    weights, ids = routing(9)
+    weights = weights.to(dtype)
+    expected = emulate(layer, x, weights.float(), ids)
+    if turned:
+        weights, ids = weights.t().contiguous().t(), ids.t().contiguous().t()
+    assert_close(run(layer, x, weights, ids), expected)
 
 
 def test_biases():
@@ -202,7 +227,7 @@ def test_biases():
     x = random_input(9, K)
     ids = torch.randint(0, E, (9, 1), dtype=torch.int32)
     weights = torch.rand(9, 1, dtype=torch.float32)
-    out = packed(layer)(layer, x, weights, ids)
+    out = run(layer, x, weights, ids)
     (w13, s13), (w2, s2) = layer.w13_reference, layer.w2_reference
     rows = []
     for t, e in enumerate(ids.flatten().tolist()):

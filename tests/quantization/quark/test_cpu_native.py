@@ -15,7 +15,13 @@ import torch
 
 from vllm.platforms import current_platform
 
-from .utils import assert_close, emulate_moe, random_input, random_weight
+from .utils import (
+    assert_close,
+    emulate_moe,
+    make_router,
+    random_input,
+    random_weight,
+)
 
 if not current_platform.is_cpu():
     pytest.skip("tests of the CPU platform", allow_module_level=True)
@@ -384,13 +390,15 @@ def test_router_extremes(isa):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_models_are_routed_with_it(scoring_func, dtype):
     """The PyTorch path scores in the logits' dtype."""
-    from vllm.model_executor.layers.fused_moe.router import fused_topk_bias_router
-
     logits = (torch.randn(9, 288) * 3).to(dtype)
     bias = torch.rand(288)
-    weights, ids = fused_topk_bias_router.fused_topk_bias(
-        torch.randn(9, 16), logits, scoring_func, bias, 8, True
+    router = make_router(
+        top_k=8,
+        global_num_experts=288,
+        scoring_func=scoring_func,
+        e_score_correction_bias=bias,
     )
+    weights, ids = router.select_experts(torch.randn(9, 16), logits)
     softmax = scoring_func == "softmax"
     reference, wanted = emulate_router(logits, bias, 8, softmax, True, 1.0)
     assert torch.equal(ids.long(), wanted) and ids.dtype == torch.int32
@@ -410,31 +418,53 @@ def test_route_on_cpu_leaves_other_scores(monkeypatch):
 
 
 SAYS = """
-from vllm.model_executor.layers.fused_moe.cpu_int8_native import native
-found = [native() for _ in range(3)]
+from vllm.model_executor.layers.fused_moe.cpu_int8_native import native_experts
+found = [native_experts() for _ in range(3)]
 assert all(f is None for f in found)
 """
 
 
-@pytest.mark.parametrize("library", ["", "/no/such/library.so"])
-def test_without_the_operator_it_says_so_once(library):
+def say(code: str, library: str) -> str:
     environment = {**os.environ, "VLLM_INT8_MOE_LIBRARY": library}
     environment["VLLM_LOGGING_LEVEL"] = "WARNING"
     environment.pop("LD_PRELOAD", None)
     done = subprocess.run(
-        [sys.executable, "-c", SAYS], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert (done.stdout + done.stderr).count("expert by expert, which is slower") == 1
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("library", ["", "/no/such/library.so"])
+def test_without_the_operator_experts_say_so_once(library):
+    assert say(SAYS, library).count("expert by expert, which is slower") == 1
+
+
+ROUTES = """
+import torch
+from vllm.model_executor.layers.fused_moe.router import router_factory
+router = router_factory.create_fused_moe_router(
+    top_k=2, global_num_experts=8, scoring_func="sigmoid",
+    e_score_correction_bias=torch.zeros(8))
+router.select_experts(torch.zeros(3, 4), torch.zeros(3, 8))
+"""
+
+
+@pytest.mark.parametrize("library", ["", "/no/such/library.so"])
+def test_without_the_operator_routers_say_nothing(library):
+    """Models without INT8 experts are routed so too."""
+    said = say(ROUTES, library)
+    assert "INT8" not in said and "VLLM_INT8_MOE_LIBRARY" not in said
 
 
 @needs_operators
 def test_its_library_and_instruction_set_are_logged(monkeypatch):
     said = []
     monkeypatch.setattr(
-        cpu_int8_native.logger, "info", lambda text, *args: said.append(text % args)
+        cpu_int8_native.logger,
+        "info_once",
+        lambda text, *args: said.append(text % args),
     )
-    monkeypatch.setattr(torch.library, "register_fake", lambda *args: None)
-    assert cpu_int8_native.native.__wrapped__() is operators
+    assert cpu_int8_native.native_experts() is operators
     library = cpu_int8_native._library()
     assert said == [f"INT8 experts on CPU run on {library}, {ISAS[0]}"]

@@ -1,55 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Routing with a score-correction bias on the CPU platform, against float64."""
-
-from inspect import signature
+"""Routing with a score-correction bias on CPU, against float64."""
 
 import pytest
 import torch
 
-from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import (
-    fused_topk_bias,
-)
 from vllm.platforms import current_platform
 
-from .utils import vllm_environment
+from .utils import HAS_CPU_ROUTER, assert_routing, make_router
 
-pytestmark = pytest.mark.skipif(
-    not current_platform.is_cpu(), reason="tests of the CPU platform"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not current_platform.is_cpu(), reason="tests of the CPU platform"
+    ),
+    pytest.mark.skipif(HAS_CPU_ROUTER, reason="CPU has its own: test_cpu_router.py"),
+]
 E, K, TOP_K = 8, 96, 3
 
 
-@pytest.fixture(autouse=True)
-def environment():
+@pytest.fixture(params=["sigmoid", "softmax"])
+def scoring(request):
+    return request.param
+
+
+@pytest.fixture
+def logits():
     torch.manual_seed(0)
-    with vllm_environment():
-        yield
+    return torch.randn(50, E)
 
 
-@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("renormalize", [True, False])
-def test_biased_routing(scoring, renormalize):
-    logits = torch.randn(50, E, dtype=torch.float32)
-    bias = torch.randn(E, dtype=torch.float32)
-    # Older releases scale elsewhere.
-    scales = "routed_scaling_factor" in signature(fused_topk_bias).parameters
-    weights, ids = fused_topk_bias(
-        hidden_states=torch.randn(50, K),
-        gating_output=logits,
+def test_biased_routing(logits, scoring, renormalize):
+    bias = torch.randn(E)
+    router = make_router(
+        top_k=TOP_K,
+        global_num_experts=E,
+        renormalize=renormalize,
         scoring_func=scoring,
         e_score_correction_bias=bias,
-        topk=TOP_K,
-        renormalize=renormalize,
-        **({"routed_scaling_factor": 3.0} if scales else {}),
+        routed_scaling_factor=3.0,
     )
-    wide = logits.double()
-    scores = wide.sigmoid() if scoring == "sigmoid" else wide.softmax(-1)
-    chosen = (scores + bias.double()).topk(TOP_K).indices
-    assert torch.equal(ids.long().sort(-1).values, chosen.sort(-1).values)
-    expected = scores.gather(1, ids.long())
-    if renormalize:
-        expected = expected / expected.sum(-1, keepdim=True)
-    if scales:
-        expected *= 3.0
-    torch.testing.assert_close(weights.double(), expected, atol=1e-6, rtol=1e-5)
+    routed = router.select_experts(torch.zeros(50, K), logits)
+    assert_routing(routed, logits, bias, TOP_K, scoring, renormalize, 3.0)

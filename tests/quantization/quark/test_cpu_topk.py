@@ -5,12 +5,16 @@
 import pytest
 import torch
 
-from vllm.model_executor.layers.fused_moe.router.fused_topk_router import fused_topk
 from vllm.platforms import current_platform
 
-pytestmark = pytest.mark.skipif(
-    not current_platform.is_cpu(), reason="tests of the CPU platform"
-)
+from .utils import HAS_CPU_ROUTER, assert_routing, make_router
+
+pytestmark = [
+    pytest.mark.skipif(
+        not current_platform.is_cpu(), reason="tests of the CPU platform"
+    ),
+    pytest.mark.skipif(HAS_CPU_ROUTER, reason="CPU has its own: test_cpu_router.py"),
+]
 E, K, TOP_K = 8, 96, 3
 
 
@@ -20,15 +24,11 @@ E, K, TOP_K = 8, 96, 3
 def test_topk_routing(scoring, renormalize, dtype):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(50, E, generator=generator).to(dtype)
-    weights, ids, rows = fused_topk(
-        torch.zeros(50, K), logits, TOP_K, renormalize, scoring_func=scoring
+    router = make_router(
+        top_k=TOP_K,
+        global_num_experts=E,
+        renormalize=renormalize,
+        scoring_func=scoring,
     )
-    wide = logits.double()
-    scores = wide.sigmoid() if scoring == "sigmoid" else wide.softmax(-1)
-    expected, _ = scores.topk(TOP_K)
-    if renormalize:
-        expected = expected / expected.sum(-1, keepdim=True)
-    assert ids.dtype == torch.int32 and rows.shape == ids.shape
-    torch.testing.assert_close(weights.double(), expected, atol=1e-6, rtol=1e-5)
-    chosen = scores.gather(1, ids.long())
-    torch.testing.assert_close(chosen, scores.topk(TOP_K).values)
+    routed = router.select_experts(torch.zeros(50, K), logits)
+    assert_routing(routed, logits, None, TOP_K, scoring, renormalize)

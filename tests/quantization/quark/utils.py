@@ -25,12 +25,14 @@ from vllm.distributed.parallel_state import (
     initialize_model_parallel,
 )
 from vllm.model_executor.layers import fused_moe
+from vllm.model_executor.layers.fused_moe.router import router_factory
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 from vllm.platforms import current_platform
 from vllm.v1.worker import workspace
 
 DEVICE = "cuda" if current_platform.is_cuda_alike() else "cpu"
 DTYPE = torch.bfloat16
+HAS_CPU_ROUTER = hasattr(router_factory, "CPURouter")
 
 
 @contextlib.contextmanager
@@ -148,6 +150,40 @@ def apply_experts(
     apply = layer.quant_method.apply
     more = len(inspect.signature(apply).parameters) - 4
     return apply(layer, x.clone(), weights, ids, *[None] * more)
+
+
+def make_router(**kwargs: Any) -> Any:
+    """The router that layers of a release get; kwargs: create_fused_moe_router's."""
+    return router_factory.create_fused_moe_router(**kwargs)
+
+
+def assert_routing(
+    routed: tuple[torch.Tensor, torch.Tensor],
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    top_k: int,
+    scoring: str,
+    renormalize: bool,
+    scale: float = 1.0,
+    tolerance: float = 1e-5,
+) -> None:
+    """`routed`, weights and ids [T, k], is float64's top k of score plus bias."""
+    weights, ids = routed
+    wide = logits.double()
+    scores = wide.sigmoid() if scoring == "sigmoid" else wide.softmax(-1)
+    choice = scores if bias is None else scores + bias.double()
+    best = choice.topk(top_k).values
+    chosen = choice.gather(1, ids.long())
+    torch.testing.assert_close(
+        chosen.sort(-1, descending=True).values, best, atol=1e-6, rtol=1e-5
+    )
+    assert all(len(set(row)) == top_k for row in ids.tolist())
+    expected = scores.gather(1, ids.long())
+    if renormalize:
+        expected = expected / expected.sum(-1, keepdim=True)
+    torch.testing.assert_close(
+        weights.double(), expected * scale, atol=tolerance, rtol=tolerance
+    )
 
 
 def random_weight(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,9 +11,10 @@ from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEParallelConfig,
 )
 from vllm.model_executor.layers.fused_moe.cpu_int8_moe import (
-    PackedInt8Experts,
-    has_int8_experts,
+    ACTIVATIONS,
+    CPUInt8Experts,
 )
+from vllm.model_executor.layers.fused_moe.cpu_int8_native import native
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
     TopKWeightAndReduceNoOP,
 )
@@ -28,12 +29,12 @@ from vllm.platforms import current_platform
 
 
 class PortableCPUExpertsInt8(mk.FusedMoEExpertsModular):
-    """`PackedInt8Experts`: per-channel or per-tensor weights, activations quantized
+    """`CPUInt8Experts`: per-channel or per-tensor weights, activations quantized
     per token (which is at least as fine as per tensor)."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.experts: PackedInt8Experts | None = None
+        self.experts: CPUInt8Experts | None = None
 
     @property
     def expects_unquantized_inputs(self) -> bool:
@@ -59,7 +60,8 @@ class PortableCPUExpertsInt8(mk.FusedMoEExpertsModular):
 
     @staticmethod
     def _supports_current_device() -> bool:
-        return current_platform.is_cpu()
+        has_onednn = hasattr(torch.ops._C, "onednn_scaled_mm")
+        return current_platform.is_cpu() and (has_onednn or native() is not None)
 
     @staticmethod
     def _supports_no_act_and_mul() -> bool:
@@ -67,7 +69,7 @@ class PortableCPUExpertsInt8(mk.FusedMoEExpertsModular):
 
     @staticmethod
     def _supports_activation(activation: MoEActivation) -> bool:
-        return has_int8_experts(activation.value)
+        return activation.value in ACTIVATIONS
 
     @staticmethod
     def _supports_quant_scheme(
@@ -84,14 +86,10 @@ class PortableCPUExpertsInt8(mk.FusedMoEExpertsModular):
     ) -> bool:
         return True
 
-    def supports_expert_map(self) -> bool:
-        return True
-
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         assert self.w1_scale is not None and self.w2_scale is not None
-        self.experts = PackedInt8Experts(
+        self.experts = CPUInt8Experts(
             layer,
-            self.moe_config.activation.value,
             (self.w1_scale, self.w2_scale),
             (self.w1_bias, self.w2_bias),
         )
@@ -146,4 +144,6 @@ class PortableCPUExpertsInt8(mk.FusedMoEExpertsModular):
         if apply_router_weight_on_input:
             # `prepare` has multiplied.
             topk_weights = torch.ones_like(topk_weights)
-        output.copy_(self.experts(hidden_states, topk_weights, topk_ids, w1, expert_map))
+        output.copy_(
+            self.experts(hidden_states, topk_weights, topk_ids, w1, expert_map)
+        )

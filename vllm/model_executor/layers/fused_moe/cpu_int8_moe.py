@@ -9,10 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm import _custom_ops as ops
-from vllm.model_executor.layers.fused_moe.cpu_int8_native import (
-    native,
-    native_experts,
-)
+from vllm.model_executor.layers.fused_moe.cpu_int8_native import native_experts
 from vllm.model_executor.utils import replace_parameter
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -45,7 +42,7 @@ def _swigluoai(
 
 
 # by the value of MoEActivation, whose members differ between releases
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": _gated(F.silu),
     "gelu": _gated(F.gelu),
     "gelu_tanh": _gated(partial(F.gelu, approximate="tanh")),
@@ -127,7 +124,7 @@ def cpu_int8_experts(
         counts,
         w13_out_size,
     )
-    act = _ACTIVATIONS[activation](gate_up)
+    act = ACTIVATIONS[activation](gate_up)
     act_q, act_s, _ = ops.onednn_scaled_int8_quant(act.contiguous(), a2_scale)
     out = _grouped_mm(act_q, act_s, w2_handlers, w2_bias, counts, x.size(1))
     if not apply_router_weight_on_input:
@@ -146,13 +143,7 @@ direct_register_custom_op(
 )
 
 
-def has_int8_experts(activation: str) -> bool:
-    """Whether `PackedInt8Experts` runs here with an activation, by MoEActivation's value."""
-    has_onednn = hasattr(torch.ops._C, "onednn_scaled_mm")
-    return activation in _ACTIVATIONS and (has_onednn or native() is not None)
-
-
-class PackedInt8Experts:
+class CPUInt8Experts:
     """Routed INT8 experts of one layer, packed for the native operator where it
     is built (csrc/cpu/int8_moe), else for oneDNN.
 
@@ -168,12 +159,14 @@ class PackedInt8Experts:
     def __init__(
         self,
         layer: torch.nn.Module,
-        activation: str,
         scales: tuple[torch.Tensor, torch.Tensor],
         biases: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
         input_scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     ) -> None:
-        if activation not in _ACTIVATIONS:
+        activation = layer.activation.value
+        if getattr(layer, "swiglu_limit", None) is not None:
+            activation += " with a limit"
+        if activation not in ACTIVATIONS:
             raise NotImplementedError(
                 f"{layer.layer_name}: INT8 experts on CPU know no "
                 f"{activation} activation"
@@ -251,30 +244,3 @@ class PackedInt8Experts:
             expert_map,
             apply_router_weight_on_input,
         )
-
-
-class CPUInt8Experts:
-    """`PackedInt8Experts` of a layer that has its scales, biases and static input
-    scales as attributes."""
-
-    def __init__(self, layer: torch.nn.Module) -> None:
-        activation = layer.activation.value
-        if getattr(layer, "swiglu_limit", None) is not None:
-            activation += " with a limit"
-        self.packed = PackedInt8Experts(
-            layer,
-            activation,
-            (layer.w13_weight_scale, layer.w2_weight_scale),
-            (layer.w13_bias, layer.w2_bias),
-            (layer.w13_input_scale, layer.w2_input_scale),
-        )
-
-    def __call__(
-        self,
-        layer: torch.nn.Module,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-    ) -> torch.Tensor:
-        args = layer.w13_weight, layer.expert_map, layer.apply_router_weight_on_input
-        return self.packed(x, topk_weights, topk_ids, *args)

@@ -38,17 +38,3 @@ def select_on_cpu(
     if renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return weights * scale, ids.to(indices_type or torch.int32)
-
-
-def topk_on_cpu(
-    gating_output: torch.Tensor,
-    topk: int,
-    renormalize: bool,
-    indices_type: torch.dtype | None,
-    scoring_func: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`select_on_cpu` without a bias, and k-major row indices [T, k]."""
-    tokens = gating_output.size(0)
-    rows = torch.arange(tokens * topk, dtype=torch.int32).view(topk, tokens).t()
-    args = gating_output, None, topk, renormalize, scoring_func, indices_type
-    return *select_on_cpu(*args), rows

@@ -30,7 +30,7 @@ env: .venv/.made .venv/.operator
 	@touch $@
 
 # vllm-quark itself, with csrc/cpu/int8_moe where there is a C++ compiler.
-.venv/.operator: .venv/.made CMakeLists.txt $(wildcard csrc/cpu/int8_moe/*)
+.venv/.operator: .venv/.made setup.py CMakeLists.txt $(wildcard csrc/cpu/int8_moe/*)
 	@echo "set-up: vllm-quark and its CPU operator"
 	@$(UV) pip install $(QUIET) --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
@@ -70,6 +70,7 @@ test: env quark-env lint
 	$(BIN)/python benchmarks/releases.py 0.20.0 0.21.0 0.26.0 newest
 	@$(MAKE) --no-print-directory test-upstream
 	@$(BIN)/python $(NANO)/lab.py $(CKPTS)
+	$(BIN)/python benchmarks/releases.py none --engines $(RELEASE) newest
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/e2e
 
 # The operator's tests with -fsanitize: its library, and Python with the sanitizers' runtime first.
@@ -111,9 +112,12 @@ models: env
 	$(BIN)/python benchmarks/models.py run build/models
 	$(BIN)/python benchmarks/models.py table build/models docs/models.md
 
-# The series on every release, the layer tests on some CPU wheels, and docs/releases.md.
-releases: env
-	$(BIN)/python benchmarks/releases.py --wheels 0.20.0 0.20.2 0.21.0 0.22.0 0.26.0 0.29.0 newest --out docs/releases.md
+# The series on every release, the layer tests on some CPU wheels, the nano model on all, and docs/releases.md.
+WHEELS := 0.20.0 0.20.1 0.20.2 0.21.0 0.22.0 0.22.1 0.23.0 0.24.0 0.25.0 0.25.1 0.26.0 0.27.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0
+releases: env quark-env
+	@$(BIN)/python $(NANO)/lab.py $(CKPTS)
+	$(BIN)/python benchmarks/releases.py --wheels 0.20.0 0.20.2 0.21.0 0.22.0 0.26.0 0.29.0 newest \
+	  --engines $(WHEELS) newest --out docs/releases.md
 
 # The series on drifted trees, and docs/drift.md.
 drift: env

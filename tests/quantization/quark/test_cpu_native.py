@@ -25,7 +25,7 @@ from .utils import (
 
 if not current_platform.is_cpu():
     pytest.skip("tests of the CPU platform", allow_module_level=True)
-from vllm.model_executor.layers.fused_moe import cpu_int8_native
+from vllm.model_executor.layers.fused_moe import cpu_int8_moe, cpu_int8_native
 from vllm.model_executor.layers.fused_moe.cpu_int8_native import (
     native,
     route_on_cpu,
@@ -418,7 +418,7 @@ def test_route_on_cpu_leaves_other_scores(monkeypatch):
 
 
 SAYS = """
-from vllm.model_executor.layers.fused_moe.cpu_int8_native import native_experts
+from vllm.model_executor.layers.fused_moe.cpu_int8_moe import native_experts
 found = [native_experts() for _ in range(3)]
 assert all(f is None for f in found)
 """
@@ -461,10 +461,10 @@ def test_without_the_operator_routers_say_nothing(library):
 def test_its_library_and_instruction_set_are_logged(monkeypatch):
     said = []
     monkeypatch.setattr(
-        cpu_int8_native.logger,
+        cpu_int8_moe.logger,
         "info_once",
         lambda text, *args: said.append(text % args),
     )
-    assert cpu_int8_native.native_experts() is operators
+    assert cpu_int8_moe.native_experts() is operators
     library = cpu_int8_native._library()
     assert said == [f"INT8 experts on CPU run on {library}, {ISAS[0]}"]

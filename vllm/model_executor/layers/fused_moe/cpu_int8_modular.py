@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """INT8 W8A8 experts on any CPU, as experts of the modular kernels."""
 
+from typing import Any
+
 import torch
 
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
@@ -94,52 +96,35 @@ class PortableCPUExpertsInt8(mk.FusedMoEExpertsModular):
             (self.w1_bias, self.w2_bias),
         )
 
-    def moe_problem_size(
-        self,
-        a1: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_ids: torch.Tensor,
-    ) -> tuple[int, int, int, int, int]:
+    def moe_problem_size(  # type: ignore[override]
+        self, a1: torch.Tensor, w1, w2, topk_ids: torch.Tensor
+    ) -> tuple[int, ...]:
         # The weights are packed: their shapes say nothing.
         width = 2 * self.moe_config.intermediate_size_per_partition
         experts = self.moe_config.num_local_experts
         return experts, a1.size(0), width, a1.size(1), topk_ids.size(1)
 
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: mk.ExpertTokensMetadata | None,
-        activation: MoEActivation,
-    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    def workspace_shapes(  # type: ignore[override]
+        self, M: int, N: int, K: int, *args: Any, **kwargs: Any
+    ) -> tuple[tuple[int, ...], ...]:
         return (0,), (0,), (M, K)
 
     def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
         return TopKWeightAndReduceNoOP()
 
-    def apply(
+    def apply(  # type: ignore[override]
         self,
+        *,
         output: torch.Tensor,
         hidden_states: torch.Tensor,
         w1: torch.Tensor,
-        w2: torch.Tensor,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
         expert_map: torch.Tensor | None,
-        a1q_scale: torch.Tensor | None,
-        a2_scale: torch.Tensor | None,
-        workspace13: torch.Tensor,
-        workspace2: torch.Tensor,
-        expert_tokens_meta: mk.ExpertTokensMetadata | None,
         apply_router_weight_on_input: bool,
+        **kwargs: Any,
     ) -> None:
+        """`output` [T, K] of `hidden_states` [T, K], weighted and reduced."""
         assert self.experts is not None
         if apply_router_weight_on_input:
             # `prepare` has multiplied.

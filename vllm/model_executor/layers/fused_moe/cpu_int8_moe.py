@@ -4,14 +4,18 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from vllm import _custom_ops as ops
-from vllm.model_executor.layers.fused_moe.cpu_int8_native import native_experts
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.cpu_int8_native import find_native
 from vllm.model_executor.utils import replace_parameter
 from vllm.utils.torch_utils import direct_register_custom_op
+
+logger = init_logger(__name__)
 
 # of swiglustep and swigluoai, where a layer gives none
 LIMIT = 7.0
@@ -141,6 +145,19 @@ direct_register_custom_op(
     op_func=cpu_int8_experts,
     fake_impl=cpu_int8_experts_fake,
 )
+
+
+def native_experts() -> Any | None:
+    """The native operators, or None. Says once, in the log, which of both it is."""
+    found, why = find_native()
+    if found is None:
+        logger.warning_once(
+            "INT8 experts on CPU run on oneDNN, expert by expert, which is slower: %s",
+            why,
+        )
+    else:
+        logger.info_once("INT8 experts on CPU run on %s, %s", why, found.isas()[0])
+    return found
 
 
 class CPUInt8Experts:

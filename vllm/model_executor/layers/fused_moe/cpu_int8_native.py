@@ -10,9 +10,6 @@ from typing import Any
 import torch
 
 from vllm import envs
-from vllm.logger import init_logger
-
-logger = init_logger(__name__)
 
 # Where vLLM's own build puts it. It has no Python in it: it is not imported.
 _MODULE = f"{__name__.partition('.')[0]}._int8_moe_C"
@@ -29,7 +26,7 @@ def _library() -> Path | None:
 
 
 @functools.cache
-def _load() -> tuple[Any | None, str]:
+def find_native() -> tuple[Any | None, str]:
     """Namespace of the operators, or None, and where it is from, or why it is not."""
     library = _library()
     if library is None:
@@ -50,20 +47,7 @@ def _load() -> tuple[Any | None, str]:
 
 def native() -> Any | None:
     """Namespace of the operators (`isas`, `pack`, `experts`, `route`), or None."""
-    return _load()[0]
-
-
-def native_experts() -> Any | None:
-    """`native`, for INT8 experts. Says once, in the log, which of both it is."""
-    found, why = _load()
-    if found is None:
-        logger.warning_once(
-            "INT8 experts on CPU run on oneDNN, expert by expert, which is slower: %s",
-            why,
-        )
-    else:
-        logger.info_once("INT8 experts on CPU run on %s, %s", why, found.isas()[0])
-    return found
+    return find_native()[0]
 
 
 def _pack_fake(

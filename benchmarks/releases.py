@@ -59,6 +59,7 @@ WAYS = {
 }
 RIGHT = 0.02
 
+
 def state(places: tuple[str, ...]) -> str:
     """Digest of what a result depends on."""
     digest = hashlib.sha256()

@@ -146,7 +146,7 @@ def router(rounds: int) -> list[dict]:
             weights = weights / weights.sum(dim=-1, keepdim=True) * 3.0
             ids = ids.to(torch.int32)
             middle = time.perf_counter()
-            cpu_int8_moe.native().route(logits, bias, 8, False, True, 3.0)
+            cpu_int8_moe.native_experts().route(logits, bias, 8, False, True, 3.0)
             times["native"].append(time.perf_counter() - middle)
             times["PyTorch"].append(middle - start)
         row = {k: 1e6 * statistics.median(v) for k, v in times.items()}
@@ -161,7 +161,7 @@ def processor() -> dict:
     names = [line.partition(":")[2].strip() for line in flags.splitlines() if line.startswith("model name")]
     return {
         "processor": names[0] if names else platform.processor(),
-        "isas": list(cpu_int8_moe.native().isas()),
+        "isas": list(cpu_int8_moe.native_experts().isas()),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -175,7 +175,7 @@ def main() -> int:
     parser.add_argument("--shapes", default="nano;E=32, N=1280, K=4096", help="separated by semicolons")
     parser.add_argument("--without", default="", help="contestants to leave out, separated by semicolons")
     args = parser.parse_args()
-    if cpu_int8_moe.native() is None:
+    if cpu_int8_moe.native_experts() is None:
         sys.exit("cpu_moe.py: the native operator is not built here: make env with a C++ compiler")
     torch.manual_seed(0)
     found = {"machine": processor(), "rows": []}

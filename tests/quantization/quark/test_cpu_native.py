@@ -18,13 +18,13 @@ from vllm.platforms import current_platform
 from .utils import (
     assert_close,
     emulate_moe,
-    make_router,
     random_input,
     random_weight,
 )
 
 if not current_platform.is_cpu():
     pytest.skip("tests of the CPU platform", allow_module_level=True)
+from vllm import envs
 from vllm.model_executor.layers.fused_moe import cpu_int8_moe, cpu_int8_native
 from vllm.model_executor.layers.fused_moe.cpu_int8_native import (
     native,
@@ -385,26 +385,6 @@ def test_router_extremes(isa):
     assert weights.shape == ids.shape == (0, 2)
 
 
-@needs_operators
-@pytest.mark.parametrize("scoring_func", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_models_are_routed_with_it(scoring_func, dtype):
-    """The PyTorch path scores in the logits' dtype."""
-    logits = (torch.randn(9, 288) * 3).to(dtype)
-    bias = torch.rand(288)
-    router = make_router(
-        top_k=8,
-        global_num_experts=288,
-        scoring_func=scoring_func,
-        e_score_correction_bias=bias,
-    )
-    weights, ids = router.select_experts(torch.randn(9, 16), logits)
-    softmax = scoring_func == "softmax"
-    reference, wanted = emulate_router(logits, bias, 8, softmax, True, 1.0)
-    assert torch.equal(ids.long(), wanted) and ids.dtype == torch.int32
-    torch.testing.assert_close(weights.double(), reference, rtol=1e-5, atol=1e-9)
-
-
 def test_route_on_cpu_leaves_other_scores(monkeypatch):
     logits = torch.randn(3, 8)
     args = (logits, None, 2, True)
@@ -415,6 +395,10 @@ def test_route_on_cpu_leaves_other_scores(monkeypatch):
     monkeypatch.setattr(cpu_int8_native, "native", lambda: None)
     assert route_on_cpu(*args, "sigmoid", None) is None
     assert not cpu_int8_native.has_native()
+
+
+def test_its_variable_is_one_of_vllms():
+    assert envs.environment_variables["VLLM_INT8_MOE_LIBRARY"]
 
 
 SAYS = """
@@ -442,11 +426,8 @@ def test_without_the_operator_experts_say_so_once(library):
 
 ROUTES = """
 import torch
-from vllm.model_executor.layers.fused_moe.router import router_factory
-router = router_factory.create_fused_moe_router(
-    top_k=2, global_num_experts=8, scoring_func="sigmoid",
-    e_score_correction_bias=torch.zeros(8))
-router.select_experts(torch.zeros(3, 4), torch.zeros(3, 8))
+from vllm.model_executor.layers.fused_moe.cpu_int8_native import route_on_cpu
+assert route_on_cpu(torch.zeros(3, 8), None, 2, True, "sigmoid", None) is None
 """
 
 

@@ -23,10 +23,11 @@ def scoring(request):
     return request.param
 
 
-@pytest.fixture
-def logits():
+@pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float32], ids=str)
+def logits(request):
+    """Scored in float32 whatever their dtype."""
     torch.manual_seed(0)
-    return torch.randn(50, E)
+    return torch.randn(50, E).to(request.param)
 
 
 @pytest.mark.parametrize("renormalize", [True, False])

@@ -70,8 +70,8 @@ def way(request, monkeypatch) -> tuple[str, bool]:
         from vllm.model_executor.layers.fused_moe import cpu_int8_moe
 
         if kernel == "onednn":
-            monkeypatch.setattr(cpu_int8_moe, "native", lambda: None)
-        elif cpu_int8_moe.native() is None:
+            monkeypatch.setattr(cpu_int8_moe, "native_experts", lambda: None)
+        elif cpu_int8_moe.native_experts() is None:
             pytest.skip("csrc/cpu/int8_moe is not built here")
     elif ON_CPU:
         if kernel == "sgl" and not torch.cpu._is_amx_tile_supported():

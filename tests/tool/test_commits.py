@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from trees import RELEASE, ROOT, cli, one_line, snapshot, visible
+from trees import NEWER, RELEASE, ROOT, cli, one_line, snapshot, visible
 
 from vllm_quark.release import CACHE
 
@@ -86,7 +86,7 @@ def test_cover_letter(unpacked, tmp_path, author):
     for heading in ("## Purpose", "## Test Plan", "## Test Result"):
         assert heading in request and heading in letter
     assert "| stock | quark | **135.8** |" in request and "test_int8_moe.py" in request
-    count = len(list((ROOT / "patches").glob("*.yaml")))
+    count = len([p for p in (ROOT / "patches").glob("*.yaml") if p.name[:4] not in NEWER])
     assert f"[PATCH 00/{count}] [Bugfix][Quark]" in letter and "***" not in letter and "files changed" in letter
     commit_base(unpacked)
     git(unpacked, "am", "-q", "--keep-non-patch", "--empty=drop", *map(str, sorted(out.glob("*.patch"))))
@@ -107,7 +107,7 @@ def test_make_tree(tmp_path, author, real_series):
     for name in ("vllm", "csrc", "tests", "setup.py", "CMakeLists.txt", "requirements"):
         assert (out / name).exists()
     subjects = git(out, "log", "--reverse", "--format=%s").splitlines()
-    assert subjects == [f"vLLM {RELEASE}", *(p.subject for p in real_series.patches)]
+    assert subjects == [f"vLLM {RELEASE}", *(p.subject for p in real_series.patches if p.name[:4] not in NEWER)]
     assert git(out, "describe", "--tags", "--abbrev=0").strip() == f"v{RELEASE}"
     assert not git(out, "status", "--porcelain", "-uall").strip()
     assert cli(ROOT, "status", out).returncode == 0

@@ -14,6 +14,8 @@ from wheel.wheelfile import WheelFile
 UV = Path(sys.executable).with_name("uv")
 ROOT = Path(__file__).parents[2]
 RELEASE = "0.21.0"
+# Patches for structures that this release does not have yet.
+NEWER = {"0017", "0018"}
 
 ALPHA = """\
 class Alpha:

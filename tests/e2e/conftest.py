@@ -14,6 +14,14 @@ from vllm_quark.series import load_series
 PATCHES = load_series(ROOT).patches
 
 
+def pytest_collection_finish(session):
+    """Fail where a group's tests would run on several workers at once: its fixtures share folders below build/."""
+    if getattr(session.config.option, "loadgroup", False):
+        lost = [i.nodeid for i in session.items if i.get_closest_marker("xdist_group") and "@" not in i.nodeid]
+        if lost:
+            raise pytest.UsageError(f"pytest-xdist lost the group of {lost[0]}: install pytest<9.2")
+
+
 @pytest.fixture(scope="session")
 def ckpts() -> dict[str, Path]:
     """Every export and layout of the nano model, made by AMD Quark."""

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """Cells of architecture and variant: made, run through the engine, judged."""
 
+import contextlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,14 +64,23 @@ def make(cell: Cell, folder: Path) -> Path:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         if not (source / "expected.json").exists():
-            shutil.rmtree(source, ignore_errors=True)
-            source.mkdir(parents=True)
-            save(ARCHITECTURES[name], source)
+            with _made_whole(source) as new:
+                save(ARCHITECTURES[name], new)
         if variant != BF16:
-            shutil.rmtree(out, ignore_errors=True)
-            out.mkdir(parents=True)
-            export(ARCHITECTURES[name], VARIANTS[variant], source, out)
+            with _made_whole(out) as new:
+                export(ARCHITECTURES[name], VARIANTS[variant], source, new)
     return out
+
+
+@contextlib.contextmanager
+def _made_whole(folder: Path) -> Iterator[Path]:
+    """A new folder that becomes `folder` once it is complete."""
+    new = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    yield new
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
 
 
 def run(checkpoints: Iterable[Path], results: Path, vllm: str, at_once: int = 12, patience: int = 900) -> None:

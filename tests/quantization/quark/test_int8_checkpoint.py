@@ -408,6 +408,53 @@ def test_fused_layers_of_models_without_a_mapping_pass(kind, tmp_path):
     ck.finish(layer)
 
 
+@pytest.mark.parametrize("kind", ["qkv", "plain"])
+def test_scales_of_a_cache_are_dropped_where_the_model_has_no_place(kind, tmp_path):
+    """As of StableLM, or beside kv_b_proj: stock stops with a KeyError."""
+    checkpoint = made(kind)
+    module = next(iter(checkpoint.modules))
+    scales = {f"{module}.output_scale": torch.tensor(0.02)}
+    config = look(checkpoint, write(tmp_path, checkpoint.tensors, scales))
+    torch.set_default_dtype(torch.bfloat16)
+    layer = ck.build(checkpoint, config)
+    ck.load(layer, checkpoint.tensors.items())
+    layer.output_scale.weight_loader(layer.output_scale, torch.tensor(0.02), "q")
+    ck.finish(layer)
+    assert layer.output_scale.numel() == 0
+
+
+def test_layers_without_scales_of_a_cache_have_no_place_for_them(tmp_path):
+    checkpoint = made("plain")
+    torch.set_default_dtype(torch.bfloat16)
+    layer = ck.build(checkpoint, look(checkpoint, write(tmp_path, checkpoint.tensors)))
+    assert not hasattr(layer, "output_scale")
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_experts_of_gpt_oss_are_refused(stacked, tmp_path):
+    checkpoint = made("plain")
+    tensors = {"model.layers.0.self_attn.sinks": torch.zeros(4)}
+    experts = "model.layers.0.mlp.experts"
+    if stacked:
+        tensors[f"{experts}.gate_up_proj"] = torch.zeros(2, 8, 8)
+    else:
+        name = f"{experts}.0.gate_up_proj"
+        tensors[f"{name}.weight"] = torch.ones(8, 8, dtype=torch.int8)
+        tensors[f"{name}.weight_scale"] = torch.ones(8)
+    folder = write(tmp_path, checkpoint.tensors, tensors)
+    with pytest.raises(ValueError, match="gate_up_proj.* is (F32|I8), and gpt-oss"):
+        look(checkpoint, folder)
+
+
+def test_scales_of_groups_are_refused(tmp_path):
+    checkpoint = made("plain")
+    name = next(n for n in checkpoint.tensors if n.endswith("weight_scale"))
+    scale = checkpoint.tensors[name].reshape(-1, 1).expand(-1, 4)
+    checkpoint.tensors[name] = scale
+    with pytest.raises(ValueError, match="one scale a group .* per_channel"):
+        look(checkpoint, write(tmp_path, checkpoint.tensors))
+
+
 ROUTERS = ["*moe.gate*", "re:.*moe.gate", "re:.*\\.moe\\.gate"]
 
 

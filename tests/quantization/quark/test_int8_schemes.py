@@ -5,6 +5,7 @@ refused by the layer's name; names in `exclude` and `layer_quant_config`."""
 
 import copy
 import itertools
+import json
 
 import pytest
 import torch
@@ -104,6 +105,20 @@ def test_exclude_of_fused_projections(how):
     else:
         with pytest.raises(ValueError, match=rf"{checkpoint.prefix}: .*not quantized"):
             ck.build(checkpoint)
+
+
+FUSED = {"qkv": "*.[qkv]_proj", "gate_up": "*.up_proj *.gate_proj"}
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_exclude_of_fused_projections_without_a_mapping(kind):
+    """As of StableLM, whose class does not say what it fuses."""
+    checkpoint = case_of(kind)
+    checkpoint.config["exclude"] = FUSED[kind].split()
+    config = ck.quark_config(checkpoint)
+    config.packed_modules_mapping = {}
+    layer = ck.build(checkpoint, config)
+    assert isinstance(layer.quant_method, UnquantizedLinearMethod)
 
 
 EXPERT_EXCLUDES = {
@@ -270,6 +285,21 @@ def test_schemes_without_a_kernel_are_refused_by_name(what, kind):
         ck.build(checkpoint)
     assert checkpoint.prefix in str(refusal.value)
     assert reason in str(refusal.value)
+
+
+def test_weights_only_are_served_per_token_as_the_refusal_says():
+    checkpoint = case_of("plain")
+    scheme = checkpoint.config["global_quant_config"]
+    scheme["input_tensors"] = None
+    with pytest.raises(ValueError, match="weight-only") as refusal:
+        ck.build(checkpoint)
+    said = str(refusal.value).partition("config.json: ")[2].split(", ")
+    pairs = dict(pair.split(" ") for pair in said)
+    scheme["input_tensors"] = {key: json.loads(pairs[key]) for key in pairs}
+    layer = ck.build(checkpoint)
+    ck.load(layer, checkpoint.tensors.items())
+    ck.finish(layer)
+    assert not layer.scheme.is_static_input_scheme
 
 
 @pytest.mark.parametrize(

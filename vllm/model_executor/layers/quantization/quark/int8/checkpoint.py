@@ -40,6 +40,10 @@ _KINDS = re.compile(
 _BLOCK = re.compile(r"(.*?\.layers)\.(\d+)\.(.*)")
 _RESTORE = "restore config.json from the export"
 _WITHOUT = "export it without that (a rotation has to be merged into the weights)"
+_NO_GROUPS = (
+    "no kernel takes groups of INT8 weights: export it again with AMD Quark "
+    "per_channel (ch_axis=0) or per_tensor"
+)
 _INCOMPLETE = "the checkpoint is incomplete: copy or export it again"
 
 
@@ -149,11 +153,15 @@ class Contents:
         )
         return ((module, weight) for module, weight in found if weight is not None)
 
+    def with_kind(self, kind: str) -> list[str]:
+        """Modules that have a tensor of this kind."""
+        return [module for module, kinds in self.modules.items() if kind in kinds]
+
     def int8_modules(self) -> list[str]:
         """Modules whose weight is INT8."""
         return [module for module, weight in self.weights() if weight.dtype == "I8"]
 
-    def _tensors(self) -> Iterator[tuple[str, Entry]]:
+    def tensors(self) -> Iterator[tuple[str, Entry]]:
         """Weights by their module, and experts' stacks of models that have them as
         parameters by their own name."""
         yield from self.weights()
@@ -164,13 +172,13 @@ class Contents:
 
     def stacks(self) -> list[str]:
         """Modules whose weight is one tensor [E, N, K] for all experts."""
-        return [module for module, w in self._tensors() if len(w.shape) == 3]
+        return [module for module, w in self.tensors() if len(w.shape) == 3]
 
     def unquantized(self) -> list[str]:
         """Modules whose weight is of floats, with no scale beside it."""
         return [
             module
-            for module, w in self._tensors()
+            for module, w in self.tensors()
             if w.dtype in _FLOATS and "weight_scale" not in self.modules.get(module, ())
         ]
 
@@ -200,6 +208,9 @@ def find_problems(contents: Contents, names: Names) -> Iterator[Problem]:
         elif scale is None:
             reason = f"is int8, but the checkpoint has no {module}.weight_scale"
             yield Problem.of(weight, reason, f"{_INCOMPLETE}, if it is an INT8 layer's")
+        elif scale.shape[:-1] == weight.shape[:-1] and scale.shape[-1] > 1:
+            reason = f"is {scale}, one scale a group of inputs, for weight {weight}"
+            yield Problem.of(scale, reason, _NO_GROUPS)
         elif scale.dtype not in _FLOATS or not _fits(weight.shape, scale.shape):
             reason = f"is {scale}, expected one value or one a row for weight {weight}"
             yield Problem.of(scale, reason, "export it again with AMD Quark")
@@ -207,7 +218,22 @@ def find_problems(contents: Contents, names: Names) -> Iterator[Problem]:
             if not _KINDS.fullmatch(kind):
                 reason = f"lies beside an INT8 weight, and no layer takes a {kind}"
                 yield Problem.of(entry, reason, _WITHOUT)
+    yield from _find_gpt_oss(contents)
     yield from _find_gaps(contents)
+
+
+def _find_gpt_oss(contents: Contents) -> Iterator[Problem]:
+    """Experts of gpt-oss, told by its attention sinks: its loader takes Quark's MXFP4
+    and FP8 ones only, and stops over others without a name."""
+    if not contents.with_kind("sinks") or not contents.int8_modules():
+        return
+    for name, entry in contents.tensors():
+        if name.endswith("gate_up_proj") and entry.dtype in ("I8", *_FLOATS):
+            reason = f"is {entry.dtype}, and gpt-oss takes experts of AMD Quark as "
+            reason += "MXFP4 or FP8 only"
+            way_out = "export its experts so, or serve the unquantized checkpoint"
+            yield Problem.of(entry, reason, way_out)
+            return
 
 
 def _fits(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:

@@ -34,9 +34,14 @@ _EXPERT_PROJECTIONS = (
     ("gate_up_proj", "gate_up_proj", "down_proj"),
     ("input_linear", "input_linear", "output_linear"),
 )
+# The shards of fused layers, for models that do not say them.
+_SHARDS = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
 _BLOCK = re.compile(r"(.*?\.layers\.\d+)\.")
 _ROUTER = re.compile(
-    r"(.*?\.layers\.\d+)\.(?:.*\.)?(gate|router|wg|shared_expert_gate)"
+    r"(.*?\.layers\.\d+)\.(?:.*\.)?(gate|router|router\.layer|wg|shared_expert_gate)"
 )
 _UNQUANTIZED = (
     "{}.weight is int8, but vLLM builds this layer unquantized: add it to `exclude` "
@@ -63,8 +68,13 @@ class Int8Layers:
         self._unclaimed: set[str] = set()
         self._stacks: set[str] | None = None
         self._unquantized: set[str] = set()
+        self._cache_scales: set[str] = set()
+        # Layers beside whose weight the files have scales of a KV cache.
+        self.with_cache_scales: set[str] = set()
         self._unlisted: list[str] = []
+        # Decoder layers that vLLM built: by the checkpoint's names, and the last one.
         self._blocks: set[str] = set()
+        self._block = ""
         self._warned: set[str] = set()
 
     def expect(self, contents: Any) -> None:
@@ -73,6 +83,7 @@ class Int8Layers:
             self._unclaimed = set(contents.int8_modules())
             self._stacks = set(contents.stacks())
             self._unquantized = set(contents.unquantized())
+            self._cache_scales = set(contents.with_kind("output_scale"))
             self._unlisted.clear()
             self._blocks.clear()
             # Not every model hands its lm_head a config, which would say it there.
@@ -133,11 +144,14 @@ class Int8Layers:
         shards = [f"{stem}.{s}" if stem else s for s in shards or ()]
         parts = {s: self.names.of(s) for s in shards} or {layer_name: own}
         taken = (own, *parts.values())
-        if self.names.lists(own):
+        in_files = (self._unclaimed, self._unquantized)
+        if self.names.lists(own) or any(not n.isdisjoint(own) for n in in_files):
             parts = {layer_name: own}
         schemes = {p: self._scheme_of(p, names) for p, names in parts.items()}
         found = self._as_one(layer_name, schemes, experts=False)
         self._claim(layer_name, taken, found)
+        if any(not self._cache_scales.isdisjoint(names) for names in taken):
+            self.with_cache_scales.add(layer_name)
         return found
 
     def experts(
@@ -196,15 +210,20 @@ class Int8Layers:
                 "restore config.json from the export"
             )
 
-    def check_claims(self) -> None:
+    def _check_routers(self) -> None:
         """Raise ValueError for a router that is INT8 in the files, in a decoder layer
         that vLLM built, where no quantized layer of vLLM takes it: models build
-        routers without asking the config. Call it when the model stands."""
+        routers without asking the config."""
         for module in self._unclaimed if self._blocks else ():
             found = _ROUTER.fullmatch(module)
             if found and found[1] in self._blocks:
                 raise ValueError(_UNQUANTIZED.format(module))
         self._blocks.clear()
+
+    def check_claims(self) -> None:
+        """Raise ValueError for what the files have and the model did not take. Call
+        it when the model stands."""
+        self._check_routers()
         if self._unlisted:
             logger.warning(
                 "%d modules are not quantized in the checkpoint's files, and not in "
@@ -223,6 +242,11 @@ class Int8Layers:
         that Quark quantizes. Raises ValueError naming the layer where its parts
         disagree or no kernel runs its scheme.
         """
+        block = found[1] if (found := _BLOCK.match(layer_name)) else ""
+        if block != self._block:
+            # Before its tensors come: loaders stop at a router's scale.
+            self._check_routers()
+            self._block = block
         if isinstance(layer, VocabParallelEmbedding):
             for module in self._unclaimed.intersection(self.names.of(layer_name)):
                 raise ValueError(_UNQUANTIZED.format(module))
@@ -234,7 +258,11 @@ class Int8Layers:
                 layer_name, count, tuple(names) if all(names) else None
             )
         elif isinstance(layer, LinearBase):
-            shards = config.packed_modules_mapping.get(layer_name.rpartition(".")[2])
+            name = layer_name.rpartition(".")[2]
+            shards = config.packed_modules_mapping.get(name)
+            usual = _SHARDS.get(name, [])
+            if shards is None and len(getattr(layer, "output_sizes", [])) == len(usual):
+                shards = usual
             scheme = self.linear(layer_name, shards)
         else:
             return None

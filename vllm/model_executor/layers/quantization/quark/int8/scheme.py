@@ -87,6 +87,14 @@ def complete_config(quant_config: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+# Inputs quantized as they come, one scale a token, in JSON.
+_PER_TOKEN = {
+    "dtype": '"int8"',
+    "qscheme": '"per_channel"',
+    "ch_axis": "1",
+    "is_dynamic": "true",
+    "symmetric": "true",
+}
 # What no kernel runs, of the config's weight (w), inputs (i) and itself (c): whether
 # it is so, why it is refused, the way out.
 _REFUSALS: tuple[tuple[Callable[[Any, Any, Any], Any], str, str], ...] = (
@@ -112,6 +120,12 @@ _REFUSALS: tuple[tuple[Callable[[Any, Any, Any], Any], str, str], ...] = (
         "with ch_axis=0",
     ),
     (lambda w, i, c: w["is_dynamic"], "weights quantized dynamically", "statically"),
+    (
+        lambda w, i, c: not c["input_tensors"],
+        "INT8 weights whose input_tensors are null (weight-only)",
+        "as W8A8, or write int8 input_tensors into config.json: "
+        + ", ".join(f"{k} {v}" for k, v in _PER_TOKEN.items()),
+    ),
     (
         lambda w, i, c: i["dtype"] != "int8",
         "INT8 weights whose input_tensors are of dtype {i[dtype]}",

@@ -184,13 +184,24 @@ def _drop(
     return True if return_success else None
 
 
-def _add_sinks(layer: torch.nn.Module, names: Iterable[str]) -> None:
+def _drop_cache_scale(
+    param: torch.nn.Parameter, loaded_weight: torch.Tensor, *args, **kwargs
+) -> None:
+    logger.warning_once(
+        "This model has no place for the scales of an FP8 KV cache that lie beside "
+        "its projections (output_scale): they are dropped"
+    )
+
+
+def _add_sinks(
+    layer: torch.nn.Module, names: Iterable[str], loader: Callable = _drop
+) -> None:
     """Empty parameters that take a checkpoint's tensors and drop them."""
     for name in names:
         if hasattr(layer, name):
             delattr(layer, name)
         sink = torch.nn.Parameter(torch.empty(0), requires_grad=False)
-        sink.weight_loader = _drop
+        sink.weight_loader = loader
         layer.register_parameter(name, sink)
 
 
@@ -283,12 +294,16 @@ def prepare_linear(scheme: Any, layer: torch.nn.Module) -> None:
         names = [f"no_{n}" if n in absent else n for n in kernel.layer_param_names]
         layer.no_input_scale = layer.no_input_zero_point = None
         kernel = scheme.kernel = type(kernel)(kernel.config, names)
+    int8 = getattr(getattr(layer, "quant_config", None), "int8", None)
+    if int8 and layer.prefix in int8.with_cache_scales:
+        # Models that know scales of a KV cache hand them to attention instead.
+        _add_sinks(layer, ["output_scale"], _drop_cache_scale)
     if hasattr(kernel, "process_weights_for_onednn"):
         kernel.process_weights_after_loading = MethodType(_process_on_cpu, kernel)
     if getattr(layer.weight.weight_loader, "__self__", None) is not layer:
         return
     for param in layer.parameters(recurse=False):
-        if param.weight_loader is not _drop:
+        if param.weight_loader not in (_drop, _drop_cache_scale):
             _empty(param)
             param.weight_loader = MethodType(load_linear, layer)
 
@@ -305,6 +320,10 @@ def _process_on_cpu(kernel: Any, layer: torch.nn.Module) -> None:
         else:
             kernel.linear_method = kernel._apply_weights_onednn
             kernel.process_weights_for_onednn(layer)
+    if layer.weight is None:  # oneDNN has its own; LoRA asks for the device
+        layer.weight = torch.nn.Parameter(
+            torch.empty(0, dtype=torch.int8), requires_grad=False
+        )
     kernel.int8_scales = layer.weight_scale
 
 

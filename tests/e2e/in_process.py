@@ -5,9 +5,9 @@
     PYTHONPATH=VLLM python in_process.py JOBS.json
 
 JOBS.json is a list of {"ckpt": folder, "out": file, "ids": [[token]], "logprobs": count, "tokens": count} and, where
-wanted, "options" of LLM. Each `out` gets {"logprobs": per prompt and position from the second on, {token:
-log-probability}} and the greedy "tokens" after the first prompt, or {"error": text, "type": name, "file": where it was
-raised} where the checkpoint is refused.
+wanted, "options" of LLM and the folder of a LoRA "adapter". Each `out` gets {"logprobs": per prompt and position from
+the second on, {token: log-probability}} and the greedy "tokens" after the first prompt, or {"error": text, "type":
+name, "file": where it was raised} where the checkpoint is refused.
 """
 
 import gc
@@ -32,19 +32,30 @@ def origin(error: Exception) -> str:
 
 def serve(job: dict) -> dict:
     from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.lora.request import LoRARequest
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    llm = None
+    llm, options, request = None, job.get("options", {}), {}
+    if adapter := job.get("adapter"):
+        options = options | {"enable_lora": True, "max_lora_rank": 8}
+        request = {"lora_request": LoRARequest("adapter", 1, adapter)}
     try:
         llm = LLM(job["ckpt"], dtype="bfloat16", enforce_eager=True, max_model_len=256, max_num_seqs=8, seed=0,
                   skip_tokenizer_init=True, max_logprobs=300, distributed_executor_backend=UniProcExecutor,
-                  **job.get("options", {}))  # fmt: skip
+                  **options)  # fmt: skip
         prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job["ids"]]
-        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=job["logprobs"], detokenize=False)
-        outs = llm.generate(prompts, params, use_tqdm=False)
-        logprobs = [[{t: p.logprob for t, p in at.items()} for at in o.prompt_logprobs[1:]] for o in outs]
+        if request:
+            # On CPU vLLM has no logits of a prompt's tokens with an adapter: each prefix is a prompt.
+            params = SamplingParams(temperature=0, max_tokens=1, logprobs=job["logprobs"], detokenize=False)
+            each = [[TokensPrompt(prompt_token_ids=ids[:n]) for n in range(1, len(ids))] for ids in job["ids"]]
+            outs = [llm.generate(prefixes, params, use_tqdm=False, **request) for prefixes in each]
+            found = [[o.outputs[0].logprobs[0] for o in prefixes] for prefixes in outs]
+        else:
+            params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=job["logprobs"], detokenize=False)
+            found = [o.prompt_logprobs[1:] for o in llm.generate(prompts, params, use_tqdm=False)]
+        logprobs = [[{t: p.logprob for t, p in at.items()} for at in prompt] for prompt in found]
         params = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False)
-        tokens = llm.generate(prompts[:1], params, use_tqdm=False)[0].outputs[0].token_ids
+        tokens = llm.generate(prompts[:1], params, use_tqdm=False, **request)[0].outputs[0].token_ids
         return {"logprobs": logprobs, "tokens": list(tokens)}
     except Exception as e:
         where = traceback.extract_tb(e.__traceback__)[-1]

@@ -116,6 +116,7 @@ ARCHITECTURES = {
     "llama-tied": Architecture("LlamaConfig", "LlamaForCausalLM", {"tie_word_embeddings": True}),
     "qwen2": Architecture("Qwen2Config", "Qwen2ForCausalLM"),
     "qwen3": Architecture("Qwen3Config", "Qwen3ForCausalLM"),
+    "stablelm": Architecture("StableLmConfig", "StableLmForCausalLM"),
     "qwen2-moe": Architecture(
         "Qwen2MoeConfig", "Qwen2MoeForCausalLM",
         _EXPERTS | {"shared_expert_intermediate_size": 128}, ("*mlp.gate", "*shared_expert_gate"), True,
@@ -216,5 +217,15 @@ ARCHITECTURES = {
         {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64, "global_head_dim": 32,
          "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0,
          "tie_word_embeddings": True},
+    ),
+    "gemma-4-images": Architecture(
+        "Gemma4Config", "Gemma4ForConditionalGeneration",
+        {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64, "global_head_dim": 32,
+         "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0,
+         "tie_word_embeddings": True,
+         "vision_config": {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+                           "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32,
+                           "position_embedding_size": 64}},
+        ("*vision*",), False, "model.language_model.",
     ),
 }  # fmt: skip

@@ -21,6 +21,9 @@ from .architectures import VOCABULARY, Architecture
 from .variants import Scheme, Variant
 
 Tensors = dict[str, torch.Tensor]
+# The folder of a checkpoint's LoRA adapter; its rank and scale (https://arxiv.org/abs/2106.09685, section 4.1).
+ADAPTER = "adapter"
+_RANK, _ALPHA = 4, 8
 
 
 def prompts() -> torch.Tensor:
@@ -56,10 +59,19 @@ def linear_modules(tensors: Tensors) -> list[str]:
 
 
 def quantize(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
-    """INT8 weight [N, K] and its scales, float32 [N] or [1]: round(w / s), s = max |w| / 127."""
-    largest = weight.float().abs().amax(1) if scheme.weight == "per_channel" else weight.float().abs().max().reshape(1)
-    scale = largest.clamp(min=1e-8) / 127
-    return (weight.float() / scale.reshape(-1, 1)).round().clamp(-127, 127).to(torch.int8), scale
+    """Weight [N, K], INT8 or FP8, and its scales, float32 [N], [1] or [N, K / 32]: round(w / s), s = max |w| / 127."""
+    rows, columns = weight.shape
+    groups = {"per_tensor": (1, -1), "per_channel": (rows, -1), "per_group": (rows * columns // 32, -1)}[scheme.weight]
+    weight = weight.float().reshape(groups)
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-8) / (127 if scheme.dtype == "int8" else 448)
+    parts = weight / scale
+    parts = parts.round().clamp(-127, 127).to(torch.int8) if scheme.dtype == "int8" else parts.to(torch.float8_e4m3fn)
+    return parts.reshape(rows, columns), scale.reshape(rows, -1) if scheme.weight == "per_group" else scale.flatten()
+
+
+def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The inverse of `quantize`, float32 [N, K]."""
+    return (weight.float().reshape(scale.numel(), -1) * scale.reshape(-1, 1)).reshape(weight.shape)
 
 
 class Products(TorchFunctionMode):
@@ -82,6 +94,9 @@ def fake_quantize(x: torch.Tensor, scheme: Scheme, scale: float, zero: int) -> t
         return x
     if scheme.activation == "static":
         return (((x / scale).round() + zero).clamp(-128, 127) - zero) * scale
+    if scheme.dtype != "int8":
+        each = x.abs().amax(-1, keepdim=True).clamp(min=1e-9) / 448
+        return (x / each).to(torch.float8_e4m3fn).float() * each
     if scheme.symmetric:
         each = x.abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127
         return (x / each).round() * each
@@ -125,8 +140,22 @@ class Reference:
         assert not info["missing_keys"] and not info["mismatched_keys"], info
         return model.eval()
 
-    def run(self, model: torch.nn.Module, look: Callable[[str, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities [B, T, V]; `look(module, x)` sees the input of each linear module."""
+    def run(
+        self,
+        model: torch.nn.Module,
+        look: Callable[[str, torch.Tensor], torch.Tensor],
+        adapter: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> torch.Tensor:
+        """Log-probabilities [B, T, V]; `look(module, x)` sees the input of each linear module.
+
+        adapter: A [rank, K] and B [N, rank] of modules whose output B A x is added to.
+        """
+        for name, modules in self.names.items() if adapter else ():
+            if pair := adapter.get(modules[0] if modules else ""):
+                down, up = (t.to(model.dtype) for t in pair)
+                model.get_submodule(name.removesuffix(".weight")).register_forward_hook(
+                    lambda _, inputs, out, down=down, up=up: out + inputs[0] @ down.t() @ up.t() * (_ALPHA / _RANK)
+                )
         found = {p.untyped_storage().data_ptr(): self.names[name] for name, p in model.named_parameters()}
 
         def by_weight(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -161,10 +190,12 @@ def save(architecture: Architecture, out: Path) -> None:
     _write_expected(reference, tensors, lambda modules, x: x, out)
 
 
-def _write_expected(reference: "Reference", tensors: Tensors, look: Callable, out: Path) -> None:
+def _write_expected(
+    reference: "Reference", tensors: Tensors, look: Callable, out: Path, adapter: dict | None = None
+) -> None:
     page = {"ids": prompts().tolist()}
     for reading, dtype in (("exact", torch.float32), ("bf16", torch.bfloat16)):
-        page[reading] = reference.run(reference.load(tensors, dtype), look).tolist()
+        page[reading] = reference.run(reference.load(tensors, dtype), look, adapter).tolist()
     shutil.rmtree(reference.work)
     (out / "expected.json").write_text(json.dumps(page))
 
@@ -184,9 +215,11 @@ def export(architecture: Architecture, variant: Variant, source: Path, out: Path
     result, dequantized, inputs = dict(tensors), {n: t.float() for n, t in tensors.items()}, {}
     for module in quantized:
         scheme = variant.scheme_of(module)
+        if scheme.weight == "none":
+            continue
         weight, scale = quantize(tensors[f"{module}.weight"], scheme)
         result[f"{module}.weight"], result[f"{module}.{variant.scale}"] = weight, scale
-        dequantized[f"{module}.weight"] = weight.float() * scale.reshape(-1, 1)
+        dequantized[f"{module}.weight"] = dequantize(weight, scale)
         static_scale, zero = 0.0, 0
         if scheme.activation == "static":
             low, high = ranges.get(module, (-1.0, 1.0))  # as Quark's default for experts that saw no token
@@ -197,8 +230,10 @@ def export(architecture: Architecture, variant: Variant, source: Path, out: Path
                 result[f"{module}.input_zero_point"] = torch.tensor(zero, dtype=torch.int8)
         if any(Path(module).match(glob) for glob in variant.rotated):
             result[f"{module}.input_rotation"] = torch.eye(weight.shape[1], dtype=torch.bfloat16)
-        if ".experts." in module:  # served per token
-            scheme = Scheme(scheme.weight, "none" if scheme.activation == "none" else "token")
+        if any(Path(module).match(glob) for glob in variant.kv):
+            result[f"{module}.output_scale"] = torch.tensor(0.02)
+        if ".experts." in module and scheme.activation != "none":  # served per token
+            scheme = Scheme(scheme.weight)
         inputs[module] = (scheme, static_scale, zero)
 
     def look(modules: list[str], x: torch.Tensor) -> torch.Tensor:
@@ -211,18 +246,28 @@ def export(architecture: Architecture, variant: Variant, source: Path, out: Path
         if file.name not in ("expected.json", "model.safetensors.index.json"):
             shutil.copy(file, out)
     config = json.loads((out / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "quark",
-        "global_quant_config": variant.scheme.to_config(),
-        "layer_quant_config": {glob: s.to_config() for glob, s in variant.others},
-        "layer_type_quant_config": {},
-        "exclude": variant.exclude(kept, architecture.router),
-        "algo_config": None,
-        "export": {"kv_cache_group": [], "pack_method": "reorder", "min_kv_scale": 0.0},
-    }  # fmt: skip
+    config["quantization_config"] = variant.to_config(kept, architecture.router)
     (out / "config.json").write_text(json.dumps(config, indent=1))
     save_file({n: t.contiguous() for n, t in result.items()}, out / "model.safetensors", {"format": "pt"})
-    _write_expected(reference, dequantized, look, out)
+    adapter = {m: tensors[f"{m}.weight"].shape for m in quantized if any(Path(m).match(g) for g in variant.adapter)}
+    _write_expected(reference, dequantized, look, out, _save_adapter(adapter, out / ADAPTER) if adapter else None)
+
+
+def _save_adapter(shapes: dict[str, torch.Size], out: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Write a random LoRA adapter in PEFT's layout for modules [N, K]; their A and B."""
+    generator, result, tensors = torch.Generator().manual_seed(3), {}, {}
+    for module, (rows, columns) in shapes.items():
+        down = torch.randn(_RANK, columns, generator=generator).bfloat16() * columns**-0.5
+        up = torch.randn(rows, _RANK, generator=generator).bfloat16() * 0.25
+        result[module] = (down, up)
+        tensors[f"base_model.model.{module}.lora_A.weight"] = down
+        tensors[f"base_model.model.{module}.lora_B.weight"] = up
+    out.mkdir()
+    save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "r": _RANK, "lora_alpha": _ALPHA, "bias": "none"}
+    config["target_modules"] = sorted({module.rpartition(".")[2] for module in shapes})
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    return result
 
 
 def _calibrate(reference: Reference, tensors: Tensors) -> dict[str, tuple[float, float]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .architectures import ARCHITECTURES, VOCABULARY
-from .export import export, save
+from .export import ADAPTER, export, save
 from .variants import VARIANTS
 
 IN_PROCESS = Path(__file__).parents[1] / "in_process.py"
@@ -49,7 +49,7 @@ def cells() -> list[Cell]:
         (name, variant)
         for name, architecture in ARCHITECTURES.items()
         for variant in (BF16, *VARIANTS)
-        if variant == BF16 or architecture.is_moe or not VARIANTS[variant].moe_only
+        if variant == BF16 or VARIANTS[variant].fits(architecture.is_moe, bool(architecture.text))
     ]
 
 
@@ -97,6 +97,8 @@ def run(checkpoints: Iterable[Path], results: Path, vllm: str, at_once: int = 12
             job = {"ckpt": str(folder), "out": str(out), "ids": ids, "logprobs": VOCABULARY, "tokens": 4}
             if ARCHITECTURES[folder.parent.name].text:
                 job["options"] = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
+            if (folder / ADAPTER).is_dir():
+                job["adapter"] = str(folder / ADAPTER)
             jobs.append(job)
     while jobs:
         some, log = results / "jobs.json", results / "log"

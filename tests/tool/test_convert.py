@@ -362,6 +362,7 @@ def test_disk_fills_up(tmp_path):
     words = ("convert", folder, "-o", tmp_path / "out", "--to", "per-expert")
     done = cli(ROOT, *words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)))
     assert done.returncode == 2 and "File too large" in done.stderr.splitlines()[-1], done
+    assert f"{tmp_path}/out.part/model-00000-of-00002.safetensors.new: File too large" in done.stderr, done
     assert not (tmp_path / "out").exists()
     assert cli(ROOT, *words).returncode == 0
 
@@ -388,6 +389,43 @@ def test_bad_input(tmp_path):
     one_line(cli(ROOT, "convert", folder, "-o", tmp_path / "out", *to), "is no part of a conversion")
     assert (tmp_path / "out.part/mine.txt").read_text() == "mine"
     one_line(cli(ROOT, "convert", tmp_path / "out.part", "-o", tmp_path / "o", *to), "config.json", "does not exist")
+
+
+def test_killed_before_its_record_went(tmp_path):
+    """All is there: the next run says so; another conversion does not take it for its own."""
+    folder = as_step(Checkpoint()).write(tmp_path / "ckpt")
+    out = convert(folder, tmp_path / "out", "stacked")
+    write_record = (
+        "import sys; from pathlib import Path; import vllm_quark.convert.write as w\n"
+        "Path.unlink = lambda *_: sys.exit(9)\n"
+        "from vllm_quark.cli import main; main()"
+    )
+    shutil.rmtree(out)
+    words = ["convert", folder, "-o", out, "--to", "stacked"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", write_record, *words], capture_output=True, text=True, env=env)
+    assert done.returncode == 9 and (out / "config.json").exists(), done
+    one_line(cli(ROOT, "convert", folder, "-o", out, "--to", "compressed-tensors"), "out: exists already")
+    done = cli(ROOT, *words)
+    assert done.returncode == 0 and "stacked: vllm serve" in done.stdout, done
+    whole = convert(folder, tmp_path / "whole", "stacked")
+    assert {p.name for p in whole.iterdir()} == {p.name for p in out.iterdir()}
+
+
+def test_folders_beside_the_weights(tmp_path):
+    """Chat templates and code travel; other weights, what is hidden and the result itself do not."""
+    folder = as_step(Checkpoint()).write(tmp_path / "ckpt")
+    texts = {"additional_chat_templates/tool.jinja": "{{ x }}", "code/deep/model.py": "x = 1\n"}
+    left_out = {".git/config": "x", "original/consolidated.pth": "x", "original/params.json": "{}"}
+    for name, text in (texts | left_out).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    for out in (tmp_path / "out", folder / "out"):
+        convert(folder, out, "stacked")
+        found = {
+            p.relative_to(out).as_posix(): p.read_text() for p in out.rglob("*") if p.parent != out and p.is_file()
+        }
+        assert found == texts
 
 
 def test_help_has_an_example():

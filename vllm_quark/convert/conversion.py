@@ -10,7 +10,7 @@ from vllm_quark.checkpoint import read_checkpoint
 from vllm_quark.convert.compressed import to_compressed_tensors
 from vllm_quark.convert.layouts import carry_config, split_experts, stack_experts
 from vllm_quark.convert.plan import ConvertError, Plan, Source
-from vllm_quark.convert.write import Tell, write
+from vllm_quark.convert.write import Tell, finish, is_unfinished, write
 
 LAYOUTS = ("compressed-tensors", "stacked", "per-expert")
 
@@ -24,10 +24,13 @@ def convert_checkpoint(folder: Path, out: Path, layout: str, per_token: bool, te
     """
     if not folder.is_dir():
         raise ConvertError(f"{folder}: is no folder: name a checkpoint's folder (download it first: hf download NAME)")
-    if os.path.lexists(out):
+    if os.path.lexists(out) and not is_unfinished(out):
         raise ConvertError(f"{out}: exists already: delete it or name another folder")
     plan = make_plan(folder, layout, per_token)
-    write(plan, out, tell)
+    if not finish(plan, out):
+        if os.path.lexists(out):
+            raise ConvertError(f"{out}: exists already: delete it or name another folder")
+        write(plan, out, tell)
     return plan
 
 

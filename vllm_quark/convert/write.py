@@ -62,6 +62,19 @@ def write(plan: Plan, out: Path, tell: Tell) -> None:
     (out / RECORD).unlink()
 
 
+def is_unfinished(out: Path) -> bool:
+    """Whether a run was killed between its last two steps: all of `out` is there, and its record, too."""
+    return (out / RECORD).is_file()
+
+
+def finish(plan: Plan, out: Path) -> bool:
+    """Take the last step of a killed run of `plan`; whether there was one."""
+    if not is_unfinished(out) or (out / RECORD).read_text() != _fingerprint(plan):
+        return False
+    (out / RECORD).unlink()
+    return True
+
+
 def _is_there(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
@@ -103,11 +116,15 @@ def _fingerprint(plan: Plan) -> str:
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` when it is whole and on disk."""
     part = path.with_name(f"{path.name}.new")
-    with open(part, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(part, path)
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(part, path)
+    except OSError as e:
+        e.filename = e.filename or str(part)
+        raise
 
 
 def _sync(folder: Path) -> None:
@@ -154,6 +171,20 @@ def _copy(tensors: list[Tensor], file: BinaryIO) -> Iterator[int]:
                     yield size * piece.times
 
 
+def _find_beside(folder: Path) -> list[Path]:
+    """Files beside a checkpoint's weights, those in folders, too: chat templates, code.
+
+    Folders that hold weights are other checkpoints, hidden ones are those of git and of downloads.
+    """
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.endswith(OTHERS):
+            found.append(path)
+        elif path.is_dir() and path.name[0] != "." and not any(p.name.endswith(OTHERS) for p in path.iterdir()):
+            found += [p for p in _find_beside(path) if p.name[0] != "."]
+    return found
+
+
 def _write_rest(plan: Plan, folder: Path, files: dict[str, list[Tensor]]) -> None:
     """The index, what lies beside the weights (tokenizer, chat template, code), and config.json."""
     texts = {"config.json": json.dumps(plan.config, indent=2) + "\n"}
@@ -162,9 +193,11 @@ def _write_rest(plan: Plan, folder: Path, files: dict[str, list[Tensor]]) -> Non
         total = sum(tensor.size for tensor in plan.tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
         texts[INDEX] = json.dumps(index, indent=2) + "\n"
-    for path in plan.folder.iterdir():
-        if path.is_file() and path.name not in ("config.json", INDEX) and not path.name.endswith(OTHERS):
-            with _replacing(folder / path.name) as file, open(path, "rb") as source:
+    for path in _find_beside(plan.folder):
+        if path.name not in ("config.json", INDEX) or path.parent != plan.folder:
+            to = folder / path.relative_to(plan.folder)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            with _replacing(to) as file, open(path, "rb") as source:
                 shutil.copyfileobj(source, file)
     for name, text in texts.items():
         with _replacing(folder / name) as file:

@@ -12,5 +12,6 @@ from pathlib import Path
 SERIES = ("patches", "vllm", "csrc", "tests/quantization", "tests/entrypoints")
 """What the series is made of, below the root of the repository."""
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "vllm-quark"
+_XDG = os.environ.get("XDG_CACHE_HOME", "")
+CACHE = Path(_XDG if os.path.isabs(_XDG) else os.path.expanduser("~/.cache")) / "vllm-quark"
 """Downloads, and what `vllm-quark run` made."""

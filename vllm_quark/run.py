@@ -44,6 +44,9 @@ def find_shadow(only: list[str], until: str | None = None) -> tuple[Path, bool]:
     It is built aside and renamed, so that a run that is killed, or another at the same time, does no harm. Raises
     QuarkError as `apply` does, and where the cache cannot be written.
     """
+    if os.pathsep in str(CACHE):
+        reason = f"has a '{os.pathsep}', at which PYTHONPATH is parted"
+        raise QuarkError(f"{CACHE}: {reason}: name another in XDG_CACHE_HOME")
     tree = Tree(find_installed())
     folder = CACHE / "run" / _shadow_key(tree, repr((only, until)))
     if folder.is_dir():

@@ -185,3 +185,19 @@ def test_a_reader_that_leaves(home, tree):
     words = f"{sys.executable} -m vllm_quark diff {tree} | head -1"
     done = subprocess.run(["sh", "-c", words], capture_output=True, text=True, cwd=home)
     assert done.stdout.startswith("diff --git") and not done.stderr
+
+
+def test_a_cache_that_is_not_absolute_is_none(command, tmp_path):
+    """As the XDG specification has it: the command may go to another folder."""
+    (tmp_path / "user").mkdir()
+    words = ["sh", "-c", "cd / && python -c 'import vllm; print(vllm.__file__)'"]
+    done = command("run", "--", *words, XDG_CACHE_HOME="cache", HOME=str(tmp_path / "user"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path}/user/.cache/vllm-quark/run/")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_pythonpath_cannot_name(command, tmp_path):
+    done = command("run", "--", "python", "-c", "", XDG_CACHE_HOME=f"{tmp_path}/a:b")
+    one_line(done, f"{tmp_path}/a:b", "PYTHONPATH", "name another in XDG_CACHE_HOME")
+    assert not (tmp_path / "a:b").exists()

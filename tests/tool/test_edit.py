@@ -187,6 +187,10 @@ def test_time_limit(tmp_path, monkeypatch):
     found = edit("f(1)  # slow\n" * 3, rules)
     assert found.outcome is Outcome.CONFLICT
     assert "vllm/slow.py: ast-grep is not through its 3 lines after 0.2 s" in found.detail
+    # Other rules do not wait for the same text again.
+    slow.write_text("#!/bin/sh\necho '[]'\n")
+    other = rules.model_copy(update={"present": {"pattern": "h(1)"}})
+    assert edit("f(1)  # slow\n" * 3, other).detail == found.detail
 
 
 PLACES = {

@@ -261,6 +261,8 @@ def test_bad_input(tmp_path):
     one_line(cli(ROOT, "verify", ckpt, "--layers", "0"), "--layers 0")
     one_line(cli(ROOT, "verify", ckpt, "--report", tmp_path / "no/r.html"), "no: is no folder")
     one_line(cli(ROOT, "verify", ckpt, "--report", tmp_path), "is a folder: name a file")
+    # It is said before a layer is measured.
+    one_line(cli(ROOT, "verify", ckpt, "--report", "/proc/r.html"), "/proc/r.html: cannot be written", "elsewhere")
     (tmp_path / "empty").mkdir()
     one_line(cli(ROOT, "verify", tmp_path / "empty"), "config.json: does not exist")
     made = Small()

@@ -69,7 +69,7 @@ def verify(
     if report:
         from vllm_quark.verify.report import make_page
 
-        part = report.with_name(f".{report.name}.{os.getpid()}")
+        part = _aside(report)
         part.write_text(make_page(checkpoint.absolute().name, machine, notes, rows), encoding="utf-8")
         part.replace(report)
     is_right = all(row.is_good for row in rows)
@@ -102,6 +102,18 @@ def _judge_report(report: Path | None) -> None:
         raise QuarkError(f"{report.parent}: is no folder: make it first")
     if report and report.is_dir():
         raise QuarkError(f"{report}: is a folder: name a file")
+    if report:
+        # Hours of measuring are not to end here.
+        try:
+            _aside(report).touch()
+            _aside(report).unlink()
+        except OSError as e:
+            raise QuarkError(f"{report}: cannot be written: {e.strerror}: name a file elsewhere") from e
+
+
+def _aside(report: Path) -> Path:
+    """Where a report lies until it is whole."""
+    return report.with_name(f".{report.name}.{os.getpid()}")
 
 
 def _measure(found: "Checkpoint", chosen: list["Layer"]) -> tuple[dict[str, str], list["Row"]]:

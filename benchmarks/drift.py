@@ -420,10 +420,14 @@ def read(root: Path) -> Files:
 
 @dataclass(frozen=True)
 class Bench:
-    """What every drift starts from: original and patched files, the series as rules and as mails."""
+    """What every drift starts from: original and patched files, the series as rules and as mails.
+
+    beside: files that the series edits and no drift does, as CMake's are.
+    """
 
     series: Series
     original: Files
+    beside: Files
     near: dict[str, set[str]]
     known: dict[str, frozenset]
     expected: dict[str, tuple]
@@ -457,10 +461,11 @@ class Bench:
 def prepare(folder: Path) -> Bench:
     series = load_series(ROOT)
     release = sources(RELEASE)
-    names = sorted({e.file for p in series.patches for e in p.edits} | {"vllm/__init__.py"})
+    names = sorted({e.file for p in series.patches for e in p.edits} & set(release) | {"vllm/__init__.py"})
     original = {n: release[n].decode() for n in names}
     base = folder / "base"
     write(base, original | {"vllm/model_executor/__init__.py": "", "pyproject.toml": ""})
+    beside = {name: text for name, text in original.items() if not name.endswith(".py")}
     original = read(base)
     mails = format_patch(Tree(base), series, list(series.patches), folder / "mails")
     Tree(base).apply(series, list(series.patches))
@@ -474,7 +479,7 @@ def prepare(folder: Path) -> Bench:
         near[name] = {k for k in near[name] if k in before} or set(list(before)[:3])
     known = {name: imports for files in (patched, original)
              for name, (imports, _) in canonical(files, dict.fromkeys(files, frozenset())).items()}  # fmt: skip
-    return Bench(series, original, near, known, canonical(patched, known), mails)
+    return Bench(series, original, beside, near, known, canonical(patched, known), mails)
 
 
 def one(bench: Bench, number: int, seed: int, keep: Path | None) -> dict:
@@ -489,7 +494,7 @@ def one(bench: Bench, number: int, seed: int, keep: Path | None) -> dict:
     for method in METHODS:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder) / "tree"
-            write(root, bench.original | {"pyproject.toml": ""})
+            write(root, bench.original | bench.beside | {"pyproject.toml": ""})
             if method != "vllm-quark":
                 git(root, "init", "-q")
                 git(root, "config", "user.name", "fork")

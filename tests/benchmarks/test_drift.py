@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""The drift benchmark judges rightly: what it makes is Python, and what the series makes of it is right."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import drift  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> drift.Bench:
+    return drift.prepare(tmp_path_factory.mktemp("drift"))
+
+
+def test_a_drift_of_lines_is_patched_right(bench, tmp_path):
+    files = drift.drift(bench.original, bench.near, "lines", "3-0")
+    drift.write(tmp_path, files | bench.beside | {"pyproject.toml": ""})
+    assert bench.outcome(tmp_path, "vllm-quark") == "right"
+
+
+@pytest.mark.parametrize("kind", drift.KINDS)
+def test_what_drifts_is_python(bench, kind):
+    for number in range(3):
+        for name, text in drift.drift(bench.original, bench.near, kind, f"3-{number}").items():
+            ast.parse(text, name)

@@ -5,6 +5,11 @@
 import sys
 from pathlib import Path
 
+from packaging.version import Version
+
+from vllm_quark.series import load_series
+
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from releases import uncalled  # noqa: E402
@@ -32,3 +37,20 @@ def test_a_class_that_comes_new():
     assert uncalled(BEFORE, after) == ["vllm/ours.py: nothing calls Ours"]
     after["vllm/layer.py"] += b"\nNAMES = ['vllm.ours.Ours']\n"
     assert uncalled(BEFORE, after) == []
+
+
+def test_every_absence_says_whether_that_is_fine():
+    """Each `absent` of docs/releases.md has its reason in the patch, or the patch builds on one that has."""
+    table = [line.strip("| ").split(" | ") for line in (ROOT / "docs/releases.md").read_text().splitlines()
+             if line.startswith("| 0.") or line.startswith("| release")]  # fmt: skip
+    numbers = table[0][1:-1]
+    patches = {p.number: p for p in load_series(ROOT).patches}
+    without = []
+    for release, *cells in (row for row in table[1:] if len(row) == len(table[0])):
+        absent = {n for n, cell in zip(numbers, cells, strict=False) if cell == "absent"}
+        older = lambda other, now=release: Version(now) < Version(other)  # noqa: E731
+        for number in absent:
+            patch = patches[number]
+            if not absent.intersection(patch.requires) and not any(a.holds(older) for a in patch.absent):
+                without.append((release, number))
+    assert len(table) > 20 and not without

@@ -4,14 +4,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
 from test_tree import AFTER, GOOD_ALPHA, statuses
-from trees import BROUGHT, UV, cli, make_wheel, one_line, visible
+from trees import BROUGHT, ROOT, UV, cli, make_wheel, one_line, visible
 from wheel.wheelfile import WheelFile
+
+from vllm_quark.series import load_series
 
 
 @pytest.mark.parametrize(("version", "patched"), [("9.9", "9.9+quark"), ("9.9+cu129", "9.9+cu129.quark")])
@@ -96,3 +100,20 @@ def test_wheel_is_all_or_nothing(home, tmp_path):
     one_line(cli(home, "wheel", wheel, "-o", tmp_path / "out"), "0001-mapping: conflict", "vllm/alpha.py")
     assert not (tmp_path / "out").exists()
     assert visible(tmp_path / "content")
+
+
+def test_a_source_distribution_made_without_git_has_the_series(tmp_path):
+    """Of an archive of the repository: nobody lists its files but MANIFEST.in."""
+    source = tmp_path / "source"
+    left_out = shutil.ignore_patterns(".git", ".venv", "build", ".*_cache", "__pycache__", "*.egg-info", "*.so")
+    shutil.copytree(ROOT, source, ignore=left_out)
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path / "dist")]
+    env = {**os.environ, "VLLM_QUARK_OPERATOR": "0"}
+    subprocess.run(command, cwd=source, check=True, capture_output=True, env=env)
+    with tarfile.open(next((tmp_path / "dist").iterdir())) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    series = load_series(ROOT)
+    wanted = {f"patches/{p.name}.yaml" for p in series.patches} | {f for p in series.patches for f in p.files}
+    wanted |= {"requirements/common.in", "CMakeLists.txt", "docs/results.md", "LICENSE", "README.md"}
+    assert not wanted - names
+    assert not [name for name in names if "__pycache__" in name or name.endswith(".so")]

@@ -56,9 +56,10 @@ def format_patch(tree: Tree, series: Series, patches: list[Patch], out: Path, co
             f"-{len(todo)}")  # fmt: skip
         if cover:
             path = mails / "0000-cover-letter.patch"
-            blurb = path.read_text().replace("*** SUBJECT HERE ***", SUBJECT).replace("*** BLURB HERE ***", text)
-            path.write_text(blurb)
-            (mails / "pull-request.md").write_text(text)
+            letter_text = path.read_text("utf-8", "surrogateescape")
+            letter_text = letter_text.replace("*** SUBJECT HERE ***", SUBJECT).replace("*** BLURB HERE ***", text)
+            path.write_text(letter_text, "utf-8", "surrogateescape")
+            (mails / "pull-request.md").write_text(text, "utf-8")
         out.mkdir(parents=True, exist_ok=True)
         written = []
         for mail_file in sorted(mails.iterdir()):

@@ -10,6 +10,7 @@ import re
 import shutil
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
@@ -174,8 +175,12 @@ def make_tree(version: str, series: Series, patches: list[Patch], out: Path, cac
     out.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(new, filter="data")
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(new, filter="data")
+        except (tarfile.TarError, EOFError, zlib.error) as e:
+            said = str(e).splitlines()[0]
+            raise QuarkError(f"{archive}: is damaged ({said}): delete it and run again") from e
         root = new / f"vllm-{version}"
         git(root, "init", "-q", "-b", "main")
         git(root, "add", "-A", "-f")

@@ -201,3 +201,24 @@ def test_no_git(home, tree, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
     one_line(done, "git is not installed", "install it")
     assert not os.path.exists(tmp_path / "out")
+
+
+def test_a_name_that_is_not_utf8(home, tree, tmp_path, monkeypatch):
+    """git's settings may have any bytes, which git itself takes for Latin-1."""
+    (tmp_path / "gitconfig").write_bytes(b"[user]\n\tname = Jos\xe9\n\temail = jose@example.com\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+    done = cli(home, "format-patch", tree, "-o", tmp_path / "out", "--only", "0001")
+    assert done.returncode == 0, done.stderr
+    mail = (tmp_path / "out/0001-Bugfix-Add-a-mapping-to-Alpha.patch").read_bytes()
+    assert "Signed-off-by: José <jose@example.com>".encode() in mail
+
+
+def test_damaged_download(tmp_path, author, monkeypatch):
+    archive = tmp_path / "cache/vllm-quark/vllm-9.9.tar.gz"
+    archive.parent.mkdir(parents=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for data in (b"junk", RELEASE_ARCHIVE.read_bytes()[: 1 << 20] if RELEASE_ARCHIVE.exists() else b""):
+        archive.write_bytes(data)
+        done = cli(ROOT, "make-tree", "9.9", "-o", tmp_path / "out")
+        one_line(done, f"{archive}: is damaged", "delete it and run again")
+        assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """git, seeing the folder it runs in and nothing else of its surroundings."""
 
+import functools
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ from vllm_quark.patches import QuarkError
 _EXACT = ["-c", "core.autocrlf=false", "-c", "core.safecrlf=false", "-c", "core.fileMode=true",
           "-c", f"core.attributesFile={os.devnull}", "-c", f"core.hooksPath={os.devnull}"]  # fmt: skip
 _IDENT = re.compile(r"(?P<name>.+) <(?P<mail>[^<>]*)> \d+ [-+]\d+")
+# git's variables that say where the user's settings lie
+_OF_SETTINGS = ("GIT_EXEC_PATH", "GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM", "GIT_CONFIG_NOSYSTEM")
 # git's local variables that say who someone is, not where a repository lies
 _SAID_BY_USER = ("GIT_CONFIG_COUNT", "GIT_CONFIG_PARAMETERS")
 
@@ -24,7 +27,9 @@ def _call(folder: Path, environment: dict[str, str], *words: str, stdin: str | N
     if not shutil.which("git"):
         raise QuarkError("git is not installed: install it (Debian: apt-get install git)")
     command = ["git", *words]
-    done = subprocess.run(command, cwd=folder, env=environment, input=stdin, capture_output=True, text=True)
+    # What git says may have any bytes: file names, people's names.
+    done = subprocess.run(command, cwd=folder, env=environment, input=stdin, capture_output=True, encoding="utf-8",
+                          errors="surrogateescape")  # fmt: skip
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "failed").splitlines()[-1]
         raise QuarkError(f"git {next((w for w in words if w[0] != '-' and '=' not in w), '')}: {said}")
@@ -38,7 +43,18 @@ def git(folder: Path, *words: str, stdin: str | None = None, who: Identity | Non
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k == "GIT_EXEC_PATH"}
     environment |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1"}
-    return _call(folder, environment | (who or {}), *_EXACT, *words, stdin=stdin)
+    return _call(folder, environment | (who or {}), *_EXACT, *_trusted(), *words, stdin=stdin)
+
+
+@functools.cache
+def _trusted() -> list[str]:
+    """The user's safe.directory settings: trees of other owners that git may work in."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k in _OF_SETTINGS}
+    try:
+        said = _call(Path("/"), environment, "config", "--null", "--get-all", "safe.directory")
+    except QuarkError:
+        return []  # there are none
+    return [word for folder in said.split("\0")[:-1] for word in ("-c", f"safe.directory={folder}")]
 
 
 def identity(folder: Path) -> Identity:

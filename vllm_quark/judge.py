@@ -78,9 +78,11 @@ class View:
 def release_of(version: str) -> Version | None:
     """`version` for comparisons, None where it is none."""
     try:
-        return Version(version)
+        found = Version(version)
     except InvalidVersion:
         return None
+    # Made up by setuptools-scm where it has no tag, as in a shallow clone.
+    return None if found.release[:2] == (0, 1) and found.is_devrelease or not any(found.release) else found
 
 
 def _is_before(version: str, release: str) -> bool:
@@ -158,11 +160,11 @@ def judge_patch(series: Series, patch: Patch, view: View) -> Verdict:
     missing = tuple(file for file in brought if view.content(file) is None)
     verdict = Verdict(patch, Status.UPSTREAM, edited=tuple(edited), brought=brought, missing=missing)
 
+    too_old = f"vLLM {view.version} is older than {OLDEST}, the first that this series knows: use a newer one"
+    if not _is_before(view.version, OLDEST):
+        too_old = ""
     if Outcome.CONFLICT in details:
-        detail = details[Outcome.CONFLICT]
-        if _is_before(view.version, OLDEST):
-            detail = f"vLLM {view.version} is older than {OLDEST}, the first that this series knows: use a newer one"
-        return replace(verdict, status=Status.CONFLICT, detail=detail)
+        return replace(verdict, status=Status.CONFLICT, detail=too_old or details[Outcome.CONFLICT])
     if Outcome.ABSENT in details:
         for absence in patch.absent:
             if absence.holds(lambda release: _is_before(view.version, release)) and release_of(view.version):
@@ -178,8 +180,10 @@ def judge_patch(series: Series, patch: Patch, view: View) -> Verdict:
                 return replace(verdict, status=Status.CONFLICT, detail=detail)
         if not edited and not missing:
             return verdict
+        if too_old:
+            return replace(verdict, status=Status.CONFLICT, detail=too_old)
         new |= {file: data for file in edited if (data := after.changed[file]) is not None}
-        detail = "partly applied" if Outcome.PRESENT in details else ""
+        detail = "a part of it is there already" if Outcome.PRESENT in details else ""
         return replace(verdict, status=Status.APPLIES, detail=detail, changed=new)
     needed = [f for f in missing if f.startswith(f"{series.package}/") or not _is_fixed_upstream(patch, view.version)]
     if needed:

@@ -166,16 +166,18 @@ def settle(record: Record, root: Path, contents: dict[str, bytes | None], instal
     """The record without files that were replaced since, and a line that says so ("": none was).
 
     contents: of the recorded files, now. A file that changed was replaced where the installer or git has it as it
-    is, or where the tree is another release's. What a user changed stays on record.
+    is, or where the tree is another release's and no git tells who changed it: a build of a checkout writes another
+    version for each commit. What a user changed stays on record.
     """
     states = {file: known.state(contents[file]) for file, known in record.files.items()}
     changed = [file for file, state in states.items() if state is State.CHANGED]
     other = bool(record.version) and record.version != version
     committed = find_committed(root, changed)
+    is_upgrade = other and not (root / ".git").exists()
     replaced = {
         file
         for file in changed
-        if other or file in committed or (installation is not None and installation.wrote(file, contents[file]))
+        if is_upgrade or file in committed or (installation is not None and installation.wrote(file, contents[file]))
     }
     edited = [file for file, known in record.files.items() if known.original is not None]
     again = (

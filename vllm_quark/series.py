@@ -37,6 +37,11 @@ class Series:
         A name is a file name without suffix or its number, 0001 or 1; commas part several. alone: without those they
         require. Raises QuarkError for an unknown one.
         """
+        only = list(only)
+        # An empty variable of a script must not stand for all of them.
+        for option, words in [*(("--only", words) for words in only), ("--until", until)]:
+            if words is not None and not words.strip(", "):
+                raise QuarkError(f"{option} '{words}': names no patch: leave {option} out for all of them")
         names = [name for words in only for name in words.split(",") if name]
         if names and until:
             raise QuarkError("--only and --until exclude each other")

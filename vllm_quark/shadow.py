@@ -3,8 +3,10 @@
 """Shadow trees: an installed vLLM with some patches, beside it. WRITES the shadow."""
 
 import os
+import shutil
 from pathlib import Path
 
+from vllm_quark.record import TreeError
 from vllm_quark.series import Series
 from vllm_quark.tree import Tree, find_installed
 
@@ -17,7 +19,19 @@ def make_shadow(out: Path, series: Series, only: list[str], site: Path | None = 
     """
     tree = Tree(site or find_installed())  # its root is absolute: links hold from anywhere
     series = series.in_package(tree.package)
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(tree.root / tree.package)):
+        raise TreeError(f"{out}: lies in the package that it is of: name a folder outside")
     contents = tree.package_with(series, series.select(only) if only else [])
+    try:
+        _fill(out, tree, contents)
+    except OSError as e:
+        shutil.rmtree(out, ignore_errors=True)
+        e.filename = e.filename or str(out)
+        raise
+    return out
+
+
+def _fill(out: Path, tree: Tree, contents: dict[str, bytes | None]) -> None:
     for folder, _, files in os.walk(tree.root / tree.package):
         to = out / Path(folder).relative_to(tree.root)
         to.mkdir(parents=True)
@@ -30,4 +44,3 @@ def make_shadow(out: Path, series: Series, only: list[str], site: Path | None = 
             (out / file).write_bytes(data)
             if (tree.root / file).exists():
                 (out / file).chmod((tree.root / file).stat().st_mode & 0o7777)
-    return out

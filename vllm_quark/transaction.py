@@ -124,8 +124,9 @@ def lock_tree(root: Path) -> Iterator[None]:
             _make_folder(folder)
             lock = open(folder / "lock", "a")  # noqa: SIM115
         except (FileNotFoundError, FileExistsError) as e:
-            if folder.exists() and not folder.is_dir():
-                raise TreeError(f"{folder}: is in the way of vllm-quark's record: move it away") from e
+            for path in (folder, folder / "lock"):
+                if path.is_symlink() or (path == folder and folder.exists() and not folder.is_dir()):
+                    raise TreeError(f"{path}: is in the way of vllm-quark's record: move it away") from e
             continue  # a run that ended took the folder away
         except OSError as e:
             with contextlib.suppress(OSError):

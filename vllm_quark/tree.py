@@ -140,7 +140,7 @@ class Tree:
         for file, pattern in ((f"{self.package}/_version.py", r"""^(?:__version__|version)\b[^'"\n]*['"]([^'"]+)"""),
                               ("PKG-INFO", r"^Version: (\S+)")):  # fmt: skip
             with contextlib.suppress(OSError):
-                if m := re.search(pattern, (self.root / file).read_text(), re.M):
+                if m := re.search(pattern, (self.root / file).read_text("utf-8", "replace"), re.M):
                     return m[1]
         return self.installation.version if self.installation else ""
 

@@ -2,10 +2,12 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """Bad input: one clear line that names the file and the way out, exit code 2, nothing half-written."""
 
+import json
 import os
 import resource
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -221,3 +223,58 @@ def test_conflict_marks(home, tree):
     before = snapshot(tree)
     one_line(cli(home, "apply", tree, "--only", "0002"), "vllm/alpha.py:1: not valid Python", "mend it")
     assert snapshot(tree) == before
+
+
+@pytest.mark.parametrize("words", [["--only", ""], ["--only", ","], ["--only", "1", "--only", ""], ["--until", ""]])
+def test_a_choice_of_nothing_is_not_all(home, tree, words):
+    """An empty variable of a script: `revert --only "$PATCH"`."""
+    assert cli(home, "apply", tree).returncode == 0
+    before = snapshot(tree)
+    for command in ("status", "apply", "revert", "diff"):
+        one_line(cli(home, command, tree, *words), words[-2], "names no patch")
+    assert snapshot(tree) == before
+
+
+@pytest.mark.parametrize("linked", [".vllm-quark", ".vllm-quark/lock"])
+def test_record_that_leads_nowhere(home, tree, tmp_path, linked):
+    (tree / linked).parent.mkdir(exist_ok=True)
+    (tree / linked).symlink_to(tmp_path / "gone/there")
+    before = snapshot(tree)
+    for command in ("apply", "revert"):
+        done = cli(home, command, tree, timeout=20)
+        one_line(done, str(tree / linked), "is in the way of vllm-quark's record: move it away")
+    assert {k: v for k, v in snapshot(tree).items() if "gitignore" not in k} == before
+
+
+@pytest.mark.parametrize("file", ["PKG-INFO", "vllm/_version.py"])
+def test_version_file_that_is_not_utf8(home, tree, file):
+    (tree / "vllm/_version.py").unlink()
+    (tree / file).write_bytes(b"Author: Jos\xe9\nVersion: 9.9\nversion = '9.9'\n")
+    assert json.loads(cli(home, "status", tree, "--json").stdout)["version"] == "9.9"
+
+
+def test_full_disk_of_a_shadow(home, tree, small_disk):
+    room = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    (small_disk / "ballast").write_bytes(b"x" * room)
+    out = small_disk / "shadow"
+    one_line(cli(home, "shadow", tree, "-o", out), str(out), "No space left")
+    assert not out.exists()
+
+
+def test_shadow_inside_of_its_package(home, tree):
+    before = snapshot(tree)
+    done = cli(home, "shadow", tree, "-o", tree / "vllm/model_executor/shadow")
+    one_line(done, "lies in the package that it is of: name a folder outside")
+    assert snapshot(tree) == before
+
+
+def test_error_without_words(home, tree, tmp_path):
+    """An OSError that has no errno says what it has."""
+    code = (
+        "import sys, vllm_quark.cli as c\n"
+        "def fail(*_): raise OSError('out of sorts')\n"
+        "c.load_series = fail\n"
+        f"sys.argv = ['vllm-quark', 'status', {str(tree)!r}]; c.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=home)
+    assert one_line(done) == "vllm-quark: out of sorts: mend that and run again"

@@ -312,6 +312,18 @@ def test_older_than_the_series_knows(home, tree):
     said = "vLLM 0.16.1 is older than 0.17.0, the first that this series knows"
     one_line(cli(home, "apply", tree), said)
     assert said in cli(home, "status", tree).stdout
+    path.write_text(path.read_text().replace("x >= 1", "x > 1"))
+    before = snapshot(tree)
+    for command in ("apply", "diff"):
+        one_line(cli(home, command, tree), said)
+    assert statuses(home, tree)["0001"] == "conflict" and snapshot(tree) == before
+
+
+@pytest.mark.parametrize("version", ["0.1.dev1+g1234567", "0.1.dev0", "0.0.0"])
+def test_a_version_made_without_tags_is_unknown(home, tree, version):
+    """setuptools-scm has no tag in a shallow clone: nothing is older for that."""
+    (tree / "vllm/_version.py").write_text(f"__version__ = version = '{version}'\n")
+    assert statuses(home, tree) == BEFORE
 
 
 @pytest.mark.parametrize("harmless", [None, False, True])
@@ -359,6 +371,23 @@ def test_version_of_a_git_checkout(home, tree):
     assert version() == "0.21.0rc1"
     git("commit", "-q", "--allow-empty", "-m", "more")
     assert version().startswith("0.21.0rc1+1.g")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a tree to someone else")
+def test_version_of_a_checkout_that_git_was_told_to_trust(home, tree, tmp_path, monkeypatch):
+    """A checkout of another user's, as in a container: git's safe.directory counts, nothing else of the settings."""
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "base"], ["tag", "v0.21.0"]):
+        who = ["-c", "user.name=A", "-c", "user.email=a@example.com"]
+        subprocess.run(["git", *who, *words], cwd=tree, check=True, capture_output=True)
+    for path in [tree, *tree.rglob("*")]:
+        os.lchown(path, 1234, 2345)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+    monkeypatch.delenv("SUDO_UID", raising=False)
+    found = []
+    for setting in ("", f"[safe]\n\tdirectory = {tree}\n", "[safe]\n\tdirectory = *\n"):
+        (tmp_path / "gitconfig").write_text(setting)
+        found.append(json.loads(cli(home, "status", tree, "--json").stdout)["version"])
+    assert found == ["9.9", "0.21.0", "0.21.0"]
 
 
 def test_stray_project_files_do_not_make_a_source_tree(home, tmp_path):

@@ -196,3 +196,22 @@ def test_a_commit_that_forgot_the_new_files(home, checkout, tmp_path):
     assert cli(home, "apply", clone).returncode == 0
     assert statuses(home, clone)["0002"] == "applied"
     assert (clone / "vllm/alpha.py").read_text() == GOOD_ALPHA
+
+
+def test_a_checkout_that_was_built_again(home, checkout):
+    """Its version, made by the build, changes with each commit: that replaces no file; an edit stays on record."""
+    write(checkout, {".gitignore": "vllm/_version.py\n"})
+    git(checkout, "rm", "-q", "--cached", "vllm/_version.py")
+    git(checkout, "add", ".gitignore")
+    git(checkout, "commit", "-q", "-m", "built")
+    assert cli(home, "apply", checkout).returncode == 0
+    path = checkout / "vllm/alpha.py"
+    path.write_text(path.read_text() + "# mine\n")
+    write(checkout, {"vllm/_version.py": "__version__ = version = '9.9.1.dev2'\n"})
+    done = cli(home, "status", checkout)
+    assert not done.stderr and "vllm/alpha.py: changed since" in done.stdout, (done.stdout, done.stderr)
+    assert "is missing" not in done.stdout
+    one_line(cli(home, "revert", checkout), "vllm/alpha.py: changed since vllm-quark wrote it", "keep a copy")
+    path.write_text(path.read_text().removesuffix("# mine\n"))
+    assert cli(home, "revert", checkout).returncode == 0
+    assert not git(checkout, "status", "--porcelain")

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""vLLM 0.21.0 that an older vllm-quark patched, as the repository's history has it: `apply` of today renews it."""
+
+import subprocess
+
+import pytest
+from test_tree import statuses
+from trees import NEWER, ROOT, cli, visible
+
+# An early series, the one that made INT8 loading anew, and the last before CPU experts went into vLLM's oracle.
+COMMITS = ["327e519", "c9cc44a", "4dfee5f"]
+
+
+@pytest.fixture(params=COMMITS)
+def older(request, tmp_path):
+    """vllm-quark as it was at a commit."""
+    home, packed = tmp_path / "older", tmp_path / "older.tar"
+    home.mkdir()
+    done = subprocess.run(["git", "archive", "-o", packed, request.param], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no history here: {done.stderr.strip()}")
+    subprocess.run(["tar", "xf", packed, "-C", home], check=True)
+    return home
+
+
+@pytest.fixture(params=["unpacked", "installed"])
+def patched(request, older):
+    """A tree with the older series, and what was there before."""
+    tree = request.getfixturevalue(request.param)
+    before = visible(tree)
+    done = cli(older, "apply", tree)
+    assert done.returncode == 0, done.stderr
+    return tree, before
+
+
+def test_apply_renews_what_an_older_series_made(patched, tmp_path):
+    tree, before = patched
+    done = cli(ROOT, "status", tree)
+    assert done.returncode == 1 and "apply renews it" in done.stdout, done.stdout + done.stderr
+    assert cli(ROOT, "apply", tree).returncode == 0
+    found = statuses(ROOT, tree)
+    assert {name for name, status in found.items() if status != "applied"} == NEWER, found
+    assert cli(ROOT, "status", tree).returncode == 0
+    renewed = visible(tree)
+    assert cli(ROOT, "revert", tree).returncode == 0
+    assert visible(tree) == before
+    assert cli(ROOT, "apply", tree).returncode == 0
+    assert renewed == visible(tree), "not what `apply` makes of a tree that nobody patched"
+
+
+def test_revert_takes_an_older_series_out(patched):
+    tree, before = patched
+    done = cli(ROOT, "revert", tree)
+    assert done.returncode == 0, done.stderr
+    assert visible(tree) == before

@@ -176,7 +176,8 @@ def judge_patch(series: Series, patch: Patch, view: View) -> Verdict:
         for file in brought:
             theirs = view.content(file)
             if theirs is not None and _lf(theirs) != _lf(series.content(file)):
-                detail = f"{file}: there already, with other content: move it away"
+                way_out = "move it away, or, where commits of an older series brought it, drop those"
+                detail = f"{file}: there already, with other content: {way_out}"
                 return replace(verdict, status=Status.CONFLICT, detail=detail)
         if not edited and not missing:
             return verdict

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 from test_tree import statuses
-from trees import NEWER, ROOT, cli, visible
+from trees import NEWER, ROOT, cli, one_line, visible
 
 # An early series, the one that made INT8 loading anew, and the last before CPU experts went into vLLM's oracle.
 COMMITS = ["327e519", "c9cc44a", "4dfee5f"]
@@ -54,3 +54,18 @@ def test_revert_takes_an_older_series_out(patched):
     done = cli(ROOT, "revert", tree)
     assert done.returncode == 0, done.stderr
     assert visible(tree) == before
+
+
+@pytest.mark.parametrize("older", COMMITS[-1:], indirect=True)
+def test_commits_of_an_older_series_are_to_be_dropped(older, unpacked, tmp_path):
+    """`apply` takes back what it wrote, not what git has from people: it says so and changes nothing."""
+    git = ["git", "-C", unpacked, "-c", "user.name=A", "-c", "user.email=a@example.com"]
+    for words in (["init", "-q"], ["add", "-A", "-f"], ["commit", "-q", "-m", "base"], ["tag", "base"]):
+        subprocess.run([*git, *words], check=True)
+    assert cli(older, "format-patch", unpacked, "-o", tmp_path / "mails").returncode == 0
+    mails = sorted((tmp_path / "mails").glob("*.patch"))
+    subprocess.run([*git, "am", "-q", "--keep-non-patch", *mails], check=True)
+    one_line(cli(ROOT, "apply", unpacked), "commits of an older series brought it, drop those: nothing was changed")
+    assert not subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True).stdout
+    subprocess.run([*git, "reset", "-q", "--hard", "base"], check=True)
+    assert cli(ROOT, "apply", unpacked).returncode == 0

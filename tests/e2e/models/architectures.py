@@ -171,7 +171,9 @@ ARCHITECTURES = {
     ),
     "phimoe": Architecture(
         "PhimoeConfig", "PhimoeForCausalLM",
-        {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 64, "sliding_window": None},
+        # vLLM's model has both biases always; one that a checkpoint lacks stays uninitialized memory.
+        {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 64, "sliding_window": None,
+         "attention_bias": True, "lm_head_bias": True},
         ("*block_sparse_moe.gate",), True, published={"architectures": ["PhiMoEForCausalLM"]},
     ),
     "granite-moe": Architecture(

@@ -29,6 +29,7 @@ RIGHT = [
     ("qwen3-moe", "router-unlisted"),
     ("mixtral", "per-tensor-down"),
     ("granite-moe", "names"),
+    ("phimoe", "static"),
     ("llama-4-stacked", "no-attention-globs"),
     ("qwen3-next", "re"),
     ("qwen3.5-moe", "no-attention-names"),

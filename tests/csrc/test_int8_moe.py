@@ -6,7 +6,9 @@ For NEON: apt-get install g++-aarch64-linux-gnu qemu-user
 """
 
 import platform
+import re
 import shutil
+import struct
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+SOURCES = HERE.parents[1] / "csrc/cpu/int8_moe"
 
 
 def build(compiler: str, folder: Path, *settings: str) -> Path:
@@ -40,6 +43,60 @@ def test_amx_in_plain_cpp(tmp_path):
     if "avx512_vnni" not in found:
         pytest.skip("no AVX512-VNNI here, which AMX builds on")
     assert found[0] == "amx"
+
+
+# What ldtilecfg reads: palette 1, then of eight tiles the bytes of a row (16 bits each) and the rows.
+TILES = struct.pack("<BB14x16H16B", 1, 0, *[64] * 8, *[0] * 8, *[16] * 8, *[0] * 8)
+WIDTHS = {"zmm": 64, "ymm": 32, "xmm": 16, "movabs": 8, "movq": 8, "movl": 4, "movw": 2, "movb": 1}
+
+
+def tile_configs(made: Path) -> list[str]:
+    """What is wrong with what each ldtilecfg of an object file reads; empty where it is all there.
+
+    It is read-only data, or on the stack: there instructions before it, back to its function's start or a jump away,
+    have to store the sizes.
+    """
+    words = ["objdump", "-dr", "--no-show-raw-insn", made]
+    lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    found = []
+    for i, line in enumerate(lines):
+        if not (operand := re.search(r"\tldtilecfg (.*)", line)):
+            continue
+        if "(%rip)" in operand[1]:
+            section, offset = re.search(r"(\.rodata\S*?)\+(0x[0-9a-f]+)$", lines[i + 1]).groups()  # type: ignore
+            out = made.with_suffix(".bin")
+            subprocess.run(["objcopy", "-O", "binary", "-j", section, made, out], check=True)
+            start = int(offset, 16) + 4  # relative to the end of the instruction
+            found.append("" if out.read_bytes()[start : start + 64] == TILES else f"not the tiles: {lines[i + 1]}")
+            continue
+        place, base = re.search(r"(-?0x[0-9a-f]+)?(\(.*\))", operand[1]).groups()  # type: ignore
+        stored: set[int] = set()
+        for before in reversed(lines[:i]):
+            if re.search(r">:$|\t(jmp|ret)", before):
+                break
+            store = re.search(r"\tv?mov.* (?:\$[^,]*|%(\w+)),(-?0x[0-9a-f]+)?" + re.escape(base) + "$", before)
+            # not of the zeros that the whole begins with
+            if store and not (store[1] or "").startswith("zmm"):
+                width = next((n for word, n in WIDTHS.items() if word in before), 8)
+                at = int(store[2] or "0", 16) - int(place or "0", 16)
+                stored |= set(range(at, at + width))
+        lost = {0, *range(16, 32), *range(48, 56)} - stored
+        found.append(f"not stored: bytes {sorted(lost)}" if lost else "")
+    return found
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86")
+@pytest.mark.parametrize("flags", ["-O2", "-O3", "-O3 -fno-inline-small-functions"])
+def test_tiles_are_configured_from_all_64_bytes(tmp_path, flags):
+    """GCC 12 drops stores of what _tile_loadconfig reads, depending on what it inlines."""
+    if not (shutil.which("c++") and shutil.which("objdump")):
+        pytest.skip("needs a C++ compiler and binutils")
+    made = tmp_path / "amx.o"
+    sets = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mavx512vnni -mamx-tile -mamx-int8"
+    words = ["c++", "-std=c++20", "-fPIC", *flags.split(), *sets.split(), "-c", SOURCES / "amx.cpp", "-o", made]
+    subprocess.run(words, check=True)
+    found = tile_configs(made)
+    assert found and not any(found)
 
 
 def test_neon(tmp_path):

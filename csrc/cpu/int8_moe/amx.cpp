@@ -18,10 +18,14 @@ namespace int8_moe {
 namespace {
 
 struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
 };
+
+// All eight tiles are whole: 16 rows of 64 bytes.
+constexpr TileConfig kWholeTiles = {
+    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 #if defined(INT8_MOE_EMULATE_AMX)
 struct Emulated {
@@ -76,7 +80,11 @@ bool amx_supported() { return __builtin_cpu_supports("avx512vnni"); }
   #define TILE_STORE(t, to, stride) _tile_stored(t, to, stride)
   #define TILE_ZERO(t) _tile_zero(t)
   #define TILE_DOT(c, a, b) _tile_dpbusd(c, a, b)
-void tile_configure(const TileConfig& config) { _tile_loadconfig(&config); }
+// _tile_loadconfig tells GCC below 14 of 8 of the 64 bytes that it reads (PR 114098):
+// stores to the others may go.
+void tile_configure(const TileConfig& config) {
+  asm volatile("ldtilecfg %0" : : "m"(config));
+}
 void tile_release() { _tile_release(); }
 
 bool amx_supported() {
@@ -115,10 +123,7 @@ struct Dot {
   }
 
   static void configure() {
-    TileConfig config;
-    std::fill_n(config.rows, 8, uint8_t{16});
-    std::fill_n(config.row_bytes, 8, uint16_t{64});
-    tile_configure(config);
+    tile_configure(kWholeTiles);
     configured = true;
   }
 

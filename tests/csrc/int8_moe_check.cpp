@@ -91,14 +91,13 @@ double check(const Isa& isa, int64_t experts, int64_t width, int64_t hidden, int
 
 int main() {
   int failed = 0;
-  for (size_t i = 0; i < kIsaCount; ++i) {
-    if (!kIsas[i]->supported()) continue;
+  for (const Isa* isa : isas()) {
     double worst = 0;
     for (int64_t tokens : {1, 2, 3, 7, 40}) {
-      worst = std::max(worst, check(*kIsas[i], 3, 21, 37, tokens, 2));
-      worst = std::max(worst, check(*kIsas[i], 2, 64, 128, tokens, 1));
+      worst = std::max(worst, check(*isa, 3, 21, 37, tokens, 2));
+      worst = std::max(worst, check(*isa, 2, 64, 128, tokens, 1));
     }
-    std::printf("%s %.1e\n", kIsas[i]->name, worst);
+    std::printf("%s %.1e\n", isa->name, worst);
     failed |= !(worst < 0.01);
   }
   return failed;

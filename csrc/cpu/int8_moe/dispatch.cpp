@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+#include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #if defined(__linux__)
   #include <sys/mman.h>
@@ -12,7 +15,9 @@ namespace int8_moe {
 
 extern const Isa kPortable, kAvx2, kAvx512, kAvx512Vnni, kAmx, kNeon;
 
-const Isa* const kIsas[] = {
+namespace {
+
+constexpr const Isa* kBuilt[] = {
 #if defined(INT8_MOE_X86)
     &kAmx, &kAvx512Vnni, &kAvx512, &kAvx2,
 #elif defined(INT8_MOE_NEON)
@@ -20,9 +25,23 @@ const Isa* const kIsas[] = {
 #endif
     &kPortable,
 };
-const size_t kIsaCount = sizeof(kIsas) / sizeof(kIsas[0]);
 
-namespace {
+std::vector<const Isa*> find_isas() {
+  const char* cap = std::getenv("VLLM_INT8_MOE_ISA");
+  bool below = cap == nullptr || *cap == 0;
+  std::vector<const Isa*> found;
+  std::string names;
+  for (const Isa* isa : kBuilt) {
+    names += (names.empty() ? "" : ", ") + std::string(isa->name);
+    below = below || std::strcmp(isa->name, cap) == 0;
+    if (below && isa->supported()) found.push_back(isa);
+  }
+  if (!below) {
+    throw std::invalid_argument("VLLM_INT8_MOE_ISA=" + std::string(cap) +
+                                " is none of " + names);
+  }
+  return found;
+}
 
 struct Packing {
   const int8_t* weight;
@@ -82,6 +101,11 @@ void ask_for_large_pages(void* data, int64_t bytes) {
 }
 
 }  // namespace
+
+const std::vector<const Isa*>& isas() {
+  static const std::vector<const Isa*> found = find_isas();
+  return found;
+}
 
 void pack(const int8_t* weight, const float* scale, const float* bias,
           int64_t experts, int64_t rows, Order order, const Weight& to,

@@ -16,6 +16,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace int8_moe {
 
@@ -92,9 +93,10 @@ struct Isa {
   void (*route)(const Router&, const Threads&);
 };
 
-// Those of this build, best first; the last one runs everywhere.
-extern const Isa* const kIsas[];
-extern const size_t kIsaCount;
+// Those of this build that this processor has, best first; the last one runs
+// everywhere. The variable VLLM_INT8_MOE_ISA caps them: those before the one that it
+// names are left out. Throws std::invalid_argument where it names none of this build's.
+const std::vector<const Isa*>& isas();
 
 // weight [experts, rows, k] int8, scale and bias (or null) [experts, rows], to `to`.
 void pack(const int8_t* weight, const float* scale, const float* bias,

@@ -44,10 +44,9 @@ Threads threads() {
 
 // index: of isas(); negative: the best one.
 const Isa& isa_of(int64_t index) {
-  for (size_t i = 0; i < kIsaCount; ++i) {
-    if (kIsas[i]->supported() && index-- <= 0) return *kIsas[i];
-  }
-  throw std::invalid_argument("isa is none of isas()");
+  const std::vector<const Isa*>& found = int8_moe::isas();
+  check(index < static_cast<int64_t>(found.size()), "isa is none of isas()");
+  return *found[std::max<int64_t>(0, index)];
 }
 
 Dtype dtype_of(const Tensor& tensor, const char* name) {
@@ -111,11 +110,9 @@ const std::vector<std::string> kActivations = {"silu", "gelu", "gelu_tanh", "swi
 
 std::vector<std::string> activations() { return kActivations; }
 
-std::vector<std::string> isas() {
+std::vector<std::string> isa_names() {
   std::vector<std::string> found;
-  for (size_t i = 0; i < kIsaCount; ++i) {
-    if (kIsas[i]->supported()) found.push_back(kIsas[i]->name);
-  }
+  for (const Isa* isa : int8_moe::isas()) found.push_back(isa->name);
   return found;
 }
 
@@ -127,13 +124,16 @@ struct Header {
   int64_t experts, hidden, intermediate;
   Activation activation;
   float limit, a1_scale, a2_scale;
-  bool a1_static, a2_static;
+  uint8_t a1_static, a2_static;  // 0 or 1
   char rest[14];
 
+  // Of any bytes.
   bool fits() const {
+    const auto kind = static_cast<size_t>(activation);
     return std::memcmp(name, kName, sizeof(name)) == 0 && experts >= 0 &&
            experts <= kMostExperts && hidden > 0 && hidden <= kMaxK &&
-           intermediate > 0 && intermediate <= kMaxK;
+           intermediate > 0 && intermediate <= kMaxK && kind < kActivations.size() &&
+           a1_static <= 1 && a2_static <= 1;
   }
   // nowhere yet
   Weight w13() const { return {nullptr, round_up(intermediate, 16) * 2, hidden}; }
@@ -244,8 +244,7 @@ Tensor experts(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_i
                                               {p.tokens, p.top_k}, "topk_ids"));
   const int64_t known = expert_map ? expert_map->size(0) : p.experts;
   const int32_t* map = data<int32_t>(expert_map, ScalarType::Int, {known}, "expert_map");
-  thread_local std::vector<int32_t> experts_of;
-  experts_of.resize(p.tokens * p.top_k);
+  std::vector<int32_t> experts_of(p.tokens * p.top_k);
   for (size_t i = 0; i < experts_of.size(); ++i) {
     const int64_t id = wide ? static_cast<const int64_t*>(ids)[i]
                             : static_cast<const int32_t*>(ids)[i];
@@ -305,7 +304,7 @@ STABLE_TORCH_LIBRARY(_int8_moe_C, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_int8_moe_C, CompositeExplicitAutograd, m) {
-  m.impl("isas", TORCH_BOX(&isas));
+  m.impl("isas", TORCH_BOX(&isa_names));
   m.impl("activations", TORCH_BOX(&activations));
 }
 

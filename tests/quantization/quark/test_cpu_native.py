@@ -160,15 +160,36 @@ def test_all_tokens_on_one_expert(isa, tokens):
 
 
 @needs_operators
-def test_more_rows_than_one_call_computes(isa):
-    """Tokens are taken in chunks: here two and a bit."""
-    experts = Experts(2, 1, 2)
-    x = random_input(36000, 2).float()
-    weights, ids = torch.rand(36000, 2), torch.tensor([0, 1], dtype=torch.int32)
-    out = experts(x, weights, ids.expand(36000, 2).contiguous(), isa)
-    some = torch.tensor([0, 16383, 16384, 32767, 32768, 35999])
-    reference = experts.emulate(x[some], weights[some], ids.expand(6, 2))
+def test_more_tokens_than_are_taken_at_once():
+    """Tokens are taken in chunks, here of 3500, and their rows in pieces."""
+    experts = Experts(2, 8192, 8)
+    x = random_input(7000, 8).float()
+    weights, ids = torch.rand(7000, 2), torch.tensor([0, 1], dtype=torch.int32)
+    ids = ids.expand(7000, 2).contiguous()
+    ids[:, 1] = torch.randint(-1, 2, (7000,))
+    out = experts(x, weights, ids)
+    for some in torch.tensor([[0, 366, 3499], [3500, 3501, 6999]]):
+        reference = experts.emulate(x[some], weights[some], ids[some])
+        assert_close(out[some], reference)
+    alone = experts(x[3499:3502], weights[3499:3502], ids[3499:3502])
+    assert torch.equal(out[3499:3502], alone)
+
+
+@needs_operators
+@pytest.mark.parametrize("width", [4, 2048])
+def test_more_rows_than_are_in_memory_at_once(isa, width):
+    """Rows between the products are taken in pieces, which part experts."""
+    hidden = 8192 // width
+    experts = Experts(5, width, hidden)
+    tokens = 1200 if width > 4 else 9000
+    x = random_input(tokens, hidden).float()
+    weights, ids = routing(tokens, 5, 3)
+    ids[ids == 3] = -1
+    out = experts(x, weights, ids, isa)
+    some = torch.linspace(0, tokens - 1, 9).long()
+    reference = experts.emulate(x[some], weights[some], ids[some])
     assert_close(out[some], reference)
+    assert torch.equal(out[some], experts(x[some], weights[some], ids[some], isa))
 
 
 @needs_operators
@@ -179,14 +200,15 @@ def test_no_tokens(isa):
 
 
 @needs_operators
-def test_same_for_any_thread_count(isa):
+@pytest.mark.parametrize("tokens", [1, 65])
+def test_same_for_any_thread_count(isa, tokens):
     experts = Experts(6, 96, 160)
-    x = random_input(65, 160)
-    weights, ids = routing(65, 6, 3)
+    x = random_input(tokens, 160)
+    weights, ids = routing(tokens, 6, 3)
     kept = torch.get_num_threads()
     outs = []
     try:
-        for threads in (1, 2, 3, 8):
+        for threads in (1, 2, 3, 8, 64):
             torch.set_num_threads(threads)
             outs.append(experts(x, weights, ids, isa))
     finally:
@@ -263,7 +285,11 @@ def test_misfits_are_refused():
     packed = experts.packed
     no_name = packed.clone()
     no_name[0] = 0
+    corrupt = [packed.clone() for _ in range(4)]
+    for place, value, other in zip((32, 33, 48, 49), (5, -1, 2, -1), corrupt):
+        other[place] = value  # the activation's, and whether scales are static
     bad = packed[:-64], packed[:0], packed.view(1, -1), packed.float(), no_name
+    bad += (*corrupt,)
     for experts.packed in bad:
         with pytest.raises(ValueError, match="packed has to come from pack"):
             experts(x, weights, ids)
@@ -397,8 +423,9 @@ def test_route_on_cpu_leaves_other_scores(monkeypatch):
     assert not cpu_int8_native.has_native()
 
 
-def test_its_variable_is_one_of_vllms():
-    assert envs.environment_variables["VLLM_INT8_MOE_LIBRARY"]
+@pytest.mark.parametrize("name", ["VLLM_INT8_MOE_LIBRARY", "VLLM_INT8_MOE_ISA"])
+def test_its_variables_are_vllms(name):
+    assert envs.environment_variables[name]
 
 
 SAYS = """
@@ -408,12 +435,16 @@ assert all(f is None for f in found)
 """
 
 
-def say(code: str, library: str) -> str:
-    environment = {**os.environ, "VLLM_INT8_MOE_LIBRARY": library}
-    environment["VLLM_LOGGING_LEVEL"] = "WARNING"
-    environment.pop("LD_PRELOAD", None)
+def say(code: str, library: str | None = None, *args: str, **variables: str) -> str:
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "WARNING", **variables}
+    if library is not None:
+        environment["VLLM_INT8_MOE_LIBRARY"] = library
+        environment.pop("LD_PRELOAD", None)
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code, *args],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
@@ -422,6 +453,84 @@ def say(code: str, library: str) -> str:
 @pytest.mark.parametrize("library", ["", "/no/such/library.so"])
 def test_without_the_operator_experts_say_so_once(library):
     assert say(SAYS, library).count("expert by expert, which is slower") == 1
+
+
+# Without vLLM, which takes long to import.
+CAPPED = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+try:
+    print("isas:", *torch.ops._int8_moe_C.isas())
+except ValueError as error:
+    print(error)
+"""
+
+
+def say_isas(cap: str) -> str:
+    library = str(cpu_int8_native._library())
+    return say(CAPPED, None, library, VLLM_INT8_MOE_ISA=cap)
+
+
+@needs_operators
+def test_the_cap_on_instruction_sets(isa):
+    assert f"isas: {' '.join(ISAS[isa:])}\n" in say_isas(ISAS[isa])
+
+
+@needs_operators
+def test_a_cap_that_is_no_instruction_set():
+    said = say_isas("sse9")
+    assert "VLLM_INT8_MOE_ISA=sse9 is none of " in said and "portable" in said
+
+
+@needs_operators
+def test_onednn_stays_where_it_is_faster(isa, monkeypatch):
+    """For experts; the router is faster anywhere."""
+
+    class Capped:
+        isas = staticmethod(lambda: ISAS[isa:])
+
+    monkeypatch.setattr(cpu_int8_moe, "find_native", lambda: (Capped, "library"))
+    behind = ISAS[isa] in cpu_int8_moe.BEHIND_ONEDNN
+    has_onednn = hasattr(torch.ops._C, "onednn_scaled_mm")
+    assert (cpu_int8_moe.native_experts() is None) == (behind and has_onednn)
+    logits = torch.zeros(3, 8)
+    assert route_on_cpu(logits, None, 2, True, "sigmoid", None) is not None
+
+
+# [4096, 4096] through experts of width 1280, 8 a token; MiB of memory.
+GROWS = """
+import re, sys, torch
+torch.ops.load_library(sys.argv[1])
+
+def memory(which):
+    found = re.search(rf"{which}:\\s+(\\d+) kB", open("/proc/self/status").read())
+    return int(found[1]) / 1024
+
+operators = torch.ops._int8_moe_C
+packed = operators.pack(
+    torch.ones(2, 2560, 4096, dtype=torch.int8), torch.ones(2, 2560), None,
+    torch.ones(2, 4096, 1280, dtype=torch.int8), torch.ones(2, 4096), None, 0, 7.0)
+weights = torch.rand(4096, 8)
+ids = torch.randint(0, 2, (4096, 8), dtype=torch.int32)
+x = torch.zeros(4096, 4096, dtype=torch.bfloat16)
+operators.experts(x[:1], weights[:1], ids[:1], packed)
+open("/proc/self/clear_refs", "w").write("5")
+before = memory("VmRSS")
+out = operators.experts(x, weights, ids, packed)
+print("grown", memory("VmHWM") - before - 32, memory("VmRSS") - before - 32)
+"""
+
+
+@needs_operators
+@pytest.mark.skipif(
+    sys.platform != "linux" or "LD_PRELOAD" in os.environ,
+    reason="reads /proc; sanitizers keep what is freed",
+)
+def test_scratch_is_bounded_and_given_back():
+    """Beside the output of 32 MiB: 128 at most, and 64 afterwards."""
+    library = str(cpu_int8_native._library())
+    peak, stays = map(float, say(GROWS, None, library).split("grown")[1].split()[:2])
+    assert peak < 130 and stays < 66
 
 
 ROUTES = """
@@ -438,7 +547,9 @@ def test_without_the_operator_routers_say_nothing(library):
     assert "INT8" not in said and "VLLM_INT8_MOE_LIBRARY" not in said
 
 
-@needs_operators
+@pytest.mark.skipif(
+    ISAS[0] in ("none", *cpu_int8_moe.BEHIND_ONEDNN), reason="experts run on oneDNN"
+)
 def test_its_library_and_instruction_set_are_logged(monkeypatch):
     said = []
     monkeypatch.setattr(

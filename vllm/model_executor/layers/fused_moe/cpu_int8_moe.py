@@ -147,16 +147,33 @@ direct_register_custom_op(
 )
 
 
+# Instruction sets whose kernels oneDNN's are faster than from some tokens on.
+BEHIND_ONEDNN = ("avx512", "avx2", "portable")
+
+
 def native_experts() -> Any | None:
-    """The native operators, or None. Says once, in the log, which of both it is."""
+    """The native operators, or None where oneDNN serves the experts. Says once, in
+    the log, which of both it is.
+
+    Raises ValueError where VLLM_INT8_MOE_ISA names no instruction set.
+    """
     found, why = find_native()
+    if found is not None:
+        isa = found.isas()[0]
+        if isa in BEHIND_ONEDNN and hasattr(torch.ops._C, "onednn_scaled_mm"):
+            logger.info_once(
+                "INT8 experts on CPU run on oneDNN, which is faster than %s with %s",
+                why,
+                isa,
+            )
+            return None
     if found is None:
         logger.warning_once(
             "INT8 experts on CPU run on oneDNN, expert by expert, which is slower: %s",
             why,
         )
     else:
-        logger.info_once("INT8 experts on CPU run on %s, %s", why, found.isas()[0])
+        logger.info_once("INT8 experts on CPU run on %s, %s", why, isa)
     return found
 
 

@@ -161,6 +161,10 @@ struct Dot {
     }
   }
 
+  static void row(const uint8_t* a, const int8_t* half, int64_t k, int32_t* c) {
+    vnni_row(a, half, k, c);
+  }
+
   static void rows(const uint8_t* a, int64_t stride, const int8_t* block,
                    int64_t k, int64_t m, int32_t* c) {
     if (m <= kFewRows) return vnni_rows(a, stride, block, k, m, c);

@@ -15,14 +15,15 @@ struct Dot {
   static constexpr int kRowsRead = 1;
   static void end() {}
 
-  template <int M>
+  // kWide: registers of eight columns
+  template <int M, int kWide = 4>
   static void some(const uint8_t* a, int64_t stride, const int8_t* block,
                    int64_t k, int32_t* c) {
-    __m512i sum[4 * M];
-    unrolled<4 * M>(INT8_MOE_EACH(j) { sum[j] = _mm512_setzero_si512(); });
+    __m512i sum[kWide * M];
+    unrolled<kWide * M>(INT8_MOE_EACH(j) { sum[j] = _mm512_setzero_si512(); });
     for (int64_t i = 0; i < k; i += 4) {
-      __m512i wide[4];
-      unrolled<4>(INT8_MOE_EACH(j) {
+      __m512i wide[kWide];
+      unrolled<kWide>(INT8_MOE_EACH(j) {
         const int8_t* w = block + (j / 2 * k + i) * 16 + j % 2 * 32;
         wide[j] = _mm512_cvtepi8_epi16(
             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
@@ -32,17 +33,21 @@ struct Dot {
         __builtin_memcpy(&four, a + r * stride + i, 4);
         const __m512i x =
             _mm512_broadcastq_epi64(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(four)));
-        unrolled<4>(INT8_MOE_EACH(j) {
-          sum[4 * r + j] =
-              _mm512_add_epi32(sum[4 * r + j], _mm512_madd_epi16(wide[j], x));
+        unrolled<kWide>(INT8_MOE_EACH(j) {
+          sum[kWide * r + j] =
+              _mm512_add_epi32(sum[kWide * r + j], _mm512_madd_epi16(wide[j], x));
         });
       });
     }
-    unrolled<4 * M>(INT8_MOE_EACH(j) {
+    unrolled<kWide * M>(INT8_MOE_EACH(j) {
       alignas(64) int32_t parts[16];
       _mm512_store_si512(parts, sum[j]);
       for (int n = 0; n < 8; ++n) c[8 * j + n] = parts[2 * n] + parts[2 * n + 1];
     });
+  }
+
+  static void row(const uint8_t* a, const int8_t* half, int64_t k, int32_t* c) {
+    some<1, 2>(a, 0, half, k, c);
   }
 
   static void rows(const uint8_t* a, int64_t stride, const int8_t* block,

@@ -9,6 +9,9 @@ struct Dot {
   static constexpr int kOffset = 128;
   static constexpr int kRowsRead = 1;
   static void end() {}
+  static void row(const uint8_t* a, const int8_t* half, int64_t k, int32_t* c) {
+    vnni_row(a, half, k, c);
+  }
   static void rows(const uint8_t* a, int64_t stride, const int8_t* block,
                    int64_t k, int64_t m, int32_t* c) {
     vnni_rows(a, stride, block, k, m, c);

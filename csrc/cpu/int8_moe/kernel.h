@@ -7,6 +7,8 @@
 //   kOffset   what is added to quantized activations: 128 (unsigned) or 0
 //   rows(a, stride, block, k, m, c)
 //             a [m, k] times a block of 32 columns -> c [m, 32] int32
+//   row(a, half, k, c)
+//             one row a [k] times half a block, 16 columns -> c [16] int32
 //   kRowsRead of rows it may read, and of c write, a multiple, whatever m is
 //   end()     after what a thread computes
 #pragma once
@@ -32,24 +34,39 @@ namespace {
 
 // ------------------------------------------------------------------ memory
 
-// Grows, and is kept for the next call: one a thread.
+// What of a call's scratch stays for the next call, in bytes.
+constexpr size_t kKept = 64 << 20;
+
+// Scratch of one call, its threads' included: of the thread that calls.
 class Arena {
  public:
-  ~Arena() { std::free(data_); }
-  void reserve(size_t bytes) {
-    used_ = 0;
-    if (bytes <= size_) return;
-    std::free(data_);
-    size_ = (bytes + bytes / 4 + 4095) / 4096 * 4096;
-    data_ = static_cast<char*>(std::aligned_alloc(4096, size_));
-    if (data_ == nullptr) {
-      size_ = 0;
-      throw std::bad_alloc();
-    }
+  explicit Arena(size_t bytes) : kept_(last()) {
+    if (bytes <= kept_.size) return;
+    kept_.give_back();
+    // a little more, for a call with a few more tokens, but no more than is kept
+    const size_t wanted = std::max(bytes, std::min(kKept, bytes + bytes / 4));
+    const size_t size = (wanted + 4095) / 4096 * 4096;
+    kept_.data = static_cast<char*>(std::aligned_alloc(4096, size));
+    if (kept_.data == nullptr) throw std::bad_alloc();
+    kept_.size = size;
   }
+  ~Arena() {
+    if (kept_.size > kKept) kept_.give_back();
+  }
+  // Gives back, at its end, what was taken after it.
+  struct Mark {
+    explicit Mark(Arena& arena) : arena(arena), used(arena.used_) {}
+    ~Mark() { arena.used_ = used; }
+    Arena& arena;
+    size_t used;
+  };
+
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
   template <typename T>
   T* take(int64_t count) {
-    char* found = data_ + used_;
+    char* found = kept_.data + used_;
     used_ += space<T>(count);
     return reinterpret_cast<T*>(found);
   }
@@ -59,19 +76,25 @@ class Arena {
   }
 
  private:
-  char* data_ = nullptr;
-  size_t size_ = 0, used_ = 0;
+  struct Kept {
+    char* data = nullptr;
+    size_t size = 0;
+
+    ~Kept() { give_back(); }
+    void give_back() {
+      std::free(data);
+      data = nullptr;
+      size = 0;
+    }
+  };
+  static Kept& last() {
+    thread_local Kept kept;
+    return kept;
+  }
+
+  Kept& kept_;
+  size_t used_ = 0;
 };
-
-inline Arena& shared_arena() {
-  thread_local Arena arena;
-  return arena;
-}
-
-inline Arena& own_arena() {
-  thread_local Arena arena;
-  return arena;
-}
 
 // ----------------------------------------------------------------- threads
 
@@ -81,6 +104,15 @@ void on_threads(const Threads& threads, const F& body) {
   threads.run(threads.count,
               [](void* f, int thread) { (*static_cast<const F*>(f))(thread); },
               const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// Of a loop that waits: leaves the core to its other thread, and memory alone.
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
 }
 
 // The steps of one parallel region. Each thread has a range of a step's items, the
@@ -117,6 +149,7 @@ class Steps {
     Step& step = steps_[which];
     int64_t finished = 0;
     for (int i = 0; i < threads_; ++i) {
+      if (step.begun.load(std::memory_order_relaxed)) break;
       Range& range = ranges_[which * threads_ + (thread + i) % threads_];
       while (range.next.load(std::memory_order_relaxed) < range.end) {
         const int64_t start = range.next.fetch_add(at_once, std::memory_order_relaxed);
@@ -125,9 +158,12 @@ class Steps {
         finished += std::max<int64_t>(0, end - start);
       }
     }
+    // The others need not look for items in every range.
+    if (threads_ > 2) step.begun.store(true, std::memory_order_relaxed);
     if (finished > 0) step.done.fetch_add(finished, std::memory_order_acq_rel);
     for (int spins = 0; step.done.load(std::memory_order_acquire) < step.items; ++spins) {
-      if (spins > 10000) std::this_thread::yield();
+      pause();
+      if (spins > 2000) std::this_thread::yield();
     }
   }
 
@@ -138,6 +174,7 @@ class Steps {
   };
   struct alignas(64) Step {
     std::atomic<int64_t> done{0};
+    std::atomic<bool> begun{false};  // every item
     int64_t items = 0;
   };
   int threads_;
@@ -290,15 +327,35 @@ struct Rows {
   int32_t* row_of;      // [tokens, top_k], negative: none
 };
 
+// Rows whose activations are in memory at once: a range of all rows.
+struct Piece {
+  int64_t begin, end;
+  int64_t first, last;  // of the active experts that have some of them
+};
+
 struct Plan {
   Problem p;
   Rows rows;
-  uint8_t* x_q;    // [rows, row_bytes of w13]
-  float* x_s;      // [tokens]
-  float* act;      // [rows, act_stride]
-  uint8_t* act_q;  // [rows, row_bytes of w2]
-  float* act_s;    // [rows]
+  int64_t pieces, piece_rows;
+  uint8_t* x_q;      // [tokens, row_bytes of w13], where there are more pieces
+  float* x_s;        // [tokens]
+  uint8_t* piece_q;  // [piece_rows, row_bytes of w13]: rows of x_q
+  float* act;        // [piece_rows, act_stride]
+  uint8_t* act_q;    // [rows, row_bytes of w2]
+  float* act_s;      // [rows]
   int64_t act_stride;
+
+  Piece piece(int64_t i) const {
+    Piece found;
+    found.begin = rows.count * i / pieces;
+    found.end = rows.count * (i + 1) / pieces;
+    found.first = found.last = 0;
+    if (found.begin == found.end) return found;
+    int64_t* const last = rows.start + rows.active;
+    found.first = std::upper_bound(rows.start, last, found.begin) - rows.start - 1;
+    found.last = std::lower_bound(rows.start, last, found.end) - rows.start;
+    return found;
+  }
 };
 
 // From one quantized row to the next: an odd number of cache lines, so that the same
@@ -340,16 +397,14 @@ inline void sort_rows(const Problem& p, Rows& rows, int64_t* counts) {
   }
 }
 
-inline void quantize_token(const Plan& plan, int64_t t) {
+// row: [hidden], scratch
+inline void quantize_token(const Plan& plan, int64_t t, float* row) {
   const Problem& p = plan.p;
   const int64_t padded = p.w13.k_padded(), stride = row_bytes(p.w13);
   const int32_t* places = plan.rows.row_of + t * p.top_k;
   const int32_t* last = places + p.top_k;
   const int32_t* first = std::find_if(places, last, [](int32_t r) { return r >= 0; });
   if (first == last) return;
-  Arena& arena = own_arena();
-  arena.reserve(0);
-  float* row = arena.take<float>(p.hidden);
   to_float(static_cast<const char*>(p.x) + t * p.x_stride * size_of(p.dtype), p.dtype,
            p.hidden, row);
   if (p.weight_on_input) {
@@ -367,11 +422,20 @@ inline void quantize_token(const Plan& plan, int64_t t) {
       to_float(buffer, p.dtype, n, row + i);
     }
   }
-  uint8_t* q = plan.x_q + *first * stride;
+  const bool whole = plan.pieces == 1;
+  uint8_t* q = whole ? plan.piece_q + *first * stride : plan.x_q + t * stride;
   plan.x_s[t] = quantize(row, p.hidden, padded, p.a1_scale, q);
+  if (!whole) return;
   for (const int32_t* place = first + 1; place < last; ++place) {
-    if (*place >= 0) std::memcpy(plan.x_q + *place * stride, q, padded);
+    if (*place >= 0) std::memcpy(plan.piece_q + *place * stride, q, padded);
   }
+}
+
+// Brings a row's token to the row's place in its piece.
+inline void gather_row(const Plan& plan, const Piece& piece, int64_t row) {
+  const int64_t stride = row_bytes(plan.p.w13);
+  std::memcpy(plan.piece_q + (row - piece.begin) * stride,
+              plan.x_q + plan.rows.token[row] * stride, plan.p.w13.k_padded());
 }
 
 // What a block's int32 sums become: (sum - 128 * sum of weights) * scales + bias.
@@ -379,10 +443,10 @@ struct Columns {
   const float *scale, *bias;
   const int32_t* sums;
 
-  Columns(const Weight& w, int64_t expert, int64_t block)
-      : scale(w.scale(expert) + block * kBlock),
-        bias(w.bias(expert) + block * kBlock),
-        sums(Dot::kOffset ? w.sums(expert) + block * kBlock : kNone) {}
+  Columns(const Weight& w, int64_t expert, int64_t block, int64_t first = 0)
+      : scale(w.scale(expert) + block * kBlock + first),
+        bias(w.bias(expert) + block * kBlock + first),
+        sums(Dot::kOffset ? w.sums(expert) + block * kBlock + first : kNone) {}
   // of the columns from j on, kLanes of them
   Floats value(const int32_t* sum, Floats row_scale, int j) const {
     return floats(sum + j, sums + j) * (row_scale * floats(scale + j)) +
@@ -392,9 +456,10 @@ struct Columns {
   static constexpr int32_t kNone[kBlock] = {};
 };
 
-// Some rows of one expert.
+// Some rows of one expert; act is the first one's.
 struct Tile {
   int64_t expert, first_row, last_row;
+  float* act;
 };
 
 template <Activation kind>
@@ -409,7 +474,7 @@ void activate_block(const Plan& plan, const Tile& tile, int64_t block,
       const Floats gate = columns.value(c, s, j), up = columns.value(c, s, 16 + j);
       store(activate<kind>(gate, up, limit), done + j);
     }
-    float* to = plan.act + row * plan.act_stride + block * 16;
+    float* to = tile.act + (row - tile.first_row) * plan.act_stride + block * 16;
     std::memcpy(to, done, sizeof(done));
   }
 }
@@ -427,23 +492,24 @@ inline Activate activate_of(Activation kind) {
   return nullptr;
 }
 
-inline void quantize_act(const Plan& plan, int64_t row) {
+inline void quantize_act(const Plan& plan, const Piece& piece, int64_t row) {
   const Problem& p = plan.p;
   plan.act_s[row] =
-      quantize(plan.act + row * plan.act_stride, p.intermediate, p.w2.k_padded(),
+      quantize(plan.act + (row - piece.begin) * plan.act_stride, p.intermediate, p.w2.k_padded(),
                p.a2_scale, plan.act_q + row * row_bytes(p.w2));
 }
 
-// Some blocks of one expert, all of its rows.
-inline void gate_up(const Plan& plan, Activate activate, int64_t e, int64_t first,
-                    int64_t last) {
+// Some blocks of one expert, all of its rows in a piece. c: [kRowChunk, kBlock], scratch
+inline void gate_up(const Plan& plan, const Piece& piece, Activate activate, int64_t e,
+                    int64_t first, int64_t last, int32_t* c) {
   const Weight& w = plan.p.w13;
-  const int64_t stride = row_bytes(w), end = plan.rows.start[e + 1];
-  Arena& arena = own_arena();
-  arena.reserve(0);
-  int32_t* c = arena.take<int32_t>(kRowChunk * kBlock);
-  for (int64_t row = plan.rows.start[e]; row < end; row += kRowChunk) {
-    const Tile tile = {plan.rows.expert[e], row, std::min(end, row + kRowChunk)};
+  const int64_t stride = row_bytes(w);
+  const int64_t begin = std::max(piece.begin, plan.rows.start[e]);
+  const int64_t end = std::min(piece.end, plan.rows.start[e + 1]);
+  for (int64_t row = begin; row < end; row += kRowChunk) {
+    const int64_t in_piece = row - piece.begin;
+    const Tile tile = {plan.rows.expert[e], row, std::min(end, row + kRowChunk),
+                       plan.act + in_piece * plan.act_stride};
     const int64_t m = tile.last_row - row, room = round_up(m, Dot::kRowsRead);
     // Of few rows the products of some blocks first: what waits for one row's
     // activation then has other rows to go on with.
@@ -451,8 +517,9 @@ inline void gate_up(const Plan& plan, Activate activate, int64_t e, int64_t firs
     for (int64_t block = first; block < last; block += at_once) {
       const int64_t n = std::min(at_once, last - block);
       for (int64_t i = 0; i < n; ++i) {
-        Dot::rows(plan.x_q + row * stride, stride, w.block(tile.expert, block + i),
-                  w.k_padded(), m, c + i * room * kBlock);
+        Dot::rows(plan.piece_q + in_piece * stride, stride,
+                  w.block(tile.expert, block + i), w.k_padded(), m,
+                  c + i * room * kBlock);
       }
       for (int64_t i = 0; i < n; ++i) {
         activate(plan, tile, block + i, c + i * room * kBlock);
@@ -461,18 +528,25 @@ inline void gate_up(const Plan& plan, Activate activate, int64_t e, int64_t firs
   }
 }
 
+// Adds the down product of one row, `columns` of them, to its token's sum.
+inline void add_down(const Plan& plan, const Columns& values, int64_t row, int columns,
+                     const int32_t* c, float* sum) {
+  const float s = plan.act_s[row];
+  const float weight = plan.p.weight_on_input ? 1.0f : plan.rows.weight[row];
+  for (int j = 0; j < columns; j += kLanes) {
+    store(floats(sum + j) + values.value(c, s, j) * weight, sum + j);
+  }
+}
+
 // Some blocks of all experts, for some tokens, so that one thread sums a token's
-// parts, in the order of the experts.
+// parts, in the order of the experts. c: [kRowChunk, kBlock], sum: [tokens, width],
+// scratch
 inline void down(const Plan& plan, int64_t first, int64_t last, int64_t first_token,
-                 int64_t last_token) {
+                 int64_t last_token, int32_t* c, float* sum) {
   const Problem& p = plan.p;
   const Rows& rows = plan.rows;
   const int64_t stride = row_bytes(p.w2), width = (last - first) * kBlock;
   const int64_t tokens = last_token - first_token;
-  Arena& arena = own_arena();
-  arena.reserve(0);
-  int32_t* c = arena.take<int32_t>(kRowChunk * kBlock);
-  float* sum = arena.take<float>(tokens * width);
   std::fill(sum, sum + tokens * width, 0.0f);
   for (int64_t e = 0; e < rows.active; ++e) {
     const int64_t expert = rows.expert[e];
@@ -490,19 +564,11 @@ inline void down(const Plan& plan, int64_t first, int64_t last, int64_t first_to
       for (int64_t block = first; block < last; ++block) {
         Dot::rows(plan.act_q + row * stride, stride, p.w2.block(expert, block),
                   p.w2.k_padded(), m, c);
-        const Columns columns(p.w2, expert, block);
+        const Columns values(p.w2, expert, block);
         for (int64_t r = 0; r < m; ++r) {
-          const float s = plan.act_s[row + r];
-          const float weight = p.weight_on_input ? 1.0f : rows.weight[row + r];
-          alignas(64) float done[kBlock];
-          for (int j = 0; j < kBlock; j += kLanes) {
-            store(columns.value(c + r * kBlock, s, j) * weight, done + j);
-          }
           float* to = sum + (rows.token[row + r] - first_token) * width +
                       (block - first) * kBlock;
-          for (int j = 0; j < kBlock; j += kLanes) {
-            store(floats(to + j) + floats(done + j), to + j);
-          }
+          add_down(plan, values, row + r, kBlock, c + r * kBlock, to);
         }
       }
     }
@@ -513,6 +579,30 @@ inline void down(const Plan& plan, int64_t first, int64_t last, int64_t first_to
                static_cast<char*>(p.out) +
                    ((first_token + t) * p.hidden + first * kBlock) * size_of(p.dtype));
   }
+}
+
+// Some half blocks of all experts, for one token: blocks are too few to share evenly
+// among many threads. c: [16], sum: [last - first, 16], scratch
+inline void down_token(const Plan& plan, int64_t first, int64_t last, int32_t* c,
+                       float* sum) {
+  const Problem& p = plan.p;
+  const Rows& rows = plan.rows;
+  const int64_t stride = row_bytes(p.w2), k = p.w2.k_padded();
+  std::fill(sum, sum + (last - first) * 16, 0.0f);
+  for (int64_t e = 0; e < rows.active; ++e) {
+    for (int64_t row = rows.start[e]; row < rows.start[e + 1]; ++row) {
+      for (int64_t half = first; half < last; ++half) {
+        const int64_t right = half % 2 * 16;
+        Dot::row(plan.act_q + row * stride,
+                 p.w2.block(rows.expert[e], half / 2) + right * k, k, c);
+        const Columns values(p.w2, rows.expert[e], half / 2, right);
+        add_down(plan, values, row, 16, c, sum + (half - first) * 16);
+      }
+    }
+  }
+  const int64_t columns = std::min(p.hidden, last * 16) - first * 16;
+  from_float(sum, p.dtype, std::max<int64_t>(0, columns),
+             static_cast<char*>(p.out) + first * 16 * size_of(p.dtype));
 }
 
 // How many blocks one item has: fewer where there would be too few items to share.
@@ -528,54 +618,99 @@ inline int64_t token_parts(int64_t tokens, int64_t items, int threads) {
   return std::max<int64_t>(1, std::min(wanted, tokens / kTokensAPart));
 }
 
-inline void run(const Plan& plan, Steps& steps, const Threads& threads) {
-  const Problem& p = plan.p;
-  const int64_t blocks = p.w13.columns / kBlock, out_blocks = p.w2.columns / kBlock;
-  const int64_t group = blocks_at_once(blocks, plan.rows.active, threads.count);
-  const int64_t out_group = blocks_at_once(out_blocks, 1, threads.count);
-  const int64_t groups = (blocks + group - 1) / group;
-  const int64_t out_groups = (out_blocks + out_group - 1) / out_group;
-  const int64_t parts = token_parts(p.tokens, out_groups, threads.count);
-  const int64_t some_tokens = (p.tokens + parts - 1) / parts;
-  const Activate activate = activate_of(p.activation);
-  const size_t space = std::max(
-      Arena::space<float>(p.hidden),
-      Arena::space<int32_t>(kRowChunk * kBlock) +
-          Arena::space<float>(some_tokens * out_group * kBlock));
-  const Rows& rows = plan.rows;
-  steps.share_evenly(0, p.tokens);
-  if (groups == 1) {
-    // an expert's thread, whichever others have rows
-    steps.share(1, [&](int t) {
-      const int64_t next = p.experts * (t + 1) / threads.count;
-      return std::lower_bound(rows.expert, rows.expert + rows.active, next) - rows.expert;
-    });
-  } else {
-    steps.share_evenly(1, rows.active * groups);
+// How a call is cut into items.
+struct Items {
+  int64_t blocks, group, groups;              // of the gate and up product
+  int64_t out_blocks, out_group, out_groups;  // of the down product
+  int64_t parts, some_tokens;                 // of it, by tokens
+  size_t own;                                 // bytes of scratch a thread
+
+  Items(const Problem& p, int64_t active, int64_t tokens, int threads) {
+    blocks = p.w13.columns / kBlock;
+    group = blocks_at_once(blocks, active, threads);
+    groups = (blocks + group - 1) / group;
+    out_blocks = p.w2.columns / kBlock * (tokens == 1 ? 2 : 1);  // half ones
+    out_group = blocks_at_once(out_blocks, 1, threads);
+    out_groups = (out_blocks + out_group - 1) / out_group;
+    parts = token_parts(tokens, out_groups, threads);
+    some_tokens = (tokens + parts - 1) / parts;
+    own = std::max(Arena::space<float>(p.hidden),
+                   Arena::space<int32_t>(kRowChunk * kBlock) +
+                       Arena::space<float>(some_tokens * out_group * kBlock));
   }
-  steps.share_evenly(2, groups == 1 ? 0 : rows.count);
-  steps.share_evenly(3, out_groups * parts);
+};
+
+inline void run(const Plan& plan, Arena& arena, const Threads& threads) {
+  const Problem& p = plan.p;
+  const Items items(p, plan.rows.active, p.tokens, threads.count);
+  const int64_t groups = items.groups;
+  const Activate activate = activate_of(p.activation);
+  const Rows& rows = plan.rows;
+  const int gather = 1, gate_ups = 2, acts = 3, a_piece = 3;  // from a piece's first on
+  const int last = 1 + a_piece * static_cast<int>(plan.pieces);
+  Arena::Mark mark(arena);
+  Steps steps(arena, last + 1, threads.count);
+  char* const own = arena.take<char>(items.own * threads.count);
+  steps.share_evenly(0, p.tokens);
+  for (int64_t i = 0; i < plan.pieces; ++i) {
+    const Piece piece = plan.piece(i);
+    const int at = a_piece * static_cast<int>(i);
+    steps.share_evenly(at + gather, plan.pieces == 1 ? 0 : piece.end - piece.begin);
+    if (groups == 1 && plan.pieces == 1) {
+      // an expert's thread, whichever others have rows
+      steps.share(at + gate_ups, [&](int t) {
+        const int64_t next = p.experts * (t + 1) / threads.count;
+        return std::lower_bound(rows.expert, rows.expert + rows.active, next) -
+               rows.expert;
+      });
+    } else {
+      steps.share_evenly(at + gate_ups, (piece.last - piece.first) * groups);
+    }
+    steps.share_evenly(at + acts, groups == 1 ? 0 : piece.end - piece.begin);
+  }
+  steps.share_evenly(last, items.out_groups * items.parts);
   on_threads(threads, [&](int thread) {
-    own_arena().reserve(space);
-    steps.run(0, thread, kRowsAtOnce, [&](int64_t t) { quantize_token(plan, t); });
-    steps.run(1, thread, 1, [&](int64_t item) {
-      const int64_t e = item / groups, first = item % groups * group;
-      gate_up(plan, activate, e, first, std::min(blocks, first + group));
-      for (int64_t row = rows.start[e]; groups == 1 && row < rows.start[e + 1]; ++row) {
-        quantize_act(plan, row);
-      }
+    char* const scratch = own + items.own * thread;
+    int32_t* const c = reinterpret_cast<int32_t*>(scratch);
+    float* const sum =
+        reinterpret_cast<float*>(scratch + Arena::space<int32_t>(kRowChunk * kBlock));
+    steps.run(0, thread, kRowsAtOnce, [&](int64_t t) {
+      quantize_token(plan, t, reinterpret_cast<float*>(scratch));
     });
-    steps.run(2, thread, kRowsAtOnce, [&](int64_t row) { quantize_act(plan, row); });
-    steps.run(3, thread, 1, [&](int64_t item) {
-      const int64_t first = item / parts * out_group, token = item % parts * some_tokens;
-      down(plan, first, std::min(out_blocks, first + out_group),
-           std::min(p.tokens, token), std::min(p.tokens, token + some_tokens));
+    for (int64_t i = 0; i < plan.pieces; ++i) {
+      const Piece piece = plan.piece(i);
+      const int at = a_piece * static_cast<int>(i);
+      steps.run(at + gather, thread, kRowsAtOnce,
+                [&](int64_t row) { gather_row(plan, piece, piece.begin + row); });
+      steps.run(at + gate_ups, thread, 1, [&](int64_t item) {
+        const int64_t e = piece.first + item / groups;
+        const int64_t first = item % groups * items.group;
+        gate_up(plan, piece, activate, e, first,
+                std::min(items.blocks, first + items.group), c);
+        if (groups > 1) return;
+        const int64_t end = std::min(piece.end, rows.start[e + 1]);
+        for (int64_t row = std::max(piece.begin, rows.start[e]); row < end; ++row) {
+          quantize_act(plan, piece, row);
+        }
+      });
+      steps.run(at + acts, thread, kRowsAtOnce,
+                [&](int64_t row) { quantize_act(plan, piece, piece.begin + row); });
+    }
+    steps.run(last, thread, 1, [&](int64_t item) {
+      const int64_t first = item / items.parts * items.out_group;
+      const int64_t end = std::min(items.out_blocks, first + items.out_group);
+      if (p.tokens == 1) return down_token(plan, first, end, c, sum);
+      const int64_t token = item % items.parts * items.some_tokens;
+      down(plan, first, end, std::min(p.tokens, token),
+           std::min(p.tokens, token + items.some_tokens), c, sum);
     });
     Dot::end();
   });
 }
 
-constexpr int64_t kMostPairs = 32768;
+// Most of a call's scratch, in bytes: of what a piece has, and of the rest, by which
+// tokens are taken in chunks.
+constexpr int64_t kPieceBytes = 24 << 20, kChunkBytes = 96 << 20;
 
 // Products that keep a thread busy for longer than it takes to wake it.
 constexpr int64_t kWorthAThread = 1 << 20;
@@ -588,21 +723,33 @@ inline void experts(const Problem& whole, const Threads& all) {
           all.count, 1 + (work + kWorthAThread / 2) / kWorthAThread)),
       all.run};
   Problem& p = plan.p;
-  const int64_t chunk =
-      std::max<int64_t>(1, std::min(whole.tokens, kMostPairs / whole.top_k));
-  const int64_t most = chunk * whole.top_k, room = most + Dot::kRowsRead - 1;
   const int64_t k1 = row_bytes(whole.w13), k2 = row_bytes(whole.w2);
   plan.act_stride = round_up(whole.intermediate, 16);
-  Arena& arena = shared_arena();
-  constexpr int kSteps = 4;
-  arena.reserve(Steps::space(kSteps, threads.count) +
-                Arena::space<int64_t>(whole.experts) +
-                Arena::space<int32_t>(whole.experts) +
-                Arena::space<int64_t>(whole.experts + 1) +
-                2 * Arena::space<int32_t>(most) + 2 * Arena::space<float>(most) +
-                Arena::space<float>(chunk) + Arena::space<uint8_t>(room * k1) +
-                Arena::space<uint8_t>(room * k2) +
-                Arena::space<float>(most * plan.act_stride));
+  const int64_t a_row = k1 + plan.act_stride * sizeof(float);
+  const int64_t a_token = k1 + whole.top_k * (k2 + 16) +
+                          threads.count * kBlocksAtOnce * kBlock * sizeof(float);
+  const int64_t chunks = (whole.tokens * a_token + kChunkBytes - 1) / kChunkBytes;
+  const int64_t chunk = (whole.tokens + chunks - 1) / chunks;
+  const int64_t most = chunk * whole.top_k;
+  plan.piece_rows = std::min(most, kPieceBytes / a_row);
+  const bool pieces = plan.piece_rows < most;
+  const int64_t most_pieces = (most + plan.piece_rows - 1) / plan.piece_rows;
+  // the last one is smaller
+  const size_t own = std::max(
+      Items(whole, 1, chunk, threads.count).own,
+      Items(whole, 1, (whole.tokens - 1) % chunk + 1, threads.count).own);
+  // A tile reads past the last row: so many more are there.
+  const int64_t past = Dot::kRowsRead - 1;
+  Arena arena(Steps::space(2 + 3 * static_cast<int>(most_pieces), threads.count) +
+              own * threads.count + Arena::space<int64_t>(whole.experts) +
+              Arena::space<int32_t>(whole.experts) +
+              Arena::space<int64_t>(whole.experts + 1) +
+              2 * Arena::space<int32_t>(most) + 2 * Arena::space<float>(most) +
+              Arena::space<float>(chunk) +
+              Arena::space<uint8_t>(pieces ? chunk * k1 : 0) +
+              Arena::space<uint8_t>((plan.piece_rows + past) * k1) +
+              Arena::space<uint8_t>((most + past) * k2) +
+              Arena::space<float>(plan.piece_rows * plan.act_stride));
   int64_t* counts = arena.take<int64_t>(whole.experts);
   plan.rows.expert = arena.take<int32_t>(whole.experts);
   plan.rows.start = arena.take<int64_t>(whole.experts + 1);
@@ -611,10 +758,10 @@ inline void experts(const Problem& whole, const Threads& all) {
   plan.rows.weight = arena.take<float>(most);
   plan.x_s = arena.take<float>(chunk);
   plan.act_s = arena.take<float>(most);
-  plan.x_q = arena.take<uint8_t>(room * k1);
-  plan.act_q = arena.take<uint8_t>(room * k2);
-  plan.act = arena.take<float>(most * plan.act_stride);
-  Steps steps(arena, kSteps, threads.count);
+  plan.x_q = arena.take<uint8_t>(pieces ? chunk * k1 : 0);
+  plan.piece_q = arena.take<uint8_t>((plan.piece_rows + past) * k1);
+  plan.act_q = arena.take<uint8_t>((most + past) * k2);
+  plan.act = arena.take<float>(plan.piece_rows * plan.act_stride);
   for (int64_t t = 0; t < whole.tokens; t += chunk) {
     p = whole;
     p.tokens = std::min(chunk, whole.tokens - t);
@@ -623,17 +770,16 @@ inline void experts(const Problem& whole, const Threads& all) {
     p.topk_weights = whole.topk_weights + t * whole.top_k;
     p.experts_of = whole.experts_of + t * whole.top_k;
     sort_rows(p, plan.rows, counts);
-    run(plan, steps, threads);
+    plan.pieces = std::max<int64_t>(
+        1, (plan.rows.count + plan.piece_rows - 1) / plan.piece_rows);
+    run(plan, arena, threads);
   }
 }
 
 // ------------------------------------------------------------------ router
 
-inline void route_token(const Router& r, int64_t t) {
-  Arena& arena = own_arena();
-  arena.reserve(0);
-  float* score = arena.take<float>(r.experts);
-  float* choice = arena.take<float>(r.experts);
+// score, choice: [experts], scratch
+inline void route_token(const Router& r, int64_t t, float* score, float* choice) {
   to_float(static_cast<const char*>(r.logits) + t * r.experts * size_of(r.dtype),
            r.dtype, r.experts, score);
   if (r.softmax) {
@@ -673,13 +819,15 @@ inline void route(const Router& r, const Threads& all) {
   const Threads threads = {static_cast<int>(std::min<int64_t>(
                                all.count, 1 + r.tokens / kTokensWorthAThread)),
                            all.run};
-  Arena& arena = shared_arena();
-  arena.reserve(Steps::space(1, threads.count));
+  const int64_t some = Arena::space<float>(r.experts) / sizeof(float);
+  Arena arena(Steps::space(1, threads.count) +
+              Arena::space<float>(2 * some * threads.count));
   Steps steps(arena, 1, threads.count);
+  float* const scores = arena.take<float>(2 * some * threads.count);
   steps.share_evenly(0, r.tokens);
   on_threads(threads, [&](int thread) {
-    own_arena().reserve(2 * Arena::space<float>(r.experts));
-    steps.run(0, thread, 16, [&](int64_t t) { route_token(r, t); });
+    float* const own = scores + 2 * some * thread;
+    steps.run(0, thread, 16, [&](int64_t t) { route_token(r, t, own, own + some); });
   });
 }
 

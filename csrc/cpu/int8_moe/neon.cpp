@@ -41,6 +41,10 @@ struct Dot {
     });
   }
 
+  static void row(const uint8_t* a, const int8_t* half, int64_t k, int32_t* c) {
+    some<1>(a, 0, half, k, c);
+  }
+
   static void rows(const uint8_t* a, int64_t stride, const int8_t* block,
                    int64_t k, int64_t m, int32_t* c) {
     for (int half = 0; half < 2; ++half) {

@@ -10,21 +10,23 @@ struct Dot {
   static constexpr int kRowsRead = 1;
   static void end() {}
 
+  static void row(const uint8_t* a, const int8_t* half, int64_t k, int32_t* c) {
+    const int8_t* x = reinterpret_cast<const int8_t*>(a);
+    int32_t sum[16] = {};
+    for (int64_t i = 0; i < k; i += 4, half += 64) {
+      for (int j = 0; j < 16; ++j) {
+        sum[j] += x[i] * half[4 * j] + x[i + 1] * half[4 * j + 1] +
+                  x[i + 2] * half[4 * j + 2] + x[i + 3] * half[4 * j + 3];
+      }
+    }
+    for (int j = 0; j < 16; ++j) c[j] = sum[j];
+  }
+
   static void rows(const uint8_t* a, int64_t stride, const int8_t* block,
                    int64_t k, int64_t m, int32_t* c) {
-    for (int64_t r = 0; r < m; ++r) {
-      const int8_t* x = reinterpret_cast<const int8_t*>(a + r * stride);
-      int32_t sum[32] = {};
-      for (int64_t i = 0; i < k; i += 4) {
-        for (int half = 0; half < 2; ++half) {
-          const int8_t* w = block + (half * k + i) * 16;
-          for (int j = 0; j < 16; ++j) {
-            sum[16 * half + j] += x[i] * w[4 * j] + x[i + 1] * w[4 * j + 1] +
-                                  x[i + 2] * w[4 * j + 2] + x[i + 3] * w[4 * j + 3];
-          }
-        }
-      }
-      for (int j = 0; j < 32; ++j) c[r * 32 + j] = sum[j];
+    for (int64_t r = 0; r < m; ++r, a += stride, c += 32) {
+      row(a, block, k, c);
+      row(a, block + k * 16, k, c + 16);
     }
   }
 };

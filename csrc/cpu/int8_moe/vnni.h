@@ -83,25 +83,22 @@ void vnni_some(const uint8_t* a, int64_t stride, const int8_t* block, int64_t k,
   });
 }
 
-// One row, one half after the other: the weight comes from memory in order. Four
-// sums, to wait for none.
-inline void vnni_row(const uint8_t* a, const int8_t* block, int64_t k, int32_t* c) {
-  for (int half = 0; half < 2; ++half, block += k * 16, c += 16) {
-    __m512i sum[4];
-    unrolled<4>(INT8_MOE_EACH(j) { sum[j] = _mm512_setzero_si512(); });
-    for (int64_t i = 0; i < k; i += 16) {
-      unrolled<4>(INT8_MOE_EACH(j) {
-        const int8_t* w = block + (i + 4 * j) * 16;
-        _mm_prefetch(w + kAhead, _MM_HINT_T0);
-        int32_t four;
-        __builtin_memcpy(&four, a + i + 4 * j, 4);
-        sum[j] = _mm512_dpbusd_epi32(sum[j], _mm512_set1_epi32(four),
-                                     _mm512_loadu_si512(w));
-      });
-    }
-    _mm512_storeu_si512(c, _mm512_add_epi32(_mm512_add_epi32(sum[0], sum[1]),
-                                            _mm512_add_epi32(sum[2], sum[3])));
+// One row and half a block. Four sums, to wait for none.
+inline void vnni_row(const uint8_t* a, const int8_t* half, int64_t k, int32_t* c) {
+  __m512i sum[4];
+  unrolled<4>(INT8_MOE_EACH(j) { sum[j] = _mm512_setzero_si512(); });
+  for (int64_t i = 0; i < k; i += 16) {
+    unrolled<4>(INT8_MOE_EACH(j) {
+      const int8_t* w = half + (i + 4 * j) * 16;
+      _mm_prefetch(w + kAhead, _MM_HINT_T0);
+      int32_t four;
+      __builtin_memcpy(&four, a + i + 4 * j, 4);
+      sum[j] = _mm512_dpbusd_epi32(sum[j], _mm512_set1_epi32(four),
+                                   _mm512_loadu_si512(w));
+    });
   }
+  _mm512_storeu_si512(c, _mm512_add_epi32(_mm512_add_epi32(sum[0], sum[1]),
+                                          _mm512_add_epi32(sum[2], sum[3])));
 }
 
 using VnniSome = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int64_t,
@@ -118,7 +115,11 @@ inline void vnni_rows(const uint8_t* a, int64_t stride, const int8_t* block,
       vnni_of<true>(std::make_integer_sequence<int, kMostRows>());
   static constexpr auto kLater =
       vnni_of<false>(std::make_integer_sequence<int, kMostRows>());
-  if (m == 1) return vnni_row(a, block, k, c);
+  if (m == 1) {
+    // one half after the other: the weight comes from memory in order
+    vnni_row(a, block, k, c);
+    return vnni_row(a, block + k * 16, k, c + 16);
+  }
   const int64_t passes = (m + kMostRows - 1) / kMostRows;
   const int64_t slab = passes > 1 && m <= kMostInTurns ? kSlab : k;
   for (int64_t begin = 0; begin < k; begin += slab) {

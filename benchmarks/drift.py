@@ -40,6 +40,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from pages import describe_run, write_results  # noqa: E402
+
 from vllm_quark.commits import format_patch  # noqa: E402
 from vllm_quark.git import git  # noqa: E402
 from vllm_quark.patches import QuarkError  # noqa: E402
@@ -546,17 +548,16 @@ def main() -> int:
         keep.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(args.jobs) as pool:
             rows = list(pool.map(lambda n: one(bench, n, args.seed, keep), range(args.drifts)))
-        text = ["| drift | drifts | " + " | ".join(METHODS) + " |", "|---" * (2 + len(METHODS)) + "|"]
+        table: dict[str, dict] = {}
         for kind in (*KINDS, "all"):
             some = [r for r in rows if kind in (r["kind"], "all")]
             if not some:
                 continue
-            cells = []
+            table[kind] = {"drifts": len(some)}
             for method in METHODS:
                 n = collections.Counter(r[method] for r in some)
-                cells.append(f"{n['right']} / {n['refused']} / {n['wrong']}")
-            text.append(f"| {kind} | {len(some)} | " + " | ".join(cells) + " |")
-        print("\n".join(text), flush=True)
+                table[kind][method] = [n["right"], n["refused"], n["wrong"]]
+            print(kind, table[kind], flush=True)
         bad = [r for r in rows if r["vllm-quark"] != "right"]
         print(json.dumps([{k: r[k] for k in ("number", "kind", "vllm-quark")} for r in bad]))
         tests = []
@@ -571,24 +572,10 @@ def main() -> int:
     wrong = [r["number"] for r in rows if r["vllm-quark"] == "wrong"]
     red = [t for t in tests if "failed" in t[2] or "error" in t[2]]
     if args.out:
-        page = [
-            "# Drift",
-            "",
-            f"Made by `python benchmarks/drift.py --drifts {args.drifts} --seed {args.seed} --tests {args.tests} "
-            f"--out {args.out}`: do not edit. vLLM {RELEASE}, Python {sys.version.split()[0]}, "
-            f"{git(ROOT, '--version').strip()}. What a drift is, and right, stands on top of "
-            "[benchmarks/drift.py](../benchmarks/drift.py). Cells: right / refused / wrong.",
-            "",
-            *text,
-            "",
-        ]
-        if tests:
-            page += ["The layer tests (`tests/quantization`, mutants left out) on drifted trees with the series:", "",
-                     "| drift | number | result |", "|---|---|---|",
-                     *(f"| {k} | {n} | {re.sub(r' in .*', '', said)} |" for k, n, said in tests), ""]  # fmt: skip
-        new = args.out.with_suffix(".new")
-        new.write_text("\n".join(page))
-        new.rename(args.out)
+        run = {**describe_run(), "drifts": args.drifts, "seed": args.seed, "vllm": RELEASE}
+        run["git"] = git(ROOT, "--version").split()[2]
+        found = [[kind, number, re.sub(r" in .*", "", said)] for kind, number, said in tests]
+        write_results(args.out, {"run": run, "rows": table, "tests": found})
     return int(bool(wrong or red) or right < 0.95 * len(rows))
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """INT8 experts against BF16, FP8, vLLM's default config and the chip's limits.
 
-    python moe_speed.py measure OUT.json TUNED.jsonl…    on the GPU
-    python moe_speed.py table OUT.json [--plot FILE.svg]  the table in docs/performance.md
-    python moe_speed.py int32 SITE FOLDER                an experiment's vLLM
+    python moe_speed.py measure OUT.json TUNED.jsonl…     on the GPU
+    python moe_speed.py table OUT.json                    the table in docs/speed-gpu.md
+    python moe_speed.py int32 SITE FOLDER                 an experiment's vLLM
 
 One layer at Step-3.5-Flash's shape, each dtype with the best config that
 tune_moe.py found; one run, medians of interleaved CUDA-graph replays, half of the
@@ -164,26 +164,6 @@ def table(args: argparse.Namespace) -> None:
         cells = [f"{t:.1f}" if t else "" for t in (*times, row["limit"]["us"])]
         cells += [f"{r:.2f}x" if r else "" for r in list(speed.values())[:3]]
         print("|", " | ".join([str(row["tokens"]), *cells, f"{speed['limit']:.0%}"]), "|")
-    if not args.plot:
-        return
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "vllm-quark"
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    names = {"int8": "INT8", "fp8": "FP8", "bf16": "BF16", "default": "INT8, default config"}
-    for name, label in names.items():
-        points = [(r["tokens"], r["us"][name] / 1e3) for r in rows if name in r["us"]]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker=".", label=label)
-    limit = [(r["tokens"], r["limit"]["us"] / 1e3) for r in rows]
-    axes.plot(*zip(*limit, strict=True), "k--", label="limit of INT8")
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms a layer", title=result["device"])
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(args.plot, metadata={"Date": None}, bbox_inches="tight")
 
 
 def int32(args: argparse.Namespace) -> None:
@@ -221,7 +201,6 @@ def main() -> int:
     one.set_defaults(run=measure)
     two = sub.add_parser("table")
     two.add_argument("out", type=Path)
-    two.add_argument("--plot", type=Path)
     two.set_defaults(run=table)
     three = sub.add_parser("int32")
     three.add_argument("site", type=Path, help="folder that holds vllm/")

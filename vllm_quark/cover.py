@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vllm_quark.patches import Patch, QuarkError
 from vllm_quark.series import Series
+from vllm_quark.topics import Topic
 
 SUBJECT = "[Bugfix][Quark] INT8 W8A8 checkpoints: right, or refused with a reason"
 # page, heading, what its first table shows
@@ -34,8 +35,10 @@ def _table(page: Path, heading: str) -> str:
     return "\n".join(table)
 
 
-def pull_request(series: Series, patches: list[Patch]) -> str:
+def pull_request(series: Series, patches: list[Patch], topic: Topic | None = None) -> str:
     """Purpose, test plan and test result as vLLM's template asks for them, for these patches.
+
+    topic: its tables instead of the whole series'.
 
     Raises QuarkError where a page of docs/ lacks a table.
     """
@@ -44,7 +47,8 @@ def pull_request(series: Series, patches: list[Patch]) -> str:
         raise QuarkError(f"{docs}: is missing, and the figures stand there: use a checkout of vllm-quark")
     tests = sorted({f for p in patches for f in p.files if Path(f).name.startswith("test_")})
     changes = "\n".join(f"- **{p.subject}**. " + " ".join(p.description.split("\n\n")[0].split()) for p in patches)
-    results = "\n\n".join(f"{said}\n\n{_table(docs / page, heading)}" for page, heading, said in _RESULTS)
+    shown = topic.results if topic else _RESULTS
+    results = "\n\n".join(f"{said}\n\n{_table(docs / page, heading)}" for page, heading, said in shown)
     return f"""\
 ## Purpose
 

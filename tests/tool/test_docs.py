@@ -3,6 +3,7 @@
 """The pages: every link leads somewhere, every quoted path exists, every quoted command is one."""
 
 import functools
+import importlib.metadata
 import re
 import shlex
 import subprocess
@@ -186,3 +187,10 @@ def test_upstream_files_are_in_the_release(sdist: Path):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert names >= UPSTREAM
+
+
+def test_the_version_is_the_changelogs():
+    """The newest heading of CHANGELOG.md, or on the way to it; after a new heading: touch setup.py && make env."""
+    newest = re.search(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    installed = importlib.metadata.version("vllm-quark")
+    assert newest and re.fullmatch(rf"{re.escape(newest[1])}(\.dev\d+(\+.*)?)?", installed)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every plot of docs/, from the stored measurements.
+"""Every plot of README.md and docs/, from the stored measurements.
 
     python benchmarks/plot_docs.py [NAME…]
 
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from plots import Bars, Line, draw_bars, draw_lines
+from plots import COLOURS, Bars, Line, draw_bars, draw_lines, draw_table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 MEASURED = DOCS / "performance"
@@ -168,7 +168,25 @@ def plot_cpu_engine() -> str:
     return draw_bars(title, said, panels)
 
 
+def plot_demo() -> str:
+    """The table of `make demo`, stored by examples/step3p5-nano/demo.py --json."""
+    found = json.loads((DOCS / "demo.json").read_text())
+    columns = [("checkpoint", 16), ("vLLM", 22), ("perplexity per byte", 19), ("same top-1", 10), ("text", 40)]
+    kinds = {"reference": "#666666", "before": COLOURS["BF16"], "after": COLOURS["INT8"]}
+    rows = []
+    for row in found["rows"]:
+        text = row["text"] if len(row["text"]) <= 40 else row["text"][:39] + "…"
+        cells = [row["checkpoint"], row["served by"], row["perplexity"], row["agreement"], text]
+        rows.append((kinds[row["kind"]], cells))
+    worst = max(float(row["perplexity"]) for row in found["rows"] if row["kind"] == "after")
+    best = found["rows"][0]["perplexity"]
+    title = f"The same INT8 checkpoints: garbage before, perplexity {worst:g} after; BF16 has {best}"
+    said = "; ".join(f"{r['checkpoint']}, {r['served by']}: perplexity {r['perplexity']}" for r in found["rows"])
+    return draw_table(title, said, columns, rows)
+
+
 PLOTS: dict[str, Callable[[], str]] = {
+    "demo.svg": plot_demo,
     "performance/moe-h100.svg": plot_layer_h100,
     "performance/moe-h200.svg": plot_layer_h200,
     "performance/depth-h200.svg": plot_engine_4,

@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """The main job: an AMD Quark INT8 checkpoint in vLLM 0.21.0, before and after the series, on CPU."""
 
+import argparse
+import json
 import sys
 import tempfile
 import time
@@ -15,7 +17,30 @@ from rich.table import Table
 console = Console(width=None if sys.stdout.isatty() else 150)
 
 
+def write_rows(out: Path, judge: Judge, emulated: Result, rows: list[tuple[str, str, Result]]) -> None:
+    """Store the table for benchmarks/plot_docs.py, which makes the README's picture of it."""
+    served = {"CPU only": ("before", "0.21.0, 0004 and 0005"), "series": ("after", "0.21.0, all patches")}
+    found = [("BF16", "reference", "float reference", judge.reference)]
+    found.append(("INT8", "reference", "emulation of W8A8", emulated))
+    found += [(f"INT8, {layout}", *served[patches], result) for layout, patches, result in rows]
+    table = [
+        {
+            "checkpoint": checkpoint,
+            "kind": kind,
+            "served by": server,
+            "perplexity": result.shown,
+            "agreement": f"{result.agreement:.1%}",
+            "text": repr(result.text),
+        }
+        for checkpoint, kind, server, result in found
+    ]
+    out.write_text(json.dumps({"rows": table}, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="store the table in FILE as well")
+    args = parser.parse_args()
     build = ROOT / "build/demo"
     started = time.time()
 
@@ -53,6 +78,8 @@ def main() -> int:
         elif r.perplexity is not None and r.perplexity < GARBAGE * best.perplexity:
             failed.append(f"{layout}, {name}: {r.shown} is no garbage, expected {GARBAGE:g} times {best.shown}")
     console.print(table)
+    if args.json:
+        write_rows(args.json, judge, emulated, rows)
     for line in failed:
         console.print(f"[red]not as expected:[/] {line}")
     if not failed:

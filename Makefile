@@ -3,7 +3,6 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RELEASE := 0.21.0
 BIN := .venv/bin
 UV := $(BIN)/uv
-NANO := examples/step3p5-nano
 CKPTS := build/ckpts
 TRAVELS := vllm tests/quantization tests/entrypoints
 # At a terminal the downloads show their progress.
@@ -55,7 +54,7 @@ $(BASE_ENV)/.made: | env
 	@touch $@
 
 demo: env quark-env  ## the main job before and after, on CPU
-	@$(BIN)/python $(NANO)/demo.py
+	@$(BIN)/python -m examples.step3p5_nano.demo
 
 # For every edit: the tool, the layers with fewer mutants, one engine.
 check: env quark-env lint  ## for every edit: lint, layers, tool, one engine (minutes)
@@ -63,17 +62,17 @@ check: env quark-env lint  ## for every edit: lint, layers, tool, one engine (mi
 	VLLM_QUARK_MUTANTS=50 PYTHONPATH=$(CURDIR)/build/shadow \
 	  $(BIN)/python -m pytest -q -n 2 tests/quantization tests/entrypoints
 	$(BIN)/python -m pytest -q -n 2 tests/tool
-	@$(BIN)/python $(NANO)/lab.py $(CKPTS)
+	@$(BIN)/python -m examples.step3p5_nano.lab $(CKPTS)
 	$(BIN)/python -m pytest -q tests/e2e/test_nano.py -k "with_the_series and stacked-all"
 
 test: env quark-env lint  ## everything that runs on this machine (40 minutes)
 	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
 	PYTHONPATH=$(CURDIR)/build/shadow $(BIN)/python -m pytest -q -n 2 tests/quantization tests/entrypoints
 	$(BIN)/python -m pytest -q tests/tool tests/csrc tests/benchmarks
-	$(BIN)/python benchmarks/releases.py 0.20.0 0.21.0 0.26.0 newest
+	$(BIN)/python -m benchmarks.compatibility.releases 0.20.0 0.21.0 0.26.0 newest
 	@$(MAKE) --no-print-directory test-upstream
-	@$(BIN)/python $(NANO)/lab.py $(CKPTS)
-	$(BIN)/python benchmarks/releases.py none --engines $(RELEASE) newest
+	@$(BIN)/python -m examples.step3p5_nano.lab $(CKPTS)
+	$(BIN)/python -m benchmarks.compatibility.releases none --engines $(RELEASE) newest
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/e2e
 
 # The operator's tests with -fsanitize: its library, and Python with the sanitizers' runtime first.
@@ -105,31 +104,31 @@ matrix: env $(BASE_ENV)/.made  ## every scheme on this machine's kernels: docs/m
 	  $(BIN)/vllm-quark shadow --stock -o build/matrix/$$release-stock $$site && \
 	  $(BIN)/vllm-quark shadow -o build/matrix/$$release-patched $$site || exit 1; \
 	  for kind in stock patched; do \
-	    PYTHONPATH=$(CURDIR)/build/matrix/$$release-$$kind $${base#*:}/bin/python benchmarks/matrix.py measure \
+	    PYTHONPATH=$(CURDIR)/build/matrix/$$release-$$kind $${base#*:}/bin/python -m benchmarks.correctness.matrix measure \
 	      docs/matrix/cpu-$$release-$$kind.json 2> build/matrix/$$release-$$kind.log || exit 1; done; done
-	$(BIN)/python benchmarks/matrix.py table docs/matrix docs/matrix.md
+	$(BIN)/python -m benchmarks.correctness.matrix table docs/matrix docs/matrix.md
 
 # The models that people publish in the ways in which they quantize them, stock and series, and docs/models.md (hours).
 models: env  ## the models that people publish: docs/models.md (hours)
-	$(BIN)/python benchmarks/models.py run build/models --stock
-	$(BIN)/python benchmarks/models.py run build/models
-	$(BIN)/python benchmarks/models.py table build/models docs/models.md
+	$(BIN)/python -m benchmarks.correctness.models run build/models --stock
+	$(BIN)/python -m benchmarks.correctness.models run build/models
+	$(BIN)/python -m benchmarks.correctness.models table build/models docs/models.md
 
 # The series on every release, the layer tests on some CPU wheels, the nano model on all, and docs/releases.md.
 WHEELS := 0.20.0 0.20.1 0.20.2 0.21.0 0.22.0 0.22.1 0.23.0 0.24.0 0.25.0 0.25.1 0.26.0 0.27.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0
 releases: env quark-env  ## every release: docs/releases.md
-	@$(BIN)/python $(NANO)/lab.py $(CKPTS)
-	$(BIN)/python benchmarks/releases.py --wheels 0.20.0 0.20.2 0.21.0 0.22.0 0.26.0 0.29.0 newest \
+	@$(BIN)/python -m examples.step3p5_nano.lab $(CKPTS)
+	$(BIN)/python -m benchmarks.compatibility.releases --wheels 0.20.0 0.20.2 0.21.0 0.22.0 0.26.0 0.29.0 newest \
 	  --engines $(WHEELS) newest --out docs/releases.md
 
 # The series on drifted trees, and docs/drift.md.
 drift: env  ## drifted trees: docs/drift.md
-	$(BIN)/python benchmarks/drift.py --drifts 304 --seed 1 --tests 1 --out docs/drift.md
+	$(BIN)/python -m benchmarks.compatibility.drift --drifts 304 --seed 1 --tests 1 --out docs/drift.md
 
 # Plots and generated pages, from the stored measurements.
 plots: env  ## plots and generated pages anew, from the stored figures
-	$(BIN)/python benchmarks/plot_docs.py
-	$(BIN)/python benchmarks/pages.py
+	$(BIN)/python -m benchmarks.plot_docs
+	$(BIN)/python -m benchmarks.pages
 
 # With the vLLM of the active Python (CUDA or ROCm), see requirements/cuda.in. UPSTREAM: upstream's tests, packed by
 # tests/upstream/run.py --pack, where no package index is reached.
@@ -141,7 +140,7 @@ test-gpu:  ## the layer tests with the active Python's vLLM
 	  $(if $(UPSTREAM),--source $(UPSTREAM))
 
 ckpts: env quark-env  ## AMD Quark's exports of the nano model in build/ckpts
-	$(BIN)/python $(NANO)/lab.py $(CKPTS)
+	$(BIN)/python -m examples.step3p5_nano.lab $(CKPTS)
 
 tree: env  ## the whole vLLM tree with the series as commits
 	$(BIN)/vllm-quark make-tree $(RELEASE) -o build/vllm-$(RELEASE)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pages of docs/ that are generated whole, from results that are stored beside them as JSON.
 
-    python benchmarks/pages.py      write each page again from its results
+    python -m benchmarks.pages      write each page again from its results
 
 Nothing in a generated page is written by hand. What a person has to add stands in docs/results.md.
 """
@@ -52,7 +52,7 @@ def releases_page(results: dict) -> str:
         "# Which releases of vLLM does the series serve?",
         "",
         "`make releases` wrote this page; do not edit it. The top of "
-        "[benchmarks/releases.py](../benchmarks/releases.py) says "
+        "[benchmarks/compatibility/releases.py](../benchmarks/compatibility/releases.py) says "
         f"what each release went through. Run on {run['date']}: {run['machine']}, Python {run['python']}.",
         "",
         "- `applies`: the series changes it there.",
@@ -105,7 +105,7 @@ def drift_page(results: dict) -> str:
         "# Does the series apply to a fork that has drifted?",
         "",
         "`make drift` wrote this page; do not edit it. The top of "
-        "[benchmarks/drift.py](../benchmarks/drift.py) says what a drift "
+        "[benchmarks/compatibility/drift.py](../benchmarks/compatibility/drift.py) says what a drift "
         f"is, and when a result is right. Run on {run['date']} with {run['drifts']} drifts, seed {run['seed']}: vLLM "
         f"{run['vllm']}, Python {run['python']}, git {run['git']}.",
         "",

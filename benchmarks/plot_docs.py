@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every plot of README.md and docs/, from the stored measurements.
 
-    python benchmarks/plot_docs.py [NAME…]
+    python -m benchmarks.plot_docs [NAME…]
 
 Each title is computed from the figures, so that it cannot say more than they do. A test compares the committed plots
 with what this script makes, byte for byte.
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from plots import COLOURS, Bars, Line, draw_bars, draw_lines, draw_table
+from benchmarks.plots import COLOURS, Bars, Line, draw_bars, draw_lines, draw_table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 MEASURED = DOCS / "performance"
@@ -169,7 +169,7 @@ def plot_cpu_engine() -> str:
 
 
 def plot_demo() -> str:
-    """The table of `make demo`, stored by examples/step3p5-nano/demo.py --json."""
+    """The table of `make demo`, stored by examples/step3p5_nano/demo.py --json."""
     found = json.loads((DOCS / "demo.json").read_text())
     columns = [("checkpoint", 16), ("vLLM", 22), ("perplexity per byte", 19), ("same top-1", 10), ("text", 40)]
     kinds = {"reference": "#666666", "before": COLOURS["BF16"], "after": COLOURS["INT8"]}

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """How the series survives a fork's drift, beside the textual form of the same patches: docs/drift.md.
 
-    python benchmarks/drift.py [--drifts 320] [--seed 0] [--tests 0] [--out docs/drift.md]
+    python -m benchmarks.compatibility.drift [--drifts 320] [--seed 0] [--tests 0] [--out docs/drift.md]
 
 A drift changes the files that the series edits in vLLM 0.21.0 as forks do, without changing what they compute:
 
@@ -37,18 +37,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.pages import describe_run, write_results
+from vllm_quark.commits import format_patch
+from vllm_quark.git import git
+from vllm_quark.patches import QuarkError
+from vllm_quark.release import sources
+from vllm_quark.series import Series, load_series
+from vllm_quark.shadow import make_shadow
+from vllm_quark.tree import Tree
 
-from pages import describe_run, write_results  # noqa: E402
-
-from vllm_quark.commits import format_patch  # noqa: E402
-from vllm_quark.git import git  # noqa: E402
-from vllm_quark.patches import QuarkError  # noqa: E402
-from vllm_quark.release import sources  # noqa: E402
-from vllm_quark.series import Series, load_series  # noqa: E402
-from vllm_quark.shadow import make_shadow  # noqa: E402
-from vllm_quark.tree import Tree  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 RELEASE = "0.21.0"
 VENDOR = "acme_vllm"
@@ -275,7 +273,7 @@ class Drifter:
         stem += "_impl" if stem == Path(name).stem else ""
         new = str(Path(name).with_name(f"{stem}.py"))
         head = [*rows[:2], "", *imports, "", "logger = init_logger(__name__)" if "logger" in used else "", ""]
-        back = f"from {new.removesuffix('.py').replace('/', '.')} import {c.name}  # noqa: E402"
+        back = f"from {new.removesuffix('.py').replace('/', '.')} import {c.name}"
         return {
             name: "\n".join([*rows[:start], back, *rows[c.end_lineno :]]),
             new: "\n".join([*head, *rows[start : c.end_lineno], ""]),

@@ -2,7 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """Perplexity of nano checkpoints on held-out text through `LLM`, in this Python's vLLM.
 
-    PYTHONPATH=VLLM python nano_engine.py CKPT [CKPT ...] --out RESULT.json [--compile] [--tp 2] [--windows 20]
+    PYTHONPATH=VLLM python -m benchmarks.compatibility.nano_engine CKPT [CKPT ...] --out RESULT.json
+        [--compile] [--tp 2] [--windows 20]
 
 RESULT.json is {checkpoint's name: perplexity, null where logits were NaN}.
 """
@@ -12,16 +13,14 @@ import gc
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples/step3p5-nano"))
 
-from text import held_out_windows  # noqa: E402
+from examples.step3p5_nano.text import held_out_windows
 
 
 def perplexity(ckpt: Path, windows: list[list[int]], compiled: bool, ranks: int) -> float | None:

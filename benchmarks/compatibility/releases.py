@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """The series on every release of vLLM: docs/releases.md.
 
-    python benchmarks/releases.py [VERSION ... | newest | none] [--wheels VERSION ... | newest]
+    python -m benchmarks.compatibility.releases [VERSION ... | newest | none] [--wheels VERSION ... | newest]
         [--engines VERSION ... | newest] [--out docs/releases.md]
 
 For each release from 0.17.0 on (or those named) its Python sources are fetched and kept (~/.cache/vllm-quark), and
@@ -30,19 +30,17 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.pages import describe_run, write_results
+from vllm_quark import SERIES
+from vllm_quark.commits import format_patch
+from vllm_quark.git import git
+from vllm_quark.patches import QuarkError
+from vllm_quark.release import sources, versions
+from vllm_quark.series import OLDEST, load_series
+from vllm_quark.shadow import make_shadow
+from vllm_quark.tree import Tree
 
-from pages import describe_run, write_results  # noqa: E402
-
-from vllm_quark import SERIES  # noqa: E402
-from vllm_quark.commits import format_patch  # noqa: E402
-from vllm_quark.git import git  # noqa: E402
-from vllm_quark.patches import QuarkError  # noqa: E402
-from vllm_quark.release import sources, versions  # noqa: E402
-from vllm_quark.series import OLDEST, load_series  # noqa: E402
-from vllm_quark.shadow import make_shadow  # noqa: E402
-from vllm_quark.tree import Tree  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 KEPT = ROOT / "build/releases"
 OPERATOR = ROOT / "vllm_quark/_int8_moe_C.abi3.so"
@@ -219,12 +217,17 @@ def engine_run(version: str, way: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         python, _, env = series_on(version, Path(folder) / "site")
         out = Path(folder) / "result.json"
-        words = [python, ROOT / "benchmarks/nano_engine.py", *(ckpts if way.startswith("eager") else ckpts[-1:])]
+        words = [
+            python,
+            "-m",
+            "benchmarks.compatibility.nano_engine",
+            *(ckpts if way.startswith("eager") else ckpts[-1:]),
+        ]
         env |= {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_INT8_MOE_LIBRARY": str(OPERATOR) if native else ""}
         if way == TWO_RANKS:  # each worker would be bound to a NUMA node of its own
             env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
         with open(log, "w") as said:
-            done = subprocess.run([*words, "--out", out, *flags], env=env, stdout=said, stderr=said)
+            done = subprocess.run([*words, "--out", out, *flags], cwd=ROOT, env=env, stdout=said, stderr=said)
         text = log.read_text(errors="replace")
         if done.returncode or not out.exists():
             faults = [f"{text.strip().splitlines()[-1][:200]}"]
@@ -244,8 +247,7 @@ def slug(way: str) -> str:
 @functools.cache
 def reference() -> float:
     """The float model's perplexity on the windows that engines are judged on."""
-    sys.path.insert(0, str(ROOT / "examples/step3p5-nano"))
-    from lab import Judge
+    from examples.step3p5_nano.lab import Judge
 
     return Judge().reference.perplexity
 
@@ -287,7 +289,9 @@ def main() -> int:
                       for given in (args.wheels, args.engines))  # fmt: skip
     rows, tests, engines = [], [], {}
     for i, version in enumerate(chosen):
-        rows.append(row := kept("release", judge, version, *SERIES, "vllm_quark", "benchmarks/releases.py"))
+        rows.append(
+            row := kept("release", judge, version, *SERIES, "vllm_quark", "benchmarks/compatibility/releases.py")
+        )
         counts = collections.Counter(row["status"].values())
         print(f"[{i + 1}/{len(chosen)}] {version}:", ", ".join(f"{n} {s}" for s, n in sorted(counts.items())),
               *(f"\n    {f}" for f in row["faults"][:20]), flush=True)  # fmt: skip
@@ -298,7 +302,7 @@ def main() -> int:
         for way in [w for w in WAYS if w != TWO_RANKS or version == newest_wheel]:
             run = functools.partial(engine_run, way=way)
             engines[version, way] = row = kept(f"engine-{slug(way)}", run, version, "patches", "vllm", "csrc",
-                                               "benchmarks/nano_engine.py")  # fmt: skip
+                                               "benchmarks/compatibility/nano_engine.py")  # fmt: skip
             shown = ", ".join(f"{name} {value:.4f}" for name, value in row["values"].items() if value)
             print(f"[{i + 1}/{len(served)}] vllm-cpu {version}, {way}: {shown}", *row["faults"], flush=True)
     if args.out:

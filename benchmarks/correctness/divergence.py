@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """How near to a tie greedy texts part: the float model's gap between the two tokens.
 
-    python benchmarks/divergence.py --ckpts DIR --stdlib DIR RESULTS
+    python -m benchmarks.correctness.divergence --ckpts DIR --stdlib DIR RESULTS
 
 RESULTS holds what gpu_parallel.py wrote (--out). For each run against the same checkpoint's `mtp-0` (one GPU, no
 drafts): at the first token where a text differs, the difference in log-probability that the checkpoint's float32
@@ -12,14 +12,12 @@ W8A8 emulation (BF16: the float model) gives the two tokens.
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-NANO = ROOT / "examples/step3p5-nano"
-sys.path[:0] = [str(ROOT), str(NANO)]
+from examples.step3p5_nano.lab import Judge
 
-from lab import Judge  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
+NANO = ROOT / "examples/step3p5_nano"
 
 
 def main() -> None:

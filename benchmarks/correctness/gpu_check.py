@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """Nano checkpoints through the engine and the layer tests, on a GPU: the tables in docs/results.md.
 
-    PYTHONPATH=SITE python benchmarks/gpu_check.py --ckpts DIR [--stdlib DIR] [--out DIR]
+    PYTHONPATH=SITE python -m benchmarks.correctness.gpu_check --ckpts DIR [--stdlib DIR] [--out DIR]
 
 DIR of --ckpts holds what `make ckpts` writes (quark, stacked, quark-all, compressed-tensors, …).
 Everything runs beside each other, so no time here means anything.
@@ -18,10 +18,9 @@ import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples/step3p5-nano")]
+from examples.step3p5_nano.lab import Judge, LabError, Result, before, shadow
 
-from lab import Judge, LabError, Result, before, shadow  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 ENGINE = {  # name of the vLLM: checkpoints
     "stock": ["quark", "stacked", "quark-all", "compressed-tensors"],

@@ -3,7 +3,7 @@
 """Speculative decoding with the MTP layers, and tensor, expert and pipeline parallelism, of the nano model:
 the tables in docs/results.md.
 
-    PYTHONPATH=SITE python benchmarks/gpu_parallel.py --ckpts DIR [--stdlib DIR] [--out DIR]
+    PYTHONPATH=SITE python -m benchmarks.correctness.gpu_parallel --ckpts DIR [--stdlib DIR] [--out DIR]
 
 Compares greedy continuations, of the halves of the held-out windows, with one GPU's without speculation.
 """
@@ -15,12 +15,11 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-NANO = ROOT / "examples/step3p5-nano"
-sys.path[:0] = [str(ROOT), str(NANO)]
+from examples.step3p5_nano.lab import Judge, LabError, shadow
+from examples.step3p5_nano.model import acceptance, load
 
-from lab import Judge, LabError, shadow  # noqa: E402
-from model import acceptance, load  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
+NANO = ROOT / "examples/step3p5_nano"
 
 SPECULATE = ("bf16", "quark", "quark-mtp", "quark-all")
 PARALLEL = {"tensor parallel 2": ["--tp", "2"], "expert parallel 2": ["--tp", "2", "--ep"],

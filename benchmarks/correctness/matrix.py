@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """Which INT8 scheme is right, refused or garbage, on the vLLM that PYTHONPATH has first.
 
-    python benchmarks/matrix.py measure OUT.json     # every cell of this machine's kernels
-    python benchmarks/matrix.py table DIR DOC.md     # the page from all measurements below DIR
+    python -m benchmarks.correctness.matrix measure OUT.json     # every cell of this machine's kernels
+    python -m benchmarks.correctness.matrix table DIR DOC.md     # the page from all measurements below DIR
 
 A cell is a random checkpoint of one layer through QuarkConfig, vLLM's loaders and one kernel, against
 float64 (tests/quantization/quark/checkpoints.py): `right` within 1 % of the norm and 3 % for the worst
@@ -19,13 +19,12 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CUTLASS, TRITON = "CutlassInt8ScaledMMLinearKernel", "TritonInt8ScaledMMLinearKernel"
 ORDER = ("right", "per token", "refused", "stops", "garbage")
 
 
 def measure(out: Path) -> None:
-    sys.path.append(str(ROOT))
     import torch
     import vllm
 
@@ -76,8 +75,9 @@ def table(folder: Path, doc: Path) -> None:
     text = [
         "# Every INT8 W8A8 scheme, stock and patched",
         "",
-        "Made by `make matrix` (CPU) and `benchmarks/matrix.py measure` on the GPU: do not edit. "
-        "What the words mean stands on top of [benchmarks/matrix.py](../benchmarks/matrix.py); each cell's error, "
+        "Made by `make matrix` (CPU) and `benchmarks/correctness/matrix.py measure` on the GPU: do not edit. "
+        "What the words mean stands on top of "
+        "[benchmarks/correctness/matrix.py](../benchmarks/correctness/matrix.py); each cell's error, "
         "and what a refusal says, in [matrix/](matrix/). Behind a word: the largest error of its cells, over the norm. "
         "`per token`: static, asymmetric and dynamic per-tensor activations served with per-token ones, said once in "
         "the log. Columns join the layers plain, fused qkv, fused gate_up, row-parallel (experts: stacked and one by "

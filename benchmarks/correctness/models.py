@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """Tiny models of the architectures that people publish, in the ways in which they quantize them, through the engine.
 
-    python benchmarks/models.py run FOLDER [--stock] [--architectures NAME…] [--variants NAME…]
-    python benchmarks/models.py table FOLDER docs/models.md
+    python -m benchmarks.correctness.models run FOLDER [--stock] [--architectures NAME…] [--variants NAME…]
+    python -m benchmarks.correctness.models table FOLDER docs/models.md
 
 `run` makes the checkpoints below FOLDER and serves each with the installed vLLM, with the series or stock; cells that
 FOLDER has are not run again. `table` judges what is there, by Transformers' own model in float32 whose quantized layers
@@ -16,22 +16,21 @@ import importlib.metadata
 import json
 import os
 import platform
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples/step3p5-nano")]
+from tests.e2e.models.architectures import ARCHITECTURES
+from tests.e2e.models.judge import BF16, FACTOR, FLOOR, Verdict, cells, judge, make, run
+from tests.e2e.models.variants import VARIANTS
 
-from tests.e2e.models.architectures import ARCHITECTURES  # noqa: E402
-from tests.e2e.models.judge import BF16, FACTOR, FLOOR, Verdict, cells, judge, make, run  # noqa: E402
-from tests.e2e.models.variants import VARIANTS  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 KINDS = ("stock", "series")
 HEAD = """# Models that people publish
 
-Made by `benchmarks/models.py`. Each architecture is a tiny random model by Transformers' own class; each variant is a
-way to quantize it and to write `exclude` (tests/e2e/models/variants.py), in AMD Quark's layout written by hand.
+Made by `benchmarks/correctness/models.py`. Each architecture is a tiny random model by Transformers' own class; each
+variant is a way to quantize it and to write `exclude` (tests/e2e/models/variants.py), in AMD Quark's layout written
+by hand.
 
 - *right*: the log-probabilities of four prompts of 48 tokens are those of Transformers' model in float32 whose
   quantized layers compute what the exported numbers say. Over all positions, the median distance is at most {factor}
@@ -46,7 +45,7 @@ way to quantize it and to write `exclude` (tests/e2e/models/variants.py), in AMD
 
 def serve(args: argparse.Namespace) -> None:
     """Run the cells that are asked for and not there yet."""
-    from lab import shadow
+    from examples.step3p5_nano.lab import shadow
 
     kind = "stock" if args.stock else "series"
     wanted = [c for c in cells() if c[0] in args.architectures and c[1] in args.variants]

@@ -2,7 +2,7 @@
 """Step-3.5-nano, INT8, through vLLM's engine on CPU: the native operator against oneDNN by expert.
 
     make demo && .venv/bin/vllm-quark shadow -o build/shadow
-    PYTHONPATH=build/shadow .venv/bin/python benchmarks/cpu_engine.py build/demo/quark [--eager] [--json OUT]
+    PYTHONPATH=build/shadow .venv/bin/python -m benchmarks.speed.cpu_engine build/demo/quark [--eager] [--json OUT]
 
 Each way is an engine in a process of its own, in turns, `--repeats` times: prefill of 8 prompts of 512 tokens, decode
 of 128 tokens at batch 1 and 16, medians of 5.
@@ -18,7 +18,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from serve_depth import decode_speed, took_for
+from benchmarks.speed.engine_speed import decode_speed, took_for
+
+ROOT = Path(__file__).resolve().parents[2]
 
 WAYS = {"native": {}, "oneDNN": {"VLLM_INT8_MOE_LIBRARY": ""}}
 PROMPTS, LENGTH, VOCABULARY = 8, 512, 250
@@ -65,9 +67,10 @@ def main() -> int:
         for _ in range(args.repeats):
             for way, env in WAYS.items():
                 part = Path(folder) / "part.json"
-                words = [sys.executable, __file__, args.checkpoint, "--one", part] + ["--eager"] * args.eager
+                words = [sys.executable, "-m", "benchmarks.speed.cpu_engine", args.checkpoint, "--one", part]
+                words += ["--eager"] * args.eager
                 env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **env}  # the way it took is read from the log
-                done = subprocess.run(words, env=env, capture_output=True, text=True)
+                done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(f"{way}: {done.stderr[-2000:]}")
                 said = done.stdout + done.stderr

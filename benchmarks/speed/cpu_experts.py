@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routed INT8 experts on CPU: the native operator against oneDNN by expert, vLLM's BF16 and INT8 experts, and memory.
 
-    make env && PYTHONPATH=build/shadow .venv/bin/python benchmarks/cpu_moe.py [--json OUT]
+    make env && PYTHONPATH=build/shadow .venv/bin/python -m benchmarks.speed.cpu_experts [--json OUT]
 
 Needs a vLLM with the series first on PYTHONPATH (`vllm-quark shadow -o build/shadow`). Times are medians of rounds in
 which all contestants run one after the other on the same fresh input and routing, so compare within a run; where one
@@ -176,7 +176,7 @@ def main() -> int:
     parser.add_argument("--without", default="", help="contestants to leave out, separated by semicolons")
     args = parser.parse_args()
     if cpu_int8_moe.native_experts() is None:
-        sys.exit("cpu_moe.py: the native operator is not built here: make env with a C++ compiler")
+        sys.exit("cpu_experts: the native operator is not built here: make env with a C++ compiler")
     torch.manual_seed(0)
     found = {"machine": processor(), "rows": []}
     print(found["machine"])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step-3.5-Flash's layers at their real widths through vLLM's engine, depth cut to fit one GPU.
 
-    python serve_depth.py all OUT.json --work /dev/shm/depth --stock SITE --series SITE
-    python serve_depth.py shards OUT.json CHECKPOINT        loads of tensor- and expert-parallel ranks of one layer
-    python serve_depth.py table OUT.json                    the table in docs/speed-engine.md
+    python -m benchmarks.speed.gpu_engine all OUT.json --work /dev/shm/depth --stock SITE --series SITE
+    python -m benchmarks.speed.gpu_engine shards OUT.json CHECKPOINT  loads of the ranks of one layer
+    python -m benchmarks.speed.gpu_engine table OUT.json              the table in docs/speed-engine.md
 
 One dense layer and `--moe-layers` with 288 experts, random weights. The INT8 ones are written once, in the stacked
 Quark layout; its compressed-tensors twin links to them and has its own scales' shape and config. BF16 is a checkpoint
@@ -24,11 +24,14 @@ import sys
 import time
 from pathlib import Path
 
-NANO = Path(__file__).parents[1] / "examples/step3p5-nano"
+from benchmarks.speed.engine_speed import decode_speed, took_for
+
+ROOT = Path(__file__).resolve().parents[2]
+NANO = ROOT / "examples/step3p5_nano"
 HIDDEN, DENSE, EXPERTS, WIDTH, VOCAB, HEAD = 4096, 11264, 288, 1280, 128896, 128
 HEADS = {"full_attention": 64, "sliding_attention": 96}
 GROUPS = 8
-PREFILL, DECODE, STEPS = 8192, (1, 32, 128), 128
+PREFILL, DECODE = 8192, (1, 32, 128)
 
 
 def config(layers: int) -> dict:
@@ -165,8 +168,7 @@ def twin(quark: Path, folder: Path) -> None:
     """The compressed-tensors checkpoint of the same numbers: weights linked, scales [E, N, 1]."""
     from safetensors.torch import load_file, save_file
 
-    sys.path.insert(0, str(NANO))
-    from convert import compressed_tensors
+    from examples.step3p5_nano.convert import compressed_tensors
 
     folder.mkdir(parents=True)
     made = json.loads((quark / "config.json").read_text())
@@ -195,24 +197,6 @@ def read_bandwidth(folder: Path, files: str = "*.safetensors") -> tuple[int, flo
                 total += count
             took += time.perf_counter() - start
     return total, took
-
-
-def took_for(llm, vocabulary: int, batch: int, prompt: int, out: int) -> float:
-    """Seconds to generate `out` tokens for each of `batch` random prompts of `prompt` tokens."""
-    from vllm import SamplingParams
-
-    prompts = [{"prompt_token_ids": random.choices(range(2, vocabulary), k=prompt)} for _ in range(batch)]
-    params = SamplingParams(temperature=0.0, max_tokens=out, ignore_eos=True, detokenize=False)
-    start = time.perf_counter()
-    llm.generate(prompts, params, use_tqdm=False)
-    return time.perf_counter() - start
-
-
-def decode_speed(llm, vocabulary: int, batch: int) -> float:
-    """Tokens per second, the median of five runs."""
-    took_for(llm, vocabulary, batch, 32, 4)
-    runs = [took_for(llm, vocabulary, batch, 32, STEPS + 1) - took_for(llm, vocabulary, batch, 32, 1) for _ in range(5)]
-    return batch * STEPS / statistics.median(runs)
 
 
 def one(args: argparse.Namespace) -> None:
@@ -297,8 +281,8 @@ def every(args: argparse.Namespace) -> None:
         part.unlink(missing_ok=True)
         env = {**os.environ, "PYTHONPATH": f"{getattr(args, site)}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         with open(args.out.with_suffix(f".{name}.log"), "w") as log:
-            words = [sys.executable, __file__, "one", checkpoint, part]
-            done = subprocess.run(words, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=args.timeout)
+            words = [sys.executable, "-m", "benchmarks.speed.gpu_engine", "one", checkpoint.absolute(), part.absolute()]
+            done = subprocess.run(words, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=args.timeout)
         found = json.loads(part.read_text()) if part.exists() else {"failed": done.returncode}
         results["runs"].setdefault(name, []).append(found)
         args.out.write_text(json.dumps(results, indent=1) + "\n")
@@ -311,7 +295,6 @@ def every(args: argparse.Namespace) -> None:
 def shards(args: argparse.Namespace) -> None:
     """Seconds to load one layer's stacked experts on a rank, at once and expert by expert, and to read its files."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     import torch
     from safetensors import safe_open
     from vllm.model_executor.layers.fused_moe.stacked_loading import load_stacked_experts

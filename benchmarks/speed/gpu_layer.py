@@ -7,10 +7,12 @@ expert width 1280. Runs on CUDA and ROCm alike; `compile_kernel` needs no GPU.
 """
 
 import itertools
+import json
 import multiprocessing
 import os
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 
 COUNTS = (
     *(1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512),
@@ -418,3 +420,18 @@ def together(graphs: dict, rounds: int, replays: int = 3) -> dict:
         for name in order if turn % 2 else reversed(order):
             times[name] += graphs[name].times(replays + 1)[1:]
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def calls_of(tokens: int) -> int:
+    """Inputs of each routing in one graph: as many as keep weights out of the L2."""
+    return 8 if tokens <= 8 else 3 if tokens <= 64 else 2 if tokens <= 1024 else 1
+
+
+def read_cells(files: list[Path]) -> dict:
+    """What searches stored: (shape, tokens) to the cell."""
+    cells: dict = {}
+    for file in files:
+        for line in file.read_text().splitlines() if file.exists() else ():
+            cell = json.loads(line)
+            cells[cell["shape"], cell["tokens"]] = cell
+    return cells

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """INT8 experts against BF16, FP8, vLLM's default config and the chip's limits.
 
-    python moe_speed.py measure OUT.json TUNED.jsonl…     on the GPU
-    python moe_speed.py table OUT.json                    the table in docs/speed-gpu.md
-    python moe_speed.py int32 SITE FOLDER                 an experiment's vLLM
+    python -m benchmarks.speed.gpu_speed measure OUT.json TUNED.jsonl…     on the GPU
+    python -m benchmarks.speed.gpu_speed table OUT.json                    the table in docs/speed-gpu.md
+    python -m benchmarks.speed.gpu_speed int32 SITE FOLDER                 an experiment's vLLM
 
 One layer at Step-3.5-Flash's shape, each dtype with the best config that
-tune_moe.py found; one run, medians of interleaved CUDA-graph replays, half of the
+gpu_tune.py found; one run, medians of interleaved CUDA-graph replays, half of the
 inputs with uniform and half with skewed routing. The limit of a call is the larger
 of its bytes over the measured copy bandwidth and its operations over the measured
 int8 matmul rate.
@@ -18,8 +18,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from moe_layer import COUNTS, SKEW, Graph, Layer, Shape, as_config, together
-from tune_moe import calls_of, read_cells
+from benchmarks.speed.gpu_layer import COUNTS, SKEW, Graph, Layer, Shape, as_config, calls_of, read_cells, together
 
 PROFILED = (64, 256, 1024, 4096, 8192)
 # what a kernel's name says of its part in the layer

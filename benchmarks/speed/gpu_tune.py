@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Search launch configs of vLLM's fused-MoE kernel on the GPU at hand (CUDA, ROCm).
 
-    python tune_moe.py search OUT.jsonl --shapes int8:288:1280,int8:288:640 \\
+    python -m benchmarks.speed.gpu_tune search OUT.jsonl --shapes int8:288:1280,int8:288:640 \\
         --seeds EARLIER.jsonl --minutes 8
-    python tune_moe.py write OUT.jsonl… --configs FOLDER
+    python -m benchmarks.speed.gpu_tune write OUT.jsonl… --configs FOLDER
 
 A cell is a shape (dtype, experts, width) at a token count. `search` measures what
 OUT.jsonl lacks, one line a cell, until the minutes are over; run it again to go
@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-from moe_layer import (
+from benchmarks.speed.gpu_layer import (
     COUNTS,
     SKEW,
     Compiler,
@@ -32,8 +32,10 @@ from moe_layer import (
     Shape,
     as_config,
     as_key,
+    calls_of,
     fits,
     grouped,
+    read_cells,
     space,
     together,
 )
@@ -43,11 +45,6 @@ ANCHORS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 # exact; wgmma, which large tiles compile to, sums fp8 products in fewer bits.
 TOLERANCE = {"int8": 0.01, "bf16": 0.01, "fp8": 0.03}
 KEPT = 8
-
-
-def calls_of(tokens: int) -> int:
-    """Inputs of each routing in one graph: as many as keep weights out of the L2."""
-    return 8 if tokens <= 8 else 3 if tokens <= 64 else 2 if tokens <= 1024 else 1
 
 
 class Search:
@@ -160,15 +157,6 @@ class Search:
             "largest difference": worst,
             "error against float64": error,
         }
-
-
-def read_cells(files: list[Path]) -> dict:
-    cells: dict = {}
-    for file in files:
-        for line in file.read_text().splitlines() if file.exists() else ():
-            cell = json.loads(line)
-            cells[cell["shape"], cell["tokens"]] = cell
-    return cells
 
 
 def search(args: argparse.Namespace) -> None:

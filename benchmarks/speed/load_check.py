@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm-quark check` on a checkpoint of 200,000 tensors in 200 files.
 
-    python benchmarks/check_speed.py [--tensors 200000] [--files 200] [--runs 3] [--out build/check-speed]
+    python -m benchmarks.speed.load_check [--tensors 200000] [--files 200] [--runs 3] [--out build/check-speed]
 
 Writes the checkpoint of a model as Step-3.5-Flash is, with as many layers of 288 experts as it takes: true names and
 shapes, scales as numbers, weights as holes in the files (half a terabyte that takes a gigabyte of disk). Then times
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, WIDTH, EXPERTS, VOCABULARY = 4096, 1280, 288, 128896
 ATTENTION = {"q_proj": (8192, HIDDEN), "k_proj": (1024, HIDDEN), "v_proj": (1024, HIDDEN), "o_proj": (HIDDEN, 8192)}
 MLP = {"gate_proj": (WIDTH, HIDDEN), "up_proj": (WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """How long INT8 experts take to load, with the series' checks and without.
 
-    python benchmarks/load_time.py [--experts 288] [--layers 1] [--tp 1 8] [--runs 3]
+    python -m benchmarks.speed.load_layer [--experts 288] [--layers 1] [--tp 1 8] [--runs 3]
 
 Writes a checkpoint of MoE layers at Step-3.5-Flash's widths (one tensor an expert and projection, as AMD Quark writes
 them; random bytes), and loads a rank's part of it with the installed vLLM, stock and with the series, in turn, each in
@@ -20,8 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples/step3p5-nano")]
+ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, WIDTH = 4096, 1280
 PROJECTIONS = {"gate_proj": ("w1", WIDTH, HIDDEN), "up_proj": ("w3", WIDTH, HIDDEN), "down_proj": ("w2", HIDDEN, WIDTH)}
 
@@ -96,7 +95,7 @@ def main() -> None:
     if args.load:
         print(f"seconds {load(args.load, args.layers, args.experts, args.tp[0])}")
         return
-    from lab import before, shadow
+    from examples.step3p5_nano.lab import before, shadow
 
     with tempfile.TemporaryDirectory(prefix="load-time-") as temp:
         folder = Path(temp) / "ckpt"
@@ -108,10 +107,12 @@ def main() -> None:
             took: dict[str, list[float]] = {name: [] for name in trees}
             for run in range(args.runs + 1):
                 for name, tree in trees.items():
-                    command = [sys.executable, __file__, "--load", folder, "--tp", str(tp)]
+                    command = [sys.executable, "-m", "benchmarks.speed.load_layer", "--load", folder, "--tp", str(tp)]
                     command += ["--layers", str(args.layers), "--experts", str(args.experts)]
-                    done = subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True,
-                                          env={**os.environ, "PYTHONPATH": before(tree)})  # fmt: skip
+                    env = {**os.environ, "PYTHONPATH": before(tree)}
+                    done = subprocess.run(
+                        [str(c) for c in command], cwd=ROOT, env=env, check=True, capture_output=True, text=True
+                    )
                     if run:  # the first warms the page cache
                         took[name].append(float(done.stdout.split("seconds ")[1]))
             medians = {name: statistics.median(values) for name, values in took.items()}

@@ -2,8 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """Other layouts of a Quark export, the INT8 numbers untouched.
 
-    python convert.py stacked SRC DST              # three keys a layer: moe.{gate,up,down}_proj.weight [E, N, K]
-    python convert.py compressed-tensors SRC DST   # the twin that vLLM's compressed-tensors path reads
+    python -m examples.step3p5_nano.convert stacked SRC DST
+    python -m examples.step3p5_nano.convert compressed-tensors SRC DST
+
+stacked: three keys per layer, moe.{gate,up,down}_proj.weight [E, N, K]. compressed-tensors: the twin that vLLM's
+compressed-tensors path reads.
 
 SRC is what export.py wrote.
 """

@@ -9,10 +9,22 @@ import tempfile
 import time
 from pathlib import Path
 
-from lab import CPU_PATCHES, GARBAGE, RIGHT, ROOT, Judge, LabError, Result, convert, export, shadow
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from examples.step3p5_nano.lab import (
+    CPU_PATCHES,
+    GARBAGE,
+    RIGHT,
+    ROOT,
+    Judge,
+    LabError,
+    Result,
+    convert,
+    export,
+    shadow,
+)
 
 console = Console(width=None if sys.stdout.isatty() else 150)
 

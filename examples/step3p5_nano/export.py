@@ -4,7 +4,7 @@
 
 Run in Quark's own environment (`make quark-env`):
 
-    python export.py SRC DST [--all-linear] [--mtp]
+    python -m examples.step3p5_nano.export SRC DST [--all-linear] [--mtp]
 
 Attention, shared experts, router, lm_head and MTP layers stay BF16, as in the published Step-3.5
 recipes; --all-linear quantizes attention and shared experts too, --mtp the MTP layers' attention and

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from model import evaluate, generate, load
-from run import PROMPT
-from text import BOS, held_out_windows, text_of
+
+from examples.step3p5_nano.model import evaluate, generate, load
+from examples.step3p5_nano.run import PROMPT
+from examples.step3p5_nano.text import BOS, held_out_windows, text_of
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -40,15 +41,20 @@ class Result:
         return "NaN" if self.perplexity is None else f"{self.perplexity:.4g}"
 
 
-def call(log: Path, *words: str | Path, **env: str) -> None:
+def call(log: Path, *words: str | Path, cwd: Path = HERE, **env: str) -> None:
     """Run a command, output to `log`. Raises LabError where it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    command, environment = [str(w) for w in words], {**os.environ, **env}
     with open(log, "w") as f:
-        done = subprocess.run([str(w) for w in words], stdout=f, stderr=subprocess.STDOUT, cwd=HERE,
-                              env={**os.environ, **env})  # fmt: skip
+        done = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, cwd=cwd, env=environment)
     if done.returncode:
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
         raise LabError(f"{' '.join(str(w) for w in words[1:3])} failed ({log}):\n" + "\n".join(last))
+
+
+def call_module(log: Path, python: str | Path, name: str, *words: str | Path, **env: str) -> None:
+    """Run a module of this folder as a program, from the repository's root."""
+    call(log, python, "-m", f"examples.step3p5_nano.{name}", *words, cwd=ROOT, **env)
 
 
 def export(out: Path, *flags: str) -> Path:
@@ -60,7 +66,7 @@ def export(out: Path, *flags: str) -> Path:
     if not made.exists() or made.stat().st_mtime < max(s.stat().st_mtime for s in sources):
         # Quark compiles an extension when first imported, with the ninja of its own environment.
         path = os.pathsep.join([str(QUARK_PYTHON.parent), os.environ["PATH"]])
-        call(out.with_suffix(".log"), QUARK_PYTHON, "export.py", HERE, out, *flags, PATH=path)
+        call_module(out.with_suffix(".log"), QUARK_PYTHON, "export", HERE, out.absolute(), *flags, PATH=path)
         made.touch()
     return out
 
@@ -70,7 +76,7 @@ def convert(layout: str, src: Path, out: Path) -> Path:
     made = out / "config.json"
     sources = [src / "config.json", HERE / "convert.py"]
     if not made.exists() or made.stat().st_mtime < max(s.stat().st_mtime for s in sources):
-        call(out.with_suffix(".log"), sys.executable, "convert.py", layout, src, out)
+        call_module(out.with_suffix(".log"), sys.executable, "convert", layout, src.absolute(), out.absolute())
     return out
 
 
@@ -112,8 +118,9 @@ class Judge:
         """Serve `ckpt` with the vLLM in `vllm`; `out`: result file, its log beside it."""
         out.parent.mkdir(parents=True, exist_ok=True)
         out.unlink(missing_ok=True)
-        call(out.with_suffix(".log"), sys.executable, "run.py", ckpt, "--out", out, "--windows", str(len(self.windows)),
-             "--tokens", str(self.tokens), *self.stdlib, *flags, PYTHONPATH=before(vllm), **env)  # fmt: skip
+        sizes = ["--windows", str(len(self.windows)), "--tokens", str(self.tokens)]
+        words = [ckpt.absolute(), "--out", out.absolute(), *sizes, *self.stdlib, *flags]
+        call_module(out.with_suffix(".log"), sys.executable, "run", *words, PYTHONPATH=before(vllm), **env)
         data = json.loads(out.read_text())
         agreement = (torch.tensor(data["top"]) == self.top).float().mean().item()
         return Result(data["perplexity"], agreement, data["tokens"], data["text"])

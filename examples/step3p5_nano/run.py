@@ -2,7 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """Serve a nano checkpoint with the vLLM on PYTHONPATH and judge it on held-out text.
 
-    python run.py CKPT --out RESULT.json [--windows 20] [--tokens 48] [--tp 1] [--pp 1] [--ep] [--speculate 1]
+    python -m examples.step3p5_nano.run CKPT --out RESULT.json [--windows 20] [--tokens 48]
+        [--tp 1] [--pp 1] [--ep] [--speculate 1]
 
 Writes perplexity per byte, the top-1 token at every position and a greedy continuation. NaN logits
 make the perplexity infinite: that, too, is a result.
@@ -20,7 +21,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-from text import BOS, held_out_windows, text_of  # noqa: E402
+from examples.step3p5_nano.text import BOS, held_out_windows, text_of  # noqa: E402
 
 PROMPT = "class Stack:\n    def __init__(self"
 

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """Train the nano model and write it as a Hugging Face checkpoint (BF16).
 
-    python train.py --out OUT [--steps 1250] [--stdlib DIR] [--minutes 9]
+    python -m examples.step3p5_nano.train --out OUT [--steps 1250] [--stdlib DIR] [--minutes 9]
 
 Runs on a GPU in minutes, on a CPU in hours. The router's selection bias balances the load as in
 DeepSeek-V3 (arXiv 2412.19437, 2.1.2): after each step it moves by a constant towards experts that
@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from model import MoE, Step3p5, acceptance, evaluate, load
 from safetensors.torch import save_file
-from text import EOS, held_out_windows, stdlib, text_of, training_files
+
+from examples.step3p5_nano.model import MoE, Step3p5, acceptance, evaluate, load
+from examples.step3p5_nano.text import EOS, held_out_windows, stdlib, text_of, training_files
 
 HERE = Path(__file__).parent
 ROUTER_BIAS_STEP = 1e-3

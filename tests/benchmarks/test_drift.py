@@ -3,14 +3,10 @@
 """The drift benchmark judges rightly: what it makes is Python, and what the series makes of it is right."""
 
 import ast
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import drift  # noqa: E402
+from benchmarks.compatibility import drift
 
 
 @pytest.fixture(scope="module")

@@ -4,17 +4,15 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from benchmarks.pages import PAGES
+from benchmarks.plot_docs import PLOTS
 
-from pages import PAGES  # noqa: E402
-from plot_docs import PLOTS  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 DOCS = ROOT / "docs"
 

@@ -2,17 +2,14 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """What the series changes in a release has to be called there."""
 
-import sys
 from pathlib import Path
 
 from packaging.version import Version
 
+from benchmarks.compatibility.releases import uncalled
 from vllm_quark.series import load_series
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from releases import uncalled  # noqa: E402
 
 BEFORE = {
     "vllm/router.py": b"def old(x):\n    return x\n\n\ndef new(x):\n    return x\n",

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from lab import ROOT, Judge, before, call, checkpoints, shadow
 
+from examples.step3p5_nano.lab import ROOT, Judge, before, call, checkpoints, shadow
 from vllm_quark.series import load_series
 
 PATCHES = load_series(ROOT).patches

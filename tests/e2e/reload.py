@@ -14,16 +14,13 @@ import contextlib
 import json
 import math
 import shutil
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "examples/step3p5-nano"))
-
-from engines import answer, engine  # noqa: E402
+from tests.e2e.engines import answer, engine
 
 Answer = tuple[list[float], list[int]]
 # Between log-probabilities of the same weights. Other weights are tenths apart.
@@ -59,7 +56,7 @@ class Cases:
     """Each method is a case: it yields, step by step, an engine's answer and the one it has to give."""
 
     def __init__(self, a: Path, b: Path, more: dict[str, Any], folder: Path):
-        from text import held_out_windows
+        from examples.step3p5_nano.text import held_out_windows
 
         self.ids = [w[:200] for w in held_out_windows()[:6]]
         self.a, self.b, self.folder = a, b, folder

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lab import ROOT, before, call
 
+from examples.step3p5_nano.lab import ROOT, before, call
 from vllm_quark.convert.conversion import convert_checkpoint
 
 DENSE = [f"dense-{weights}-{sign}" for weights in ("channel", "tensor") for sign in ("sym", "asym")]

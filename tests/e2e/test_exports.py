@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lab import QUARK_PYTHON, ROOT, call
+
+from examples.step3p5_nano.lab import QUARK_PYTHON, ROOT, call
 
 pytestmark = pytest.mark.xdist_group("exports")
 SCHEMES = [f"{kind}-{w}-{s}" for kind in ("moe", "dense") for w in ("channel", "tensor") for s in ("sym", "asym")]

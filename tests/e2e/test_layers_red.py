@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from lab import ROOT, before
 
+from examples.step3p5_nano.lab import ROOT, before
 from vllm_quark.series import load_series
 from vllm_quark.tree import Tree, find_installed
 

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from lab import before, call
+
+from examples.step3p5_nano.lab import before, call
 
 COUNT = 20
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from model import load
 from safetensors.torch import load_file, save_file
+
+from examples.step3p5_nano.model import load
 
 COUNT = 50
 CONFIG_KEYS = ("quant_method", "global_quant_config", "exclude", "export", "layer_quant_config")

@@ -8,10 +8,11 @@ import shutil
 
 import pytest
 import torch
-from lab import CPU_PATCHES, GARBAGE, HERE, RIGHT, LabError
-from model import acceptance, evaluate, load
 from safetensors.torch import load_file, save_file
-from text import held_out_windows
+
+from examples.step3p5_nano.lab import CPU_PATCHES, GARBAGE, HERE, RIGHT, LabError
+from examples.step3p5_nano.model import acceptance, evaluate, load
+from examples.step3p5_nano.text import held_out_windows
 
 
 def assert_right(result, reference) -> None:

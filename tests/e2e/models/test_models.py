@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from lab import ROOT
 from safetensors.torch import save_file
 
+from examples.step3p5_nano.lab import ROOT
 from tests.e2e.models.export import Tensors, read
 from tests.e2e.models.judge import BF16, judge, make, run
 

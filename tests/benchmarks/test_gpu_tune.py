@@ -14,11 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from benchmarks.speed import gpu_layer, gpu_tune
 
-import moe_layer  # noqa: E402
-import tune_moe  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 BEST = {16: (32, 64, 256, 1, 4, 3), 1024: (128, 128, 128, 8, 8, 3)}
 
@@ -37,10 +35,10 @@ class MadeUp:
         return (torch.zeros(tokens, 1), skew)
 
     def default(self, tokens):
-        return moe_layer.as_config((64, 64, 64, 1, 4, 3)) | {"SPLIT_K": 1}
+        return gpu_layer.as_config((64, 64, 64, 1, 4, 3)) | {"SPLIT_K": 1}
 
     def __call__(self, config, inputs):
-        key = moe_layer.as_key(config)
+        key = gpu_layer.as_key(config)
         self.measured.append(key)
         if key == self.broken:
             raise RuntimeError("out of resource: shared memory")
@@ -50,7 +48,7 @@ class MadeUp:
         return torch.ones(tokens, 4, dtype=torch.float64)
 
     def us(self, config, inputs):
-        key, tokens = moe_layer.as_key(config), inputs[0].shape[0]
+        key, tokens = gpu_layer.as_key(config), inputs[0].shape[0]
         if key == self.wrong:
             return 0.1
         best = BEST[min(BEST, key=lambda b: abs(b - tokens))]
@@ -88,12 +86,12 @@ def made_up(monkeypatch):
         def __call__(self, config, inputs):
             return (self, config) if inputs is None else super().__call__(config, inputs)
 
-    monkeypatch.setattr(tune_moe, "Layer", Layer)
-    monkeypatch.setattr(tune_moe, "Graph", MadeUpGraph)
-    monkeypatch.setattr(tune_moe, "Compiler", AllCompile)
-    monkeypatch.setattr(tune_moe.Search, "poison", lambda *a: None)
+    monkeypatch.setattr(gpu_tune, "Layer", Layer)
+    monkeypatch.setattr(gpu_tune, "Graph", MadeUpGraph)
+    monkeypatch.setattr(gpu_tune, "Compiler", AllCompile)
+    monkeypatch.setattr(gpu_tune.Search, "poison", lambda *a: None)
     monkeypatch.setattr(
-        tune_moe, "together", lambda graphs, rounds: {name: graph.time for name, graph in graphs.items()}
+        gpu_tune, "together", lambda graphs, rounds: {name: graph.time for name, graph in graphs.items()}
     )
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
@@ -103,8 +101,8 @@ def made_up(monkeypatch):
 
 def run(out, *, shapes="int8:288:1280", counts="", seeds=(), seed_shapes=(), minutes=1.0):
     args = dict(out=out, shapes=shapes, counts=counts, seeds=seeds, seed_shapes=seed_shapes)
-    tune_moe.search(argparse.Namespace(**args, minutes=minutes, target="sm_90", workers=1))
-    return tune_moe.read_cells([out])
+    gpu_tune.search(argparse.Namespace(**args, minutes=minutes, target="sm_90", workers=1))
+    return gpu_layer.read_cells([out])
 
 
 def test_finds_the_fastest_right_candidate(made_up, tmp_path):
@@ -130,7 +128,7 @@ def test_seeds_narrow_the_search(made_up, tmp_path):
     first, second = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     run(first, counts="64")
     cells = run(second, shapes="int8:288:640", counts="64", seeds=[first], seed_shapes=["int8 E=288 N=1280"])
-    assert cells["int8 E=288 N=640", 64]["tried"] <= tune_moe.KEPT + 1
+    assert cells["int8 E=288 N=640", 64]["tried"] <= gpu_tune.KEPT + 1
     assert cells["int8 E=288 N=640", 64]["best"][0][0] == list(BEST[16])
 
 
@@ -139,20 +137,19 @@ def test_writes_whole_files_only(made_up, tmp_path, capsys):
     run(out, shapes="int8:288:1280,int8:36:1280")
     lines = [line for line in out.read_text().splitlines() if json.loads(line)["tokens"] != 48 or "E=288" in line]
     out.write_text("\n".join(lines) + "\n")
-    tune_moe.write(argparse.Namespace(results=[out], configs=tmp_path))
+    gpu_tune.write(argparse.Namespace(results=[out], configs=tmp_path))
     name = "E=288,N=1280,device_name=NVIDIA_H200,dtype=int8_w8a8.json"
     assert [f.name for f in tmp_path.glob("*.json")] == [name]
     assert "E=36,N=1280,device_name=NVIDIA_H200,dtype=int8_w8a8.json: not written" in capsys.readouterr().out
     configs = json.loads((tmp_path / name).read_text())
-    assert list(map(int, configs)) == list(moe_layer.COUNTS)
-    assert set(configs["1"]) == set(moe_layer.FIELDS)
+    assert list(map(int, configs)) == list(gpu_layer.COUNTS)
+    assert set(configs["1"]) == set(gpu_layer.FIELDS)
 
 
 COMPILE = """
-import re, sys
-sys.path.insert(0, {benchmarks!r})
+import re
 from multiprocessing import get_context
-from moe_layer import Shape, compile_kernel, space
+from benchmarks.speed.gpu_layer import compile_kernel, space
 
 def one(key):
     try:
@@ -175,10 +172,10 @@ if __name__ == "__main__":
     [("gfx942", r"v_mfma_i32\w*_i8"), ("gfx950", r"v_mfma_i32\w*_i8"), ("sm_90", r"mma\S*\.s8\.s8")],
 )
 def test_every_candidate_compiles_to_int8_products(target, products, tmp_path):
-    code = COMPILE.format(benchmarks=str(ROOT / "benchmarks"), target=target, products=products)
+    code = COMPILE.format(target=target, products=products)
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path), "VLLM_LOGGING_LEVEL": "ERROR"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = dict(line.split(" -> ") for line in done.stdout.splitlines() if re.match(r"\d+ \d+ ", line))
-    assert len(found) == len(moe_layer.space("int8", target))
+    assert len(found) == len(gpu_layer.space("int8", target))
     assert all(count.isdigit() and int(count) > 0 for count in found.values()), found

@@ -127,9 +127,15 @@ class Drifter:
                 new = f'logger.debug("drift {self.count}")' if what == "log" else f"# drift {self.count}"
                 text = "\n".join([*rows[: at - 1], first + new, *rows[at - 1 :]])
             elif what == "words":
-                words = [n for n in ast.walk(function) if isinstance(n, ast.Constant) and isinstance(n.value, str)
-                         and n.value.count(" ") > 2 and n.lineno == n.end_lineno
-                         and rows[n.lineno - 1].encode()[n.col_offset : n.col_offset + 1] in (b'"', b"'")]  # fmt: skip
+                words = [
+                    n
+                    for n in ast.walk(function)
+                    if isinstance(n, ast.Constant)
+                    and isinstance(n.value, str)
+                    and n.value.count(" ") > 2
+                    and n.lineno == n.end_lineno
+                    and rows[n.lineno - 1].encode()[n.col_offset : n.col_offset + 1] in (b'"', b"'")
+                ]
                 if words:
                     n = self.rng.choice(words)
                     end = n.end_col_offset or 0
@@ -154,8 +160,11 @@ class Drifter:
                 continue
             name = self.rng.choice(sorted(self._locals(function)))
             self.count += 1
-            edits = [(n.lineno, n.col_offset, n.col_offset + len(name), f"{name}_d{self.count}")
-                     for n in ast.walk(function) if isinstance(n, ast.Name) and n.id == name]  # fmt: skip
+            edits = [
+                (n.lineno, n.col_offset, n.col_offset + len(name), f"{name}_d{self.count}")
+                for n in ast.walk(function)
+                if isinstance(n, ast.Name) and n.id == name
+            ]
             text = splice(text, edits)
         return text
 
@@ -163,12 +172,21 @@ class Drifter:
     def _locals(function: Function) -> set[str]:
         nodes = list(ast.walk(function))
         stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-        held = {a.arg for n in nodes if isinstance(n, ast.arguments)
-                for a in [*n.posonlyargs, *n.args, *n.kwonlyargs, n.vararg, n.kwarg] if a}  # fmt: skip
+        held = {
+            a.arg
+            for n in nodes
+            if isinstance(n, ast.arguments)
+            for a in [*n.posonlyargs, *n.args, *n.kwonlyargs, n.vararg, n.kwarg]
+            if a
+        }
         held |= {x for n in nodes if isinstance(n, ast.Global | ast.Nonlocal) for x in n.names}
         held |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.ExceptHandler) and n.name}
-        held |= {(a.asname or a.name).split(".")[0] for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)
-                 for a in n.names}  # fmt: skip
+        held |= {
+            (a.asname or a.name).split(".")[0]
+            for n in nodes
+            if isinstance(n, ast.Import | ast.ImportFrom)
+            for a in n.names
+        }
         # In f-strings Python 3.11 does not know where names stand.
         held |= {x.id for n in nodes if isinstance(n, ast.JoinedStr) for x in ast.walk(n) if isinstance(x, ast.Name)}
         return {n for n in stored - held if n != "_"}
@@ -237,26 +255,51 @@ class Drifter:
         comma = self.rng.choice(("true", "false"))
         ruff = Path(sys.executable).with_name("ruff")
         return subprocess.run(
-            [ruff, "format", "-q", "--isolated", "--line-length", str(length), "--config",
-             f'format.quote-style="{quotes}"', "--config", f"format.skip-magic-trailing-comma={comma}", "-"],
-            input=text, capture_output=True, text=True, check=True).stdout  # fmt: skip
+            [
+                ruff,
+                "format",
+                "-q",
+                "--isolated",
+                "--line-length",
+                str(length),
+                "--config",
+                f'format.quote-style="{quotes}"',
+                "--config",
+                f"format.skip-magic-trailing-comma={comma}",
+                "-",
+            ],
+            input=text,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
 
     def moved(self, name: str, text: str) -> Files:
         """`text` without one of its classes, and the new file that has it."""
         tree, rows = ast.parse(text), text.split("\n")
         classes = [c for c in tree.body if isinstance(c, ast.ClassDef)]
         # What it uses of its old home has to stand above it, or the two could not import each other.
-        below = {c.name: {n.name for n in tree.body if isinstance(n, Function | ast.ClassDef) and n.lineno > c.lineno}
-                 for c in classes}  # fmt: skip
-        near = [c for c in classes if any(n.startswith(f"{c.name}.") for n in self.near)
-                and not below[c.name] & {n.id for n in ast.walk(c) if isinstance(n, ast.Name)}]  # fmt: skip
+        below = {
+            c.name: {n.name for n in tree.body if isinstance(n, Function | ast.ClassDef) and n.lineno > c.lineno}
+            for c in classes
+        }
+        near = [
+            c
+            for c in classes
+            if any(n.startswith(f"{c.name}.") for n in self.near)
+            and not below[c.name] & {n.id for n in ast.walk(c) if isinstance(n, ast.Name)}
+        ]
         if not near:
             return {name: text}
         c = self.rng.choice(near)
         start = first_row(rows, c)
         used = {n.id for n in ast.walk(c) if isinstance(n, ast.Name)}
-        used |= {x for n in ast.walk(c) if isinstance(n, ast.Constant) and isinstance(n.value, str)
-                 for x in re.findall(r"\w+", n.value)}  # fmt: skip
+        used |= {
+            x
+            for n in ast.walk(c)
+            if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            for x in re.findall(r"\w+", n.value)
+        }
         imports, own = [], []
         for node in tree.body:
             if isinstance(node, ast.Import | ast.ImportFrom):
@@ -414,8 +457,11 @@ def write(root: Path, files: Files) -> None:
 
 
 def read(root: Path) -> Files:
-    return {str(p.relative_to(root)): p.read_text() for p in sorted(root.rglob("*.py"))
-            if not p.relative_to(root).parts[0].startswith(".")}  # fmt: skip
+    return {
+        str(p.relative_to(root)): p.read_text()
+        for p in sorted(root.rglob("*.py"))
+        if not p.relative_to(root).parts[0].startswith(".")
+    }
 
 
 @dataclass(frozen=True)
@@ -477,8 +523,11 @@ def prepare(folder: Path) -> Bench:
         before, after = (functions(ast.parse(files[name])) for files in (original, patched))
         near[name] = {k for k, f in after.items() if k not in before or ast.dump(f) != ast.dump(before[k])}
         near[name] = {k for k in near[name] if k in before} or set(list(before)[:3])
-    known = {name: imports for files in (patched, original)
-             for name, (imports, _) in canonical(files, dict.fromkeys(files, frozenset())).items()}  # fmt: skip
+    known = {
+        name: imports
+        for files in (patched, original)
+        for name, (imports, _) in canonical(files, dict.fromkeys(files, frozenset())).items()
+    }
     return Bench(series, original, beside, near, known, canonical(patched, known), mails)
 
 
@@ -525,9 +574,22 @@ def layer_tests(patched: Path, folder: Path) -> str:
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, to)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/quantization", "--deselect",
-         "tests/quantization/quark/test_int8_mutants.py"], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"})  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "tests/quantization",
+            "--deselect",
+            "tests/quantization/quark/test_int8_mutants.py",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+    )
     return done.stdout.strip().splitlines()[-1]
 
 

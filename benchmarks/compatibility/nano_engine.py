@@ -27,8 +27,15 @@ def perplexity(ckpt: Path, windows: list[list[int]], compiled: bool, ranks: int)
     """Of the tokens of `windows` after each one's first; None where a logit is NaN."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    llm = LLM(str(ckpt), dtype="bfloat16", enforce_eager=not compiled, max_model_len=1024, max_num_seqs=8, seed=0,
-              tensor_parallel_size=ranks)  # fmt: skip
+    llm = LLM(
+        str(ckpt),
+        dtype="bfloat16",
+        enforce_eager=not compiled,
+        max_model_len=1024,
+        max_num_seqs=8,
+        seed=0,
+        tensor_parallel_size=ranks,
+    )
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     losses = [
         -at[token].logprob

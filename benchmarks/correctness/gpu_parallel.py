@@ -22,8 +22,12 @@ ROOT = Path(__file__).resolve().parents[2]
 NANO = ROOT / "examples/step3p5_nano"
 
 SPECULATE = ("bf16", "quark", "quark-mtp", "quark-all")
-PARALLEL = {"tensor parallel 2": ["--tp", "2"], "expert parallel 2": ["--tp", "2", "--ep"],
-            "pipeline 2": ["--pp", "2"], "tensor parallel 4": ["--tp", "4"]}  # fmt: skip
+PARALLEL = {
+    "tensor parallel 2": ["--tp", "2"],
+    "expert parallel 2": ["--tp", "2", "--ep"],
+    "pipeline 2": ["--pp", "2"],
+    "tensor parallel 4": ["--tp", "4"],
+}
 
 
 def main() -> int:

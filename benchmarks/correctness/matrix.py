@@ -45,13 +45,26 @@ def measure(out: Path) -> None:
                             with contextlib.redirect_stdout(sys.stderr):
                                 cell = ck.serve_case(ck.Case(kind, weight, activation, dtype))
                             cells.append(
-                                {"layer": kind, "kernel": kernel, "weight": weight, "activation": activation,
-                                 "dtype": str(dtype).removeprefix("torch."), "status": cell.status,
-                                 "error": round(cell.error, 5), "worst": round(cell.worst, 5), "detail": cell.detail}
-                            )  # fmt: skip
+                                {
+                                    "layer": kind,
+                                    "kernel": kernel,
+                                    "weight": weight,
+                                    "activation": activation,
+                                    "dtype": str(dtype).removeprefix("torch."),
+                                    "status": cell.status,
+                                    "error": round(cell.error, 5),
+                                    "worst": round(cell.worst, 5),
+                                    "detail": cell.detail,
+                                }
+                            )
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
-    page = {"vllm": vllm.__version__, "torch": torch.__version__, "device": device,
-            "patched": (Path(vllm.__file__).parents[1] / ".vllm-quark").is_dir(), "cells": cells}  # fmt: skip
+    page = {
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "device": device,
+        "patched": (Path(vllm.__file__).parents[1] / ".vllm-quark").is_dir(),
+        "cells": cells,
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     new = out.with_suffix(".new")
     new.write_text(json.dumps(page, separators=(",", ":")).replace('{"layer"', '\n{"layer"') + "\n")
@@ -90,9 +103,17 @@ def table(folder: Path, doc: Path) -> None:
         for device in sorted({k[1] for k in runs if k[0] == base}):
             both = [runs.get((base, device, patched)) for patched in (False, True)]
             some = next(p for p in both if p)
-            text += [f"{device}, torch {some['torch']}. Cells: " + "; ".join(
-                f"{name} " + ", ".join(f"{n} {s}" for s in ORDER if (n := sum(c["status"] == s for c in p["cells"])))
-                for name, p in zip(("stock", "patched"), both, strict=True) if p) + ".", ""]  # fmt: skip
+            text += [
+                f"{device}, torch {some['torch']}. Cells: "
+                + "; ".join(
+                    f"{name} "
+                    + ", ".join(f"{n} {s}" for s in ORDER if (n := sum(c["status"] == s for c in p["cells"])))
+                    for name, p in zip(("stock", "patched"), both, strict=True)
+                    if p
+                )
+                + ".",
+                "",
+            ]
             columns = list(dict.fromkeys((c["kernel"], c["layer"].startswith("moe")) for c in some["cells"]))
             head = [f"{k}{', experts' if m and k == 'CPU' else ''}" for k, m in columns]
             text += ["| weights | activations | | " + " | ".join(head) + " |", "|---" * (3 + len(head)) + "|"]
@@ -102,10 +123,16 @@ def table(folder: Path, doc: Path) -> None:
                     if p is None:
                         continue
                     found = [
-                        _summary([c for c in p["cells"] if (c["weight"], c["activation"]) == (weight, activation)
-                                  and (c["kernel"], c["layer"].startswith("moe")) == column])
+                        _summary(
+                            [
+                                c
+                                for c in p["cells"]
+                                if (c["weight"], c["activation"]) == (weight, activation)
+                                and (c["kernel"], c["layer"].startswith("moe")) == column
+                            ]
+                        )
                         for column in columns
-                    ]  # fmt: skip
+                    ]
                     text.append(f"| {weight} | {activation} | {name} | " + " | ".join(found) + " |")
             text.append("")
     new = doc.with_suffix(".new")

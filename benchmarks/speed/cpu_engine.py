@@ -79,8 +79,10 @@ def main() -> int:
                 print(way, found[way][-1], flush=True)
     for name in [n for n in found["native"][0] if n != "threads"]:
         middle = {way: statistics.median(run[name] for run in runs) for way, runs in found.items()}
-        print(f"{name}: native {middle['native']:.0f} tokens/s, oneDNN {middle['oneDNN']:.0f}, "
-              f"{middle['native'] / middle['oneDNN']:.2f}x")  # fmt: skip
+        print(
+            f"{name}: native {middle['native']:.0f} tokens/s, oneDNN {middle['oneDNN']:.0f}, "
+            f"{middle['native'] / middle['oneDNN']:.2f}x"
+        )
     if args.json:
         args.json.write_text(json.dumps({"eager": args.eager, **found}, indent=1) + "\n")
     return 0

@@ -126,8 +126,11 @@ def measure(name: str, rounds: int, tokens: tuple[int, ...], without: list[str])
         row |= {"bandwidth": bandwidth, "of bandwidth": read / bandwidth, "left out": reasons}
         rows.append(row)
         ratios = ", ".join(f"{k} / native {v / middle['native']:.2f}x" for k, v in middle.items() if k != "native")
-        print(f"{name}, {count} tokens: native {1e6 * middle['native']:.0f} us, {ratios}, "
-              f"{100 * read / bandwidth:.0f} % of {bandwidth / 1e9:.1f} GB/s", flush=True)  # fmt: skip
+        print(
+            f"{name}, {count} tokens: native {1e6 * middle['native']:.0f} us, {ratios}, "
+            f"{100 * read / bandwidth:.0f} % of {bandwidth / 1e9:.1f} GB/s",
+            flush=True,
+        )
     return rows
 
 
@@ -151,8 +154,11 @@ def router(rounds: int) -> list[dict]:
             times["PyTorch"].append(middle - start)
         row = {k: 1e6 * statistics.median(v) for k, v in times.items()}
         rows.append({"shape": "router", "tokens": count, "us": row})
-        print(f"router, {count} tokens: native {row['native']:.0f} us, PyTorch / native "
-              f"{row['PyTorch'] / row['native']:.2f}x", flush=True)  # fmt: skip
+        print(
+            f"router, {count} tokens: native {row['native']:.0f} us, PyTorch / native "
+            f"{row['PyTorch'] / row['native']:.2f}x",
+            flush=True,
+        )
     return rows
 
 

@@ -174,8 +174,9 @@ def twin(quark: Path, folder: Path) -> None:
     made = json.loads((quark / "config.json").read_text())
     for file in sorted(quark.glob("*.safetensors")):
         if file.name.startswith("scales"):
-            save_file(compressed_tensors(load_file(file), json.loads((quark / "config.json").read_text())),
-                      folder / file.name)  # fmt: skip
+            save_file(
+                compressed_tensors(load_file(file), json.loads((quark / "config.json").read_text())), folder / file.name
+            )
         else:
             (folder / file.name).symlink_to(file)
     compressed_tensors({}, made)
@@ -329,10 +330,15 @@ def shards(args: argparse.Namespace) -> None:
             with shard(tp - 1, tp):
                 local = EXPERTS // ep
                 layer = make_experts(
-                    num_experts=local, top_k=8, hidden_size=HIDDEN, intermediate_size=WIDTH,
-                    params_dtype=torch.bfloat16, renormalize=True, quant_config=quark_config(),
+                    num_experts=local,
+                    top_k=8,
+                    hidden_size=HIDDEN,
+                    intermediate_size=WIDTH,
+                    params_dtype=torch.bfloat16,
+                    renormalize=True,
+                    quant_config=quark_config(),
                     prefix=f"model.layers.{tp}{ep}.moe.experts",
-                )  # fmt: skip
+                )
                 if ep > 1:
                     places = torch.full((EXPERTS,), -1, dtype=torch.int32)
                     places[-local:] = torch.arange(local, dtype=torch.int32)

@@ -154,8 +154,10 @@ def ratios(row: dict) -> dict[str, float | None]:
 def table(args: argparse.Namespace) -> None:
     result = json.loads(args.out.read_text())
     rows = result["rows"]
-    print("| tokens | INT8 us | default config us | FP8 us | BF16 us | limit us "
-          "| INT8 / BF16 | INT8 / FP8 | INT8 / default | of the limit |")  # fmt: skip
+    print(
+        "| tokens | INT8 us | default config us | FP8 us | BF16 us | limit us "
+        "| INT8 / BF16 | INT8 / FP8 | INT8 / default | of the limit |"
+    )
     print("|" + "---|" * 10)
     for row in rows:
         us, speed = row["us"], ratios(row)

@@ -55,12 +55,17 @@ def load(folder: Path, layers: int, experts: int, tp: int) -> float:
         headers = time.perf_counter() - start
         made = [
             utils.make_experts(
-                num_experts=experts, top_k=8, hidden_size=HIDDEN, intermediate_size=WIDTH,
-                params_dtype=torch.bfloat16, renormalize=True, quant_config=config,
+                num_experts=experts,
+                top_k=8,
+                hidden_size=HIDDEN,
+                intermediate_size=WIDTH,
+                params_dtype=torch.bfloat16,
+                renormalize=True,
+                quant_config=config,
                 prefix=f"model.layers.{layer}.moe.experts",
             )
             for layer in range(layers)
-        ]  # fmt: skip
+        ]
         for layer in made:
             for param in layer.parameters():
                 param.data.zero_()  # its pages
@@ -116,9 +121,12 @@ def main() -> None:
                     if run:  # the first warms the page cache
                         took[name].append(float(done.stdout.split("seconds ")[1]))
             medians = {name: statistics.median(values) for name, values in took.items()}
-            print(f"{size:.1f} GB, tensor parallel {tp}:",
-                  "; ".join(f"{n} {', '.join(f'{v:.2f}' for v in values)} s" for n, values in took.items()),
-                  f"; series / stock {medians['series'] / medians['stock']:.3f}", flush=True)  # fmt: skip
+            print(
+                f"{size:.1f} GB, tensor parallel {tp}:",
+                "; ".join(f"{n} {', '.join(f'{v:.2f}' for v in values)} s" for n, values in took.items()),
+                f"; series / stock {medians['series'] / medians['stock']:.3f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

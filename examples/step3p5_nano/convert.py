@@ -53,11 +53,15 @@ def compressed_tensors(tensors: dict[str, torch.Tensor], config: dict) -> dict[s
                 "targets": ["Linear"],
                 "weights": {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False},
                 "input_activations": {
-                    "num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True,
+                    "num_bits": 8,
+                    "type": "int",
+                    "strategy": "token",
+                    "symmetric": True,
+                    "dynamic": True,
                 },
             }
         },
-    }  # fmt: skip
+    }
     return {k: v.unsqueeze(-1) if k.endswith("weight_scale") else v for k, v in tensors.items()}
 
 

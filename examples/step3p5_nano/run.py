@@ -54,9 +54,19 @@ def main() -> None:
     if args.speculate:
         memory["speculative_config"] = {"method": "mtp", "num_speculative_tokens": args.speculate}
     start = time.time()
-    llm = LLM(args.ckpt, dtype=args.dtype, enforce_eager=not args.compile, max_model_len=1024, max_num_seqs=8,
-              tensor_parallel_size=args.tp, pipeline_parallel_size=args.pp, enable_expert_parallel=args.ep, seed=0,
-              disable_log_stats=False, **memory)  # fmt: skip
+    llm = LLM(
+        args.ckpt,
+        dtype=args.dtype,
+        enforce_eager=not args.compile,
+        max_model_len=1024,
+        max_num_seqs=8,
+        tensor_parallel_size=args.tp,
+        pipeline_parallel_size=args.pp,
+        enable_expert_parallel=args.ep,
+        seed=0,
+        disable_log_stats=False,
+        **memory,
+    )
     loaded = time.time() - start
     windows = held_out_windows(args.stdlib)
     windows = windows[:: max(1, len(windows) // args.windows)][: args.windows]

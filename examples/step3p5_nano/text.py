@@ -9,13 +9,41 @@ BOS, EOS, VOCAB = 256, 257, 258
 
 # Never seen in training. Small, well-known modules of different kinds.
 HELD_OUT = (
-    "bisect.py", "calendar.py", "cmd.py", "configparser.py", "csv.py", "fractions.py", "graphlib.py", "heapq.py",
-    "html/parser.py", "json/encoder.py", "mailbox.py", "queue.py", "random.py", "shlex.py", "statistics.py",
-    "textwrap.py", "timeit.py", "urllib/robotparser.py", "wave.py", "zipfile.py",
-)  # fmt: skip
+    "bisect.py",
+    "calendar.py",
+    "cmd.py",
+    "configparser.py",
+    "csv.py",
+    "fractions.py",
+    "graphlib.py",
+    "heapq.py",
+    "html/parser.py",
+    "json/encoder.py",
+    "mailbox.py",
+    "queue.py",
+    "random.py",
+    "shlex.py",
+    "statistics.py",
+    "textwrap.py",
+    "timeit.py",
+    "urllib/robotparser.py",
+    "wave.py",
+    "zipfile.py",
+)
 # Tests (many installations drop them), generated tables and vendored wheels.
-SKIP = {"test", "tests", "site-packages", "dist-packages", "encodings", "pydoc_data", "idlelib", "lib2to3",
-        "ensurepip", "turtledemo", "__phello__"}  # fmt: skip
+SKIP = {
+    "test",
+    "tests",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "pydoc_data",
+    "idlelib",
+    "lib2to3",
+    "ensurepip",
+    "turtledemo",
+    "__phello__",
+}
 
 
 def stdlib() -> Path:

@@ -96,8 +96,11 @@ def main() -> None:
                 ppl, _ = evaluate(model, held)
             model.train()
             uneven = max((m.load.max() / m.load.mean()).item() for m in moes)
-            print(f"step {step} {time.time() - start:.0f} s: train {loss.exp():.3f} held-out {ppl:.3f} "
-                  f"busiest expert {uneven:.2f}x", flush=True)  # fmt: skip
+            print(
+                f"step {step} {time.time() - start:.0f} s: train {loss.exp():.3f} held-out {ppl:.3f} "
+                f"busiest expert {uneven:.2f}x",
+                flush=True,
+            )
         step += 1
 
     save(model, args.out)

@@ -71,8 +71,13 @@ def in_process(vllm, tmp_path_factory):
         for i, job in enumerate(jobs):
             job["out"] = str(folder / f"{i}.json")
         (folder / "jobs.json").write_text(json.dumps(jobs))
-        call(folder / "log", sys.executable, Path(__file__).with_name("in_process.py"), folder / "jobs.json",
-             PYTHONPATH=before(vllm()))  # fmt: skip
+        call(
+            folder / "log",
+            sys.executable,
+            Path(__file__).with_name("in_process.py"),
+            folder / "jobs.json",
+            PYTHONPATH=before(vllm()),
+        )
         return [json.loads(Path(job["out"]).read_text()) for job in jobs]
 
     return run

@@ -38,9 +38,18 @@ def engine(ckpt: Path | str, **settings) -> Iterator:
     try:
         # GPUs are shared with whatever else runs there.
         settings = {"enforce_eager": True, "gpu_memory_utilization": 0.1, **settings}
-        llm = LLM(str(ckpt), dtype="bfloat16", max_model_len=256, max_num_seqs=8, seed=0, skip_tokenizer_init=True,
-                  enable_prefix_caching=False, kv_cache_memory_bytes=KV_CACHE,
-                  distributed_executor_backend=UniProcExecutor, **settings)  # fmt: skip
+        llm = LLM(
+            str(ckpt),
+            dtype="bfloat16",
+            max_model_len=256,
+            max_num_seqs=8,
+            seed=0,
+            skip_tokenizer_init=True,
+            enable_prefix_caching=False,
+            kv_cache_memory_bytes=KV_CACHE,
+            distributed_executor_backend=UniProcExecutor,
+            **settings,
+        )
         yield llm
     finally:
         del llm

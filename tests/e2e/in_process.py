@@ -40,9 +40,18 @@ def serve(job: dict) -> dict:
         options = options | {"enable_lora": True, "max_lora_rank": 8}
         request = {"lora_request": LoRARequest("adapter", 1, adapter)}
     try:
-        llm = LLM(job["ckpt"], dtype="bfloat16", enforce_eager=True, max_model_len=256, max_num_seqs=8, seed=0,
-                  skip_tokenizer_init=True, max_logprobs=300, distributed_executor_backend=UniProcExecutor,
-                  **options)  # fmt: skip
+        llm = LLM(
+            job["ckpt"],
+            dtype="bfloat16",
+            enforce_eager=True,
+            max_model_len=256,
+            max_num_seqs=8,
+            seed=0,
+            skip_tokenizer_init=True,
+            max_logprobs=300,
+            distributed_executor_backend=UniProcExecutor,
+            **options,
+        )
         prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job["ids"]]
         if request:
             # On CPU vLLM has no logits of a prompt's tokens with an adapter: each prefix is a prompt.

@@ -156,8 +156,14 @@ def judge(case: Callable[[], Iterator[tuple[Answer, Answer]]]) -> dict[str, Any]
         for found, expected in case():
             gaps = [abs(x - y) for x, y in zip(found[0], expected[0], strict=True)]
             right = all(gap <= NOISE for gap in gaps) and found[1] == expected[1]
-            steps.append({"right": right, "gap": max(gaps) if all(map(math.isfinite, gaps)) else None,
-                          "perplexity": perplexity(found), "expected": perplexity(expected)})  # fmt: skip
+            steps.append(
+                {
+                    "right": right,
+                    "gap": max(gaps) if all(map(math.isfinite, gaps)) else None,
+                    "perplexity": perplexity(found),
+                    "expected": perplexity(expected),
+                }
+            )
     except Exception as e:
         where = traceback.extract_tb(e.__traceback__)[-1]
         said |= {"error": str(e), "type": type(e).__name__, "file": where.filename, "line": where.lineno}

@@ -37,8 +37,15 @@ def serve(names: list[str], folder: Path, python: str | Path, **env: str) -> dic
             pytest.skip(f"{export} is not there (tests/e2e/test_exports.py makes it)")
         expected[name] = json.loads((export / "expected.json").read_text())
         ckpt = convert(export, folder / name)
-        jobs.append({"ckpt": str(ckpt), "ids": expected[name]["ids"], "logprobs": 128, "tokens": 4,
-                     "out": str(folder / f"{name}.json")})  # fmt: skip
+        jobs.append(
+            {
+                "ckpt": str(ckpt),
+                "ids": expected[name]["ids"],
+                "logprobs": 128,
+                "tokens": 4,
+                "out": str(folder / f"{name}.json"),
+            }
+        )
     (folder / "jobs.json").write_text(json.dumps(jobs))
     call(folder / "log", python, Path(__file__).with_name("in_process.py"), folder / "jobs.json", **env)
     found = {}

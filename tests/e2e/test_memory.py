@@ -17,8 +17,16 @@ COUNT = 20
 def test_memory_is_flat(ckpts, vllm, tmp_path):
     log = tmp_path / "log"
     # Fails at the first engine after which more is held than engines.py allows.
-    call(log, sys.executable, Path(__file__).with_name("engines.py"), ckpts["stacked"], ckpts["quark-all"],
-         "--count", str(COUNT), PYTHONPATH=before(vllm()))  # fmt: skip
+    call(
+        log,
+        sys.executable,
+        Path(__file__).with_name("engines.py"),
+        ckpts["stacked"],
+        ckpts["quark-all"],
+        "--count",
+        str(COUNT),
+        PYTHONPATH=before(vllm()),
+    )
     held = [json.loads(line) for line in log.read_text().splitlines() if line.startswith('{"engine"')]
     assert len(held) == COUNT
     print(f"\nMB after each of {COUNT} engines: {[h['resident'] for h in held]}")

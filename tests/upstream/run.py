@@ -244,8 +244,15 @@ def run(python: Path, tree: Path, source: Path, files: list[str], jobs: int) -> 
         env["VLLM_INT8_MOE_LIBRARY"] = str(operator)
     log = tree.with_suffix(".log")
     with open(log, "w") as out:
-        done = subprocess.run([python, HERE / "worker.py"], input=json.dumps(order), text=True, cwd=source, env=env,
-                              stdout=out, stderr=subprocess.STDOUT)  # fmt: skip
+        done = subprocess.run(
+            [python, HERE / "worker.py"],
+            input=json.dumps(order),
+            text=True,
+            cwd=source,
+            env=env,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
     if done.returncode:
         said = log.read_text(errors="replace").strip().splitlines() or ["no word"]
         raise QuarkError(f"upstream's tests cannot be run: {said[-1]} ({log})")

@@ -114,8 +114,9 @@ def _print_error(line: str) -> None:
     print(f"vllm-quark: {line}", file=sys.stderr)
 
 
-def _open(tree: Path | None, only: list[str] | None, until: str | None, alone: bool = False) \
-        -> tuple[Tree, Series, list[Patch]]:  # fmt: skip
+def _open(
+    tree: Path | None, only: list[str] | None, until: str | None, alone: bool = False
+) -> tuple[Tree, Series, list[Patch]]:
     where = Tree(tree or find_installed())
     series = load_series().in_package(where.package)
     return where, series, series.select(only or (), until, alone)

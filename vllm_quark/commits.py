@@ -55,8 +55,17 @@ def format_patch(
             commit(repository, verdict.patch, who)
         mails = Path(folder) / "mails"
         letter = ["--cover-letter"] if cover else []
-        git(repository, "format-patch", "-q", "--no-signature", "--zero-commit", *letter, "-o", str(mails),
-            f"-{len(todo)}")  # fmt: skip
+        git(
+            repository,
+            "format-patch",
+            "-q",
+            "--no-signature",
+            "--zero-commit",
+            *letter,
+            "-o",
+            str(mails),
+            f"-{len(todo)}",
+        )
         if cover:
             path = mails / "0000-cover-letter.patch"
             subject = topic.title if topic else SUBJECT

@@ -11,11 +11,15 @@ from vllm_quark.topics import Topic
 SUBJECT = "[Bugfix][Quark] INT8 W8A8 checkpoints: right, or refused with a reason"
 # page, heading, what its first table shows
 _RESULTS = (
-    ("results.md", "On a GPU", "A small trained Step-3.5, exported by AMD Quark 0.13, on one H200 (vLLM 0.21.0), "
-     "perplexity per byte of held-out text, and where the patches come one by one:"),
+    (
+        "results.md",
+        "On a GPU",
+        "A small trained Step-3.5, exported by AMD Quark 0.13, on one H200 (vLLM 0.21.0), "
+        "perplexity per byte of held-out text, and where the patches come one by one:",
+    ),
     ("results.md", "Layer tests", "The layer tests that the series brings:"),
     ("results.md", "Broken checkpoints", "Seeded mutants of good checkpoints:"),
-)  # fmt: skip
+)
 
 
 def _table(page: Path, heading: str) -> str:

@@ -11,8 +11,18 @@ from pathlib import Path
 
 from vllm_quark.patches import QuarkError
 
-_EXACT = ["-c", "core.autocrlf=false", "-c", "core.safecrlf=false", "-c", "core.fileMode=true",
-          "-c", f"core.attributesFile={os.devnull}", "-c", f"core.hooksPath={os.devnull}"]  # fmt: skip
+_EXACT = [
+    "-c",
+    "core.autocrlf=false",
+    "-c",
+    "core.safecrlf=false",
+    "-c",
+    "core.fileMode=true",
+    "-c",
+    f"core.attributesFile={os.devnull}",
+    "-c",
+    f"core.hooksPath={os.devnull}",
+]
 _IDENT = re.compile(r"(?P<name>.+) <(?P<mail>[^<>]*)> \d+ [-+]\d+")
 # git's variables that say where the user's settings lie
 _OF_SETTINGS = ("GIT_EXEC_PATH", "GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM", "GIT_CONFIG_NOSYSTEM")

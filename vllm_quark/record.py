@@ -161,8 +161,9 @@ def find_committed(root: Path, files: Iterable[str]) -> set[str]:
     return gone | {file for file in files if file in there and file not in differing}
 
 
-def settle(record: Record, root: Path, contents: dict[str, bytes | None], installation: Installation | None,
-           version: str) -> tuple[Record, str]:  # fmt: skip
+def settle(
+    record: Record, root: Path, contents: dict[str, bytes | None], installation: Installation | None, version: str
+) -> tuple[Record, str]:
     """The record without files that were replaced since, and a line that says so ("": none was).
 
     contents: of the recorded files, now. A file that changed was replaced where the installer or git has it as it

@@ -137,8 +137,10 @@ class Tree:
     @functools.cached_property
     def release(self) -> str:
         """The version that is written down in the tree, "" where none is."""
-        for file, pattern in ((f"{self.package}/_version.py", r"""^(?:__version__|version)\b[^'"\n]*['"]([^'"]+)"""),
-                              ("PKG-INFO", r"^Version: (\S+)")):  # fmt: skip
+        for file, pattern in (
+            (f"{self.package}/_version.py", r"""^(?:__version__|version)\b[^'"\n]*['"]([^'"]+)"""),
+            ("PKG-INFO", r"^Version: (\S+)"),
+        ):
             with contextlib.suppress(OSError):
                 if m := re.search(pattern, (self.root / file).read_text("utf-8", "replace"), re.M):
                     return m[1]
@@ -239,8 +241,14 @@ class Tree:
         if self.installation is None:
             return {}
         brought = {f for patch in series.patches for f in patch.files if self._belongs_here(f)}
-        return {f: None for f in brought if f not in record.files and f not in self.installation.digests
-                and (data := self.read(f)) is not None and data != series.content(f)}  # fmt: skip
+        return {
+            f: None
+            for f in brought
+            if f not in record.files
+            and f not in self.installation.digests
+            and (data := self.read(f)) is not None
+            and data != series.content(f)
+        }
 
     def _refuse_unfinished(self) -> None:
         """Raises TreeError in the middle of a rebase, merge or the like, which a change of files would disturb, and

@@ -91,9 +91,14 @@ def test_a_source_tree_builds_and_installs_the_operator(unpacked, tmp_path):
     lines = [x for x in module.splitlines() if x not in before]
     rules = re.findall(r"^install\(.*\)$", (unpacked / "CMakeLists.txt").read_text(), re.M)
     assert any("CMAKE_INSTALL_LOCAL_ONLY" in x for x in rules), "folders below may install here: their case is untested"
-    torch = Path(subprocess.run(
-        [sys.executable, "-c", "import importlib.util as u; print(u.find_spec('torch').origin)"],
-        capture_output=True, text=True, check=True).stdout.strip()).parent  # fmt: skip
+    torch = Path(
+        subprocess.run(
+            [sys.executable, "-c", "import importlib.util as u; print(u.find_spec('torch').origin)"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    ).parent
     (unpacked / "CMakeLists.txt").write_text(
         "cmake_minimum_required(VERSION 3.26)\nproject(stand_in LANGUAGES CXX)\n"
         f"set(TORCH_INSTALL_PREFIX {torch})\n" + "\n".join([*rules, *lines, ""])

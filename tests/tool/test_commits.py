@@ -129,8 +129,13 @@ def test_the_users_repository_is_left_alone(home, tree, tmp_path, author, monkey
     (mine / "file").write_text("mine")
     commit_base(mine)
     before = snapshot(mine)
-    for variable, value in {"GIT_DIR": mine / ".git", "GIT_WORK_TREE": mine, "GIT_INDEX_FILE": mine / ".git/index",
-                            "GIT_OBJECT_DIRECTORY": mine / ".git/objects", "GIT_PREFIX": "sub/"}.items():  # fmt: skip
+    for variable, value in {
+        "GIT_DIR": mine / ".git",
+        "GIT_WORK_TREE": mine,
+        "GIT_INDEX_FILE": mine / ".git/index",
+        "GIT_OBJECT_DIRECTORY": mine / ".git/objects",
+        "GIT_PREFIX": "sub/",
+    }.items():
         monkeypatch.setenv(variable, str(value))
     words = ["format-patch", tree] if command == "format-patch" else ["make-tree", RELEASE]
     done = cli(home, *words, "-o", tmp_path / "out", "--only", "0005" if command == "make-tree" else "0001")
@@ -158,8 +163,10 @@ def test_the_users_settings_do_not_change_the_series(home, tree, tmp_path, autho
     def series(name: str) -> dict[str, str]:
         done = cli(home, "format-patch", tree, "-o", tmp_path / name)
         assert done.returncode == 0, done.stderr
-        return {p.name: "".join(line for line in p.open() if not line.startswith("Date:"))
-                for p in (tmp_path / name).iterdir()}  # fmt: skip
+        return {
+            p.name: "".join(line for line in p.open() if not line.startswith("Date:"))
+            for p in (tmp_path / name).iterdir()
+        }
 
     plain = series("plain")
     (tmp_path / "attributes").write_text("*.py binary\n")

@@ -127,9 +127,9 @@ def test_experts_with_one_scale_and_with_one_a_row_are_stacked(tmp_path):
 
 @pytest.mark.parametrize("qscheme", ["per_channel", "per_tensor"])
 @pytest.mark.parametrize(
-    ("inputs", "strategy", "symmetric"), [("token", "token", True), ("static", "tensor", True),
-                                          ("static_asym", "tensor", False)]
-)  # fmt: skip
+    ("inputs", "strategy", "symmetric"),
+    [("token", "token", True), ("static", "tensor", True), ("static_asym", "tensor", False)],
+)
 def test_compressed_tensors_says_every_scheme(qscheme, inputs, strategy, symmetric, tmp_path):
     """Experts per token where they are not; scales [N, 1]; static ones [1]; no zero points of weights."""
     made = spread_over_files(Checkpoint(inputs, qscheme, stacked=True))
@@ -152,13 +152,17 @@ def test_compressed_tensors_says_every_scheme(qscheme, inputs, strategy, symmetr
     main, *others = said["config_groups"].values()
     assert main["targets"] == ["Linear"]
     assert {k: main["input_activations"][k] for k in ("strategy", "symmetric", "dynamic")} == {
-        "strategy": "token", "symmetric": True, "dynamic": True,
-    }  # fmt: skip
+        "strategy": "token",
+        "symmetric": True,
+        "dynamic": True,
+    }
     assert len(others) == (strategy == "tensor")
     for other in others:
         assert {k: other["input_activations"][k] for k in ("strategy", "symmetric", "dynamic")} == {
-            "strategy": strategy, "symmetric": symmetric, "dynamic": False,
-        }  # fmt: skip
+            "strategy": strategy,
+            "symmetric": symmetric,
+            "dynamic": False,
+        }
         assert {proj, "model.layers.0.self_attn.qkv_proj", "model.layers.0.self_attn.v_proj"} <= set(other["targets"])
         assert not [target for target in other["targets"] if ".experts" in target]
     assert said["ignore"][0] == "lm_head" and "model.layers.0.mlp.gate" in said["ignore"]
@@ -279,8 +283,10 @@ def make_sparse(folder: Path, files: int, experts: int, rows: int, columns: int)
             for kind, dtype, dims, width in (("weight_scale", "F32", shape[:2], 4), ("weight", "I8", shape, 1)):
                 end = start + width * int(np.prod(dims))
                 header[f"model.layers.{i}.moe.{proj}.{kind}"] = {
-                    "dtype": dtype, "shape": dims, "data_offsets": [start, end],
-                }  # fmt: skip
+                    "dtype": dtype,
+                    "shape": dims,
+                    "data_offsets": [start, end],
+                }
                 start = end
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)

@@ -117,9 +117,17 @@ def test_top_is_below_the_docstring_and_above_comments():
 
 def test_where_says_for_which_structure():
     def with_where(where: dict) -> str:
-        return edit(SOURCE, rules(OLD).model_copy(update={"rewrite": [
-            rules(OLD).rewrite[0].model_copy(update={"where": where}),
-            rules(({"pattern": "f($X)"}, "new(2)")).rewrite[0]]})).text  # fmt: skip
+        return edit(
+            SOURCE,
+            rules(OLD).model_copy(
+                update={
+                    "rewrite": [
+                        rules(OLD).rewrite[0].model_copy(update={"where": where}),
+                        rules(({"pattern": "f($X)"}, "new(2)")).rewrite[0],
+                    ]
+                }
+            ),
+        ).text
 
     assert "new(self)" in with_where({"pattern": "class A: $$$"})
     assert "old(self)" in with_where({"pattern": "class B: $$$"})
@@ -182,8 +190,11 @@ def test_time_limit(tmp_path, monkeypatch):
     slow.chmod(0o755)
     monkeypatch.setattr(module, "_ast_grep", lambda: str(slow))
     monkeypatch.setattr(module, "TIME_LIMIT", 0.2, raising=False)
-    rules = FileEdit(file="vllm/slow.py", present={"pattern": "g(1)"}, rewrite=[
-        {"anchor": "f", "rule": {"pattern": "f(1)"}, "fix": "g(1)"}])  # fmt: skip
+    rules = FileEdit(
+        file="vllm/slow.py",
+        present={"pattern": "g(1)"},
+        rewrite=[{"anchor": "f", "rule": {"pattern": "f(1)"}, "fix": "g(1)"}],
+    )
     found = edit("f(1)  # slow\n" * 3, rules)
     assert found.outcome is Outcome.CONFLICT
     assert "vllm/slow.py: ast-grep is not through its 3 lines after 0.2 s" in found.detail
@@ -218,8 +229,9 @@ def test_at_is_the_rule_the_needs_and_the_words(place):
 
 
 def test_at_alone_is_the_definition():
-    rules = FileEdit(file="vllm/a.py", at="A", present={"pattern": "first()"},
-                     rewrite=[{"at": "A.g", "top": "first()\n"}])  # fmt: skip
+    rules = FileEdit(
+        file="vllm/a.py", at="A", present={"pattern": "first()"}, rewrite=[{"at": "A.g", "top": "first()\n"}]
+    )
     found = edit(PLACES["A.g"], rules)
     assert found.text == "class A:\n    def g(self):\n        first()\n        return old(self)\n"
     assert edit("class A:\n    pass\n", rules).detail == "vllm/a.py: A.g: not found"

@@ -46,9 +46,11 @@ def killed_at(step: int, root: Path, series: Series, action: str) -> bool:
 def truthful(root: Path, series: Series, before: dict, after: dict) -> None:
     """`status` says "applied" exactly of the patches whose files all lie there."""
     now = visible(root)
-    files = {"0001-mapping": None, "0002-scale": ["vllm/model_executor/beta.py", "vllm/new/deep/gamma.py",
-                                                  "tests/test_gamma.py", "vllm/alpha.py"],
-             "0003-only-files": ["vllm/configs/c.json"]}  # fmt: skip
+    files = {
+        "0001-mapping": None,
+        "0002-scale": ["vllm/model_executor/beta.py", "vllm/new/deep/gamma.py", "tests/test_gamma.py", "vllm/alpha.py"],
+        "0003-only-files": ["vllm/configs/c.json"],
+    }
     for verdict in Tree(root).status(series):
         name = verdict.patch.name
         if name not in files:

@@ -46,8 +46,14 @@ def command(home, site, tmp_path):
 
     def start(*words, **variables) -> subprocess.Popen:
         env = {**os.environ, "PYTHONPATH": f"{home}{os.pathsep}{site}", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-        return subprocess.Popen([sys.executable, "-m", "vllm_quark", *map(str, words)], env=env | variables,
-                                cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        return subprocess.Popen(
+            [sys.executable, "-m", "vllm_quark", *map(str, words)],
+            env=env | variables,
+            cwd=tmp_path,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     def run(*words, **variables) -> subprocess.CompletedProcess:
         process = start(*words, **variables)
@@ -103,8 +109,9 @@ def test_a_shadow_for_each_choice_installation_and_series(command, home, site, t
 
 
 def test_many_at_once_and_killed(command, tmp_path):
-    running = [command.start("run", "--", "python", "-c", "import vllm.new.deep.gamma as g; print(g.GAMMA)")
-               for _ in range(5)]  # fmt: skip
+    running = [
+        command.start("run", "--", "python", "-c", "import vllm.new.deep.gamma as g; print(g.GAMMA)") for _ in range(5)
+    ]
     assert [r.communicate(timeout=120)[0] for r in running] == ["1\n"] * 5
     assert len(shadows(tmp_path)) == 1
     shutil.rmtree(tmp_path / "cache")

@@ -290,9 +290,16 @@ def test_names_of_patches(home, tree, words):
 
 def test_a_package_that_only_depends_on_vllm(home, tree):
     """vllm-omni, vllm-ascend, vllm-mindspore: beside vLLM, or alone in their own checkout."""
-    write(tree, {"vllm_omni/__init__.py": "", "vllm_omni/model_executor/__init__.py": "",
-                 "vllm_omni/model_executor/models/a.py": "import os\n\nif os:\n    from vllm.model_executor import b\n",
-                 "vllm_ascend/__init__.py": "import vllm\n", "vllm_ascend/model_executor/__init__.py": ""})  # fmt: skip
+    write(
+        tree,
+        {
+            "vllm_omni/__init__.py": "",
+            "vllm_omni/model_executor/__init__.py": "",
+            "vllm_omni/model_executor/models/a.py": "import os\n\nif os:\n    from vllm.model_executor import b\n",
+            "vllm_ascend/__init__.py": "import vllm\n",
+            "vllm_ascend/model_executor/__init__.py": "",
+        },
+    )
     assert statuses(home, tree) == BEFORE
     shutil.move(tree / "vllm", tree / "acme_vllm")
     imports = "".join(f"from acme_vllm.a{i} import b\n" for i in range(30))
@@ -336,15 +343,22 @@ def test_all_absent(home, tree, harmless):
     done = [cli(home, command, tree, "--only", "4") for command in ("status", "apply")]
     assert [d.returncode for d in done] == ([0, 0] if harmless else [2, 2])
     assert [d.stderr for d in done] == [done[0].stderr] * 2
-    detail = {None: "vllm/alpha.py lacks what it edits", False: "before 9.10, no Omega: use 9.10 or newer",
-              True: "fine before 9.10: no Omega"}[harmless]  # fmt: skip
+    detail = {
+        None: "vllm/alpha.py lacks what it edits",
+        False: "before 9.10, no Omega: use 9.10 or newer",
+        True: "fine before 9.10: no Omega",
+    }[harmless]
     assert detail in done[0].stdout
     assert harmless or detail in done[0].stderr
 
 
 def test_json_on_failure(home, tree, tmp_path):
-    for words in (["status", tmp_path / "none"], ["apply", tree, "--only", "4"], ["revert", tree, "--only", "99"],
-                  ["format-patch", tmp_path / "none", "-o", tmp_path / "out"]):  # fmt: skip
+    for words in (
+        ["status", tmp_path / "none"],
+        ["apply", tree, "--only", "4"],
+        ["revert", tree, "--only", "99"],
+        ["format-patch", tmp_path / "none", "-o", tmp_path / "out"],
+    ):
         done = cli(home, *words, "--json")
         assert done.returncode == 2
         assert json.loads(done.stdout)["error"] == done.stderr.strip().removeprefix("vllm-quark: ")

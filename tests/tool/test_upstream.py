@@ -90,8 +90,21 @@ def test_every_way_to_lose_a_test(
     monkeypatch.setattr(upstream, "TEST_SECONDS", 2)
     monkeypatch.setattr(upstream, "FILE_SECONDS", 8)
     out = tmp_path / "out.json"
-    words = ["9.9", "--series", home, "--site", tree, "--python", sys.executable, "--work", tmp_path / "work",
-             "--source", source(tmp_path / "source", *TESTS), "--out", out]  # fmt: skip
+    words = [
+        "9.9",
+        "--series",
+        home,
+        "--site",
+        tree,
+        "--python",
+        sys.executable,
+        "--work",
+        tmp_path / "work",
+        "--source",
+        source(tmp_path / "source", *TESTS),
+        "--out",
+        out,
+    ]
     monkeypatch.setattr(sys, "argv", ["run.py", *map(str, words)])
     assert upstream.main() == 1
     printed = capsys.readouterr().out
@@ -118,10 +131,13 @@ def test_no_regression(tmp_path: Path, home: Path, tree: Path):
     assert "0 of upstream's tests" in done.stdout
 
 
-@pytest.mark.parametrize("text, said", [
-    ("def test_fails(): assert False", "nothing passes on stock"),
-    ("import not_there", "test_quark.py cannot be imported on stock"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("def test_fails(): assert False", "nothing passes on stock"),
+        ("import not_there", "test_quark.py cannot be imported on stock"),
+    ],
+)
 def test_nothing_proved(tmp_path: Path, home: Path, tree: Path, text: str, said: str):
     write(src := source(tmp_path / "source"), {"tests/quantization/test_quark.py": text})
     done = cli(home, tree, "--work", tmp_path / "work", "--source", src)

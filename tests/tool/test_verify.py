@@ -29,16 +29,21 @@ from vllm_quark.verify.report import draw_errors, make_page
 EXPERTS, K, WIDTH = 16, 128, 96
 
 
-def write(folder: Path, inputs: str = "token", qscheme: str = "per_channel", layers: int = 1, width: int = WIDTH,
-          columns: int = K, experts: int = EXPERTS) -> Path:  # fmt: skip
+def write(
+    folder: Path,
+    inputs: str = "token",
+    qscheme: str = "per_channel",
+    layers: int = 1,
+    width: int = WIDTH,
+    columns: int = K,
+    experts: int = EXPERTS,
+) -> Path:
     """Decoder layers of attention, a shared expert and experts one by one; o_proj is in `exclude`."""
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, torch.Tensor] = {}
 
     def add(module: str, rows: int, columns: int, is_static: bool) -> None:
-        tensors[f"{module}.weight"] = torch.randint(
-            -127, 128, (rows, columns), dtype=torch.int8, generator=generator
-        )  # fmt: skip
+        tensors[f"{module}.weight"] = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, generator=generator)
         shape = (rows,) if qscheme == "per_channel" else ()
         tensors[f"{module}.weight_scale"] = 10 ** (torch.rand(shape, generator=generator) * 2 - 4)
         if is_static:
@@ -78,15 +83,22 @@ def write(folder: Path, inputs: str = "token", qscheme: str = "per_channel", lay
 def series(tmp_path_factory) -> Path:
     """The installed vLLM with the series."""
     whole = load_series(ROOT)
-    return make_shadow(tmp_path_factory.mktemp("vllm") / "series", whole, [p.name for p in whole.patches],
-                       find_installed())  # fmt: skip
+    return make_shadow(
+        tmp_path_factory.mktemp("vllm") / "series", whole, [p.name for p in whole.patches], find_installed()
+    )
 
 
 def run(vllm: Path | None, *words: object) -> subprocess.CompletedProcess:
     path = os.pathsep.join(map(str, filter(None, [vllm, ROOT])))
     command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT,
-                          env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"})  # fmt: skip
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
+    )
 
 
 def drive(vllm: Path, ckpt: Path, *faults: str) -> dict[str, list]:
@@ -173,8 +185,12 @@ def test_layers(tmp_path):
     ckpt = read_checkpoint(str(write(tmp_path / "ckpt", "static", layers=3)))
     layers = find_layers(ckpt)
     assert [layer.name for layer in layers[:5]] == [
-        "model.layers.0.mlp.experts", f"{SHARED}.down_proj", f"{SHARED}.gate_up_proj", OUT, QKV,
-    ]  # fmt: skip
+        "model.layers.0.mlp.experts",
+        f"{SHARED}.down_proj",
+        f"{SHARED}.gate_up_proj",
+        OUT,
+        QKV,
+    ]
     assert len(layers) == 15
     by_name = {layer.name: layer for layer in layers}
     assert by_name[QKV].shape == (256, K) and len(by_name[QKV].parts) == 3 and by_name[QKV].scheme.static

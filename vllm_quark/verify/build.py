@@ -191,9 +191,12 @@ def environment(dtype: torch.dtype) -> Iterator[Builder]:
         stack.enter_context(set_current_vllm_config(config))
         stack.callback(cleanup_dist_env_and_memory)
         init_distributed_environment(
-            world_size=1, rank=0, distributed_init_method=f"file://{store}", local_rank=0,
+            world_size=1,
+            rank=0,
+            distributed_init_method=f"file://{store}",
+            local_rank=0,
             backend=getattr(current_platform, "dist_backend", None) or "gloo",
-        )  # fmt: skip
+        )
         initialize_model_parallel(1, 1)
         stack.callback(torch.set_default_dtype, old)
         torch.set_default_dtype(dtype)

@@ -29,8 +29,10 @@ def make_page(title: str, machine: dict[str, str], notes: list[str], rows: list[
     verdict = f"{bad} of {len(rows)} layers are off" if bad else f"all {len(rows)} layers are right"
     facts = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in machine.items())
     said = "".join(f"<p>{escape(note)}</p>" for note in notes)
-    head = "".join(f"<th>{name}</th>" for name in ("layer", "kind", "shape", "scheme", "kernel", "error", "worst token",
-                                                   "result", "s"))  # fmt: skip
+    head = "".join(
+        f"<th>{name}</th>"
+        for name in ("layer", "kind", "shape", "scheme", "kernel", "error", "worst token", "result", "s")
+    )
     body = "".join(map(_make_row, rows))
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -78,27 +80,35 @@ def draw_errors(rows: list[Row]) -> str:
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{100 * decade:g} %</text>')
         decade *= 10
     y = y_of(LIMIT)
-    parts.append(f'<line x1="{LEFT}" x2="{LEFT + wide}" y1="{y:.1f}" y2="{y:.1f}" stroke="#cf222e" '
-                 'stroke-dasharray="6 4"/>')  # fmt: skip
+    parts.append(
+        f'<line x1="{LEFT}" x2="{LEFT + wide}" y1="{y:.1f}" y2="{y:.1f}" stroke="#cf222e" stroke-dasharray="6 4"/>'
+    )
     parts.append(f'<text x="{LEFT + wide}" y="{y - 5:.1f}" text-anchor="end">limit</text>')
     for i, row in enumerate(rows):
         title = f"<title>{escape(row.layer)}: {show_number(row.error) or row.status}</title>"
         x, colour = x_of(i), kinds[row.kind]
         if row.status == STOPS or row.error is None or not math.isfinite(row.error):
-            parts.append(f'<path d="M{x - 5:.1f} {TOP - 5}l10 10m0 -10l-10 10" stroke="#cf222e" stroke-width="2.5">'
-                         f"{title}</path>")  # fmt: skip
+            parts.append(
+                f'<path d="M{x - 5:.1f} {TOP - 5}l10 10m0 -10l-10 10" stroke="#cf222e" stroke-width="2.5">'
+                f"{title}</path>"
+            )
         else:
             edge = "none" if row.is_good else "#cf222e"
-            parts.append(f'<circle cx="{x:.1f}" cy="{y_of(row.error):.1f}" r="5" fill="{colour}" stroke="{edge}" '
-                         f'stroke-width="2.5">{title}</circle>')  # fmt: skip
+            parts.append(
+                f'<circle cx="{x:.1f}" cy="{y_of(row.error):.1f}" r="5" fill="{colour}" stroke="{edge}" '
+                f'stroke-width="2.5">{title}</circle>'
+            )
     for i in {0, len(rows) // 2, len(rows) - 1} if rows else ():
         anchor = "start" if i == 0 else "end" if i == len(rows) - 1 else "middle"
-        parts.append(f'<text x="{x_of(i):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="{anchor}">'
-                     f"{escape(rows[i].layer)}</text>")  # fmt: skip
+        parts.append(
+            f'<text x="{x_of(i):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="{anchor}">{escape(rows[i].layer)}</text>'
+        )
     at = LEFT
     for kind, colour in kinds.items():
-        parts.append(f'<circle cx="{at + 5}" cy="{HEIGHT - 16}" r="5" fill="{colour}"/>'
-                     f'<text x="{at + 15}" y="{HEIGHT - 12}">{escape(kind)}</text>')  # fmt: skip
+        parts.append(
+            f'<circle cx="{at + 5}" cy="{HEIGHT - 16}" r="5" fill="{colour}"/>'
+            f'<text x="{at + 15}" y="{HEIGHT - 12}">{escape(kind)}</text>'
+        )
         at += 40 + 8 * len(kind)
     parts.append(f'<text x="{LEFT}" y="18">error over the norm of the output; × : vLLM stopped, or no number</text>')
     return "".join(parts) + "</svg>"

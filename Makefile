@@ -65,14 +65,18 @@ check: env quark-env lint  ## for every edit: lint, layers, tool, one engine (mi
 	@$(BIN)/python -m examples.step3p5_nano.lab $(CKPTS)
 	$(BIN)/python -m pytest -q tests/e2e/test_nano.py -k "with_the_series and stacked-all"
 
+# tests/tool applies, reverts and commits the series on $(RELEASE), and tests/e2e serves it there with the operator:
+# releases.py takes the others, and the other ways to serve.
 test: env quark-env lint  ## everything that runs on this machine (40 minutes)
 	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
 	PYTHONPATH=$(CURDIR)/build/shadow $(BIN)/python -m pytest -q -n 2 tests/quantization tests/entrypoints
 	$(BIN)/python -m pytest -q tests/tool tests/csrc tests/benchmarks
-	$(BIN)/python -m benchmarks.compatibility.releases 0.20.0 0.21.0 0.26.0 newest
+	$(BIN)/python -m benchmarks.compatibility.releases 0.20.0 0.26.0 newest
 	@$(MAKE) --no-print-directory test-upstream
 	@$(BIN)/python -m examples.step3p5_nano.lab $(CKPTS)
-	$(BIN)/python -m benchmarks.compatibility.releases none --engines $(RELEASE) newest
+	$(BIN)/python -m benchmarks.compatibility.releases none --engines newest
+	$(BIN)/python -m benchmarks.compatibility.releases none --engines $(RELEASE) \
+	  --ways "eager, oneDNN" "compiled, operator" "compiled, oneDNN"
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/e2e
 
 # The operator's tests with -fsanitize: its library, and Python with the sanitizers' runtime first.

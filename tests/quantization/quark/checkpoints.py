@@ -27,7 +27,13 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 
-from .utils import DEVICE, apply_experts, emulate_activation, make_experts
+from .utils import (
+    DEVICE,
+    apply_experts,
+    emulate_activation,
+    make_experts,
+    quantization_config,
+)
 
 WEIGHTS = ("per_channel", "per_tensor")
 ACTIVATIONS = (
@@ -88,48 +94,6 @@ class Checkpoint:
     modules: dict[str, tuple[int, int]]
 
 
-def _spec(qscheme: str, dynamic: bool, axis: int | None, symmetric: bool) -> dict:
-    return {
-        "dtype": "int8",
-        "is_dynamic": dynamic,
-        "qscheme": qscheme,
-        "ch_axis": axis,
-        "group_size": None,
-        "symmetric": symmetric,
-        "round_method": "half_even",
-        "scale_type": "float",
-        "observer_cls": "PerChannelMinMaxObserver",
-    }
-
-
-def quantization_config(case: Case) -> dict[str, Any]:
-    channel = case.weight == "per_channel"
-    if case.activation.startswith("token"):
-        inputs = _spec("per_channel", True, 1, case.activation == "token_sym")
-    else:
-        dynamic = case.activation == "tensor_dynamic"
-        symmetric = case.activation != "static_asym"
-        inputs = _spec("per_tensor", dynamic, None, symmetric)
-    return {
-        "quant_method": "quark",
-        "quant_mode": "eager_mode",
-        "global_quant_config": {
-            "weight": _spec(case.weight, False, 0 if channel else None, True),
-            "input_tensors": inputs,
-            "output_tensors": None,
-            "bias": None,
-        },
-        "layer_quant_config": {},
-        "layer_type_quant_config": {},
-        "exclude": ["lm_head"],
-        "export": {
-            "kv_cache_group": [],
-            "pack_method": "reorder",
-            "weight_format": "real_quantized",
-        },
-    }
-
-
 def inputs_for(case: Case, tokens: int, generator: torch.Generator) -> torch.Tensor:
     """[T, K]; tokens and channels differ by orders of magnitude."""
     x = torch.randn(tokens, K, generator=generator)
@@ -146,7 +110,8 @@ def make(case: Case, x: torch.Tensor, generator: torch.Generator) -> Checkpoint:
     """A random checkpoint of `case`, static scales calibrated on `x` [T, K]."""
     number = next(_layers)
     layer = f"model.layers.{number}"
-    config, tensors = quantization_config(case), {}
+    config = quantization_config(case.weight, case.activation, ["lm_head"])
+    tensors = {}
     static = case.activation.startswith("static")
 
     def add(module: str, n: int, k: int, seen: torch.Tensor | None) -> None:

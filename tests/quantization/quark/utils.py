@@ -78,47 +78,64 @@ def shard(rank: int, size: int) -> Iterator[None]:
         group.rank_in_group, group.world_size = old
 
 
+def quantization_config(
+    weight: str = "per_channel",
+    activation: str = "token_sym",
+    exclude: list[str] | None = None,
+) -> dict[str, Any]:
+    """`quantization_config` of an INT8 W8A8 export, as Quark 0.13 writes it.
+
+    weight: per_channel or per_tensor. activation: token_sym, token_asym (dynamic),
+    static_sym, static_asym or tensor_dynamic.
+    """
+
+    def spec(qscheme: str, dynamic: bool, axis: int | None, symmetric: bool) -> dict:
+        return {
+            "dtype": "int8",
+            "is_dynamic": dynamic,
+            "qscheme": qscheme,
+            "ch_axis": axis,
+            "group_size": None,
+            "symmetric": symmetric,
+            "round_method": "half_even",
+            "scale_type": "float",
+            "observer_cls": "PerChannelMinMaxObserver",
+        }
+
+    symmetric = not activation.endswith("_asym")
+    if activation.startswith("token"):
+        inputs = spec("per_channel", True, 1, symmetric)
+    else:
+        inputs = spec("per_tensor", activation == "tensor_dynamic", None, symmetric)
+    return {
+        "quant_method": "quark",
+        "quant_mode": "eager_mode",
+        "global_quant_config": {
+            "weight": spec(weight, False, 0 if weight == "per_channel" else None, True),
+            "input_tensors": inputs,
+            "output_tensors": None,
+            "bias": None,
+        },
+        "layer_quant_config": {},
+        "layer_type_quant_config": {},
+        "exclude": exclude or [],
+        "export": {
+            "kv_cache_group": [],
+            "pack_method": "reorder",
+            "weight_format": "real_quantized",
+        },
+    }
+
+
 def quark_config(
     exclude: list[str] | None = None,
     weight: str = "per_channel",
     dynamic: bool = True,
     packed: dict[str, list[str]] | None = None,
 ) -> QuarkConfig:
-    """The QuarkConfig of an INT8 W8A8 export, as Quark 0.13 writes it."""
-
-    def spec(qscheme: str, is_dynamic: bool, ch_axis: int | None) -> dict[str, Any]:
-        return {
-            "dtype": "int8",
-            "is_dynamic": is_dynamic,
-            "qscheme": qscheme,
-            "ch_axis": ch_axis,
-            "group_size": None,
-            "symmetric": True,
-            "round_method": "half_even",
-            "scale_type": "float",
-        }
-
-    config = QuarkConfig.from_config(
-        {
-            "quant_method": "quark",
-            "global_quant_config": {
-                "weight": spec(weight, False, 0 if weight == "per_channel" else None),
-                "input_tensors": spec("per_channel", True, 1)
-                if dynamic
-                else spec("per_tensor", False, None),
-                "output_tensors": None,
-                "bias": None,
-            },
-            "layer_quant_config": {},
-            "layer_type_quant_config": {},
-            "exclude": exclude or [],
-            "export": {
-                "kv_cache_group": [],
-                "pack_method": "reorder",
-                "weight_format": "real_quantized",
-            },
-        }
-    )
+    """The QuarkConfig of such an export, symmetric."""
+    activation = "token_sym" if dynamic else "static_sym"
+    config = QuarkConfig.from_config(quantization_config(weight, activation, exclude))
     config.packed_modules_mapping = packed or {}
     return config
 

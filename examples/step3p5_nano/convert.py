@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 EXPERT = re.compile(r"^(.*\.moe)\.experts\.(\d+)\.(\w+_proj)\.(weight|weight_scale)$")
 
 
-def stacked(tensors: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
+def stacked(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Per-expert tensors joined along a new first axis: weights [E, N, K], scales [E, N]."""
     experts: dict[str, dict[int, torch.Tensor]] = {}
     result = {}
@@ -40,7 +41,7 @@ def stacked(tensors: dict[str, torch.Tensor], config: dict) -> dict[str, torch.T
     return result
 
 
-def compressed_tensors(tensors: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
+def compressed_tensors(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Scales [N] -> [N, 1], and the same scheme said in compressed-tensors' words."""
     exclude = config["quantization_config"]["exclude"]
     config["quantization_config"] = {

@@ -78,6 +78,7 @@ def main() -> int:
     for name in ("layout", "patches", "perplexity per byte", "top-1 as reference", "generated text"):
         table.add_column(name)
     best = judge.reference
+    assert best.perplexity is not None
     table.add_row("BF16", "(float reference)", best.shown, "100.0%", escape(repr(best.text)))
     table.add_row("INT8", "(W8A8 emulation)", emulated.shown, f"{emulated.agreement:.1%}", escape(repr(emulated.text)))
     table.add_section()

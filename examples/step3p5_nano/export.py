@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 KEEP = ["*lm_head", "*moe.gate", "*eh_proj", "*shared_head.output"]
 KEEP_RECIPE = [*KEEP, "*self_attn*", "*share_expert*"]
@@ -70,7 +71,7 @@ def main() -> int:
     class SplitExperts(SplitFusedExperts):
         """moe.gate_proj.weight [E, N, K] -> moe.experts.{e}.gate_proj.weight [N, K]."""
 
-        def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **kwargs: Any) -> Any:
             parts = super().convert(input_dict, source_patterns, target_patterns, **kwargs)
             return {f"moe.experts.{name}": tensor for name, tensor in parts.items()}
 

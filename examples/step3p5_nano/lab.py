@@ -119,7 +119,7 @@ class Judge:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.unlink(missing_ok=True)
         sizes = ["--windows", str(len(self.windows)), "--tokens", str(self.tokens)]
-        words = [ckpt.absolute(), "--out", out.absolute(), *sizes, *self.stdlib, *flags]
+        words: list[str | Path] = [ckpt.absolute(), "--out", out.absolute(), *sizes, *self.stdlib, *flags]
         call_module(out.with_suffix(".log"), sys.executable, "run", *words, PYTHONPATH=before(vllm), **env)
         data = json.loads(out.read_text())
         agreement = (torch.tensor(data["top"]) == self.top).float().mean().item()

@@ -13,6 +13,7 @@ Architecture: Step-3.5-Flash's config.json (stepfun-ai), Apache-2.0.
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,9 @@ class MLP(nn.Module):
 class MoE(nn.Module):
     """Sigmoid router with a selection bias; the chosen scores are renormalised and scaled."""
 
-    def __init__(self, cfg: dict, limit: float | None):
+    router_bias: Tensor
+
+    def __init__(self, cfg: dict[str, Any], limit: float | None):
         super().__init__()
         hidden, experts, width = cfg["hidden_size"], cfg["moe_num_experts"], cfg["moe_intermediate_size"]
         self.gate = Linear(hidden, experts)
@@ -126,7 +129,7 @@ class MoE(nn.Module):
         return (act.flatten(1) @ down.to(act.dtype)).view(shape)
 
 
-def rope_frequencies(cfg: dict, layer: int, rotary: int) -> Tensor:
+def rope_frequencies(cfg: dict[str, Any], layer: int, rotary: int) -> Tensor:
     """Inverse wavelengths [rotary / 2], llama3-scaled where the layer's type asks for it.
 
     llama3 scaling: long waves are slowed by `factor`, short ones kept, those between blended
@@ -145,7 +148,9 @@ def rope_frequencies(cfg: dict, layer: int, rotary: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg: dict, layer: int):
+    angle: Tensor
+
+    def __init__(self, cfg: dict[str, Any], layer: int):
         super().__init__()
         other = cfg["attention_other_setting"]
         sliding = cfg["layer_types"][layer] == other["attention_type"]
@@ -189,7 +194,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, cfg: dict, index: int):
+    def __init__(self, cfg: dict[str, Any], index: int):
         super().__init__()
         hidden, eps = cfg["hidden_size"], cfg["rms_norm_eps"]
         self.self_attn = Attention(cfg, index)
@@ -208,7 +213,7 @@ class Layer(nn.Module):
 
 
 class SharedHead(nn.Module):
-    def __init__(self, cfg: dict, output: Linear):
+    def __init__(self, cfg: dict[str, Any], output: Linear):
         super().__init__()
         self.norm = Norm(cfg["hidden_size"], cfg["rms_norm_eps"])
         self.output = output
@@ -218,29 +223,37 @@ class MTPLayer(Layer):
     """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, 2.2): one more decoder layer that sees
     the hidden states [B, T, H] before it and the embeddings [B, T, H] of the token after each."""
 
-    def __init__(self, cfg: dict, index: int, output: Linear):
+    def __init__(self, cfg: dict[str, Any], index: int, output: Linear):
         super().__init__(cfg, index)
         hidden, eps = cfg["hidden_size"], cfg["rms_norm_eps"]
         self.enorm, self.hnorm = Norm(hidden, eps), Norm(hidden, eps)
         self.eh_proj = Linear(2 * hidden, hidden)
         self.shared_head = SharedHead(cfg, output)
 
-    def forward(self, hidden: Tensor, embeds: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, embeds: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(self.eh_proj(torch.cat((self.enorm(embeds), self.hnorm(hidden)), -1)))
+
+
+class Backbone(nn.Module):
+    """What the checkpoint's names put below `model`."""
+
+    embed_tokens: nn.Embedding
+    layers: nn.ModuleList
+    norm: Norm
 
 
 class Step3p5(nn.Module):
     """Logits [B, T, V] from token ids [B, T]; `cfg` is config.json as a dict."""
 
-    def __init__(self, cfg: dict):
+    def __init__(self, cfg: dict[str, Any]):
         super().__init__()
         self.cfg = cfg
-        self.model = nn.Module()
+        self.model = Backbone()
         self.model.embed_tokens = nn.Embedding(cfg["vocab_size"], cfg["hidden_size"])
         self.depth = cfg["num_hidden_layers"]
         self.lm_head = Linear(cfg["hidden_size"], cfg["vocab_size"])
         self.model.layers = nn.ModuleList(Layer(cfg, i) for i in range(self.depth))
-        # The heads of the MTP layers are the model's own, written once a layer as Step-3.5 does.
+        # The heads of the MTP layers are the model's own, written once per layer as Step-3.5 does.
         self.model.layers.extend(
             MTPLayer(cfg, self.depth + i, self.lm_head) for i in range(cfg.get("num_nextn_predict_layers", 0))
         )
@@ -257,12 +270,14 @@ class Step3p5(nn.Module):
 
     def all_logits(self, ids: Tensor) -> list[Tensor]:
         """The model's logits [B, T, V], then each MTP layer's: layer k's [B, T - k - 1, V] at t
-        foretell token t + k + 2."""
+        predict token t + k + 2."""
         x = self.hidden(ids)
         logits = [self.lm_head(self.model.norm(x))]
         for k, layer in enumerate(self.model.layers[self.depth :]):
             x = layer(x[:, :-1], self.model.embed_tokens(ids[:, k + 1 :]))
-            logits.append(layer.shared_head.output(layer.shared_head.norm(x)))
+            head = layer.shared_head
+            assert isinstance(head, SharedHead)
+            logits.append(head.output(head.norm(x)))
         return logits
 
 
@@ -285,8 +300,9 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> Step3p5:
             stem, proj = name.rsplit(".", 1)
             for key in ("weight", "weight_scale"):
                 parts = [tensors.pop(f"{stem}.experts.{e}.{proj}.{key}", None) for e in range(len(module.weight))]
-                if all(p is not None for p in parts):
-                    tensors[f"{name}.{key}"] = torch.stack(parts)
+                present = [p for p in parts if p is not None]
+                if len(present) == len(parts):
+                    tensors[f"{name}.{key}"] = torch.stack(present)
         if isinstance(module, (Linear, StackedLinear)):
             scale = tensors.pop(f"{name}.weight_scale", None)
             if scale is not None:

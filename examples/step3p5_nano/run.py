@@ -15,6 +15,7 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -26,10 +27,11 @@ from examples.step3p5_nano.text import BOS, held_out_windows, text_of  # noqa: E
 PROMPT = "class Stack:\n    def __init__(self"
 
 
-def counters(llm) -> tuple[float, float]:
+def counters(llm: Any) -> tuple[float, float]:
     """Draft tokens proposed and accepted so far."""
     found = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
-    return tuple(found.get(f"vllm:spec_decode_num_{kind}_tokens", 0) for kind in ("draft", "accepted"))
+    drafted, accepted = (found.get(f"vllm:spec_decode_num_{kind}_tokens", 0) for kind in ("draft", "accepted"))
+    return drafted, accepted
 
 
 def main() -> None:
@@ -50,11 +52,13 @@ def main() -> None:
     from vllm import LLM, SamplingParams, TokensPrompt
 
     # On a GPU a fixed, small cache: runs beside each other do not disturb each other's profiling.
-    memory = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30} if torch.cuda.is_available() else {}
+    memory: dict[str, Any] = (
+        {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30} if torch.cuda.is_available() else {}
+    )
     if args.speculate:
         memory["speculative_config"] = {"method": "mtp", "num_speculative_tokens": args.speculate}
     start = time.time()
-    llm = LLM(
+    llm: Any = LLM(
         args.ckpt,
         dtype=args.dtype,
         enforce_eager=not args.compile,

@@ -80,7 +80,7 @@ def main() -> None:
         ids = corpus[at + torch.arange(args.length + 1, device=device)]
         with torch.autocast(device, torch.bfloat16):
             every = model.all_logits(ids[:, :-1])
-        # The k-th MTP layer sees one token less and foretells one token further.
+        # The k-th MTP layer sees one token less and predicts one token further.
         losses = [F.cross_entropy(y.flatten(0, 1).float(), ids[:, k + 1 :].flatten()) for k, y in enumerate(every)]
         loss = losses[0]
         total = loss + MTP_WEIGHT * sum(losses[1:]) / max(1, len(losses) - 1)
@@ -88,14 +88,16 @@ def main() -> None:
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        for moe in moes:
-            moe.router_bias += ROUTER_BIAS_STEP * (1 - progress) * (moe.load.mean() - moe.load).sign()
+        loads = [moe.load for moe in moes if moe.load is not None]
+        for moe, chosen in zip(moes, loads, strict=True):
+            moe.router_bias += ROUTER_BIAS_STEP * (1 - progress) * (chosen.mean() - chosen).sign()
         if step % 250 == 0 or progress >= 1:
             model.eval()
             with torch.autocast(device, torch.bfloat16):
                 ppl, _ = evaluate(model, held)
             model.train()
-            uneven = max((m.load.max() / m.load.mean()).item() for m in moes)
+            loads = [moe.load for moe in moes if moe.load is not None]
+            uneven = max((chosen.max() / chosen.mean()).item() for chosen in loads)
             print(
                 f"step {step} {time.time() - start:.0f} s: train {loss.exp():.3f} held-out {ppl:.3f} "
                 f"busiest expert {uneven:.2f}x",

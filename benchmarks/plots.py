@@ -52,6 +52,8 @@ def _number(value: float) -> str:
 
 def _shown(value: float) -> str:
     """Three digits, thousands with commas."""
+    if value >= 100_000:
+        return f"{value / 1000:.0f}k"
     if value >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}"

@@ -535,7 +535,7 @@ def one(bench: Bench, number: int, seed: int, keep: Path | None) -> dict:
     kind = KINDS[number % len(KINDS)]
     files = drift(bench.original, bench.near, kind, f"{seed}-{number}")
     row = {"number": number, "kind": kind}
-    # A drift that its own inverse does not take off would judge nobody.
+    # A drift that its own inverse does not remove says nothing about any method.
     if canonical(files, bench.known) != canonical(bench.original, bench.known):
         shutil.rmtree("build/drift-not-taken-off", ignore_errors=True)
         write(Path("build/drift-not-taken-off"), files)

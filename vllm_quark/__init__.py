@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 
 SERIES = ("patches", "vllm", "csrc", "tests/quantization", "tests/entrypoints")
-"""What the series is made of, below the root of the repository."""
+"""The folders of the repository that hold the series."""
 
 _XDG = os.environ.get("XDG_CACHE_HOME", "")
 CACHE = Path(_XDG if os.path.isabs(_XDG) else os.path.expanduser("~/.cache")) / "vllm-quark"
-"""Downloads, and what `vllm-quark run` made."""
+"""The folder for downloads and for the views of `vllm-quark run`."""

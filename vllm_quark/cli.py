@@ -147,7 +147,7 @@ def _show(tree: Tree, verdicts: list[Verdict], note: str, as_json: bool, error: 
 @app.command()
 @_guard
 def status(tree: TreeArgument = None, only: Only = None, until: Until = None, as_json: AsJson = False) -> int:
-    """Say what each patch is in TREE: applied, applies, upstream, absent or conflict.
+    """Show the status of each patch in TREE: applied, applies, upstream, absent or conflict.
 
     Example: vllm-quark status ~/my-vllm
     """
@@ -228,7 +228,7 @@ def run_on_shadow(
 @app.command("diff")
 @_guard
 def diff_command(tree: TreeArgument = None, only: Only = None, until: Until = None) -> int:
-    """Say what apply would change in TREE, as a diff.
+    """Show the changes that apply would make in TREE, as a diff.
 
     Example: vllm-quark diff ~/my-vllm | less -R
 
@@ -351,7 +351,7 @@ def check_command(
     ],
     as_json: AsJson = False,
 ) -> int:
-    """Say what is wrong with an INT8 checkpoint of AMD Quark, without vLLM or a GPU.
+    """Show what is wrong with an INT8 checkpoint of AMD Quark, without vLLM or a GPU.
 
     Its files are held against its config.json as vLLM does with the series, and the values of scales and zero
     points are read. Of a model on the hub, headers alone are.

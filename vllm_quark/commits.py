@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
-"""The series as git commits: a mail series for one very tree, or commits in a repository."""
+"""The series as git commits: a mail series for exactly one tree, or commits in a repository."""
 
 import shutil
 import tempfile

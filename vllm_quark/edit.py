@@ -29,7 +29,7 @@ TIME_LIMIT = 60
 
 
 class Outcome(enum.Enum):
-    """What an edit finds in a text."""
+    """The outcome of an edit of a text."""
 
     APPLIES = "applies"
     PRESENT = "present"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
-"""git, seeing the folder it runs in and nothing else of its surroundings."""
+"""Run git so that it sees only the folder it runs in."""
 
 import functools
 import os
@@ -68,7 +68,7 @@ def _trusted() -> list[str]:
 
 
 def identity(folder: Path) -> Identity:
-    """Who git would take for author and committer in `folder`: its variables, else its settings.
+    """The author and committer that git would use in `folder`: from its variables, else from its settings.
 
     Raises QuarkError where neither says.
     """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
-"""What a patch is in a tree. Pure: a view of the files in, verdicts out."""
+"""The status of each patch in a tree. Pure: takes a view of the files, returns verdicts."""
 
 import contextlib
 import enum
@@ -17,7 +17,7 @@ from vllm_quark.text import decode
 
 
 class Status(str, enum.Enum):
-    """What a patch is: in the tree by us; to be applied; there without us; not for this release; in conflict."""
+    """The status of a patch: applied by us; applicable; upstream; absent from this release; in conflict."""
 
     APPLIED = "applied"
     APPLIES = "applies"
@@ -31,7 +31,7 @@ class Status(str, enum.Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one patch is in a tree.
+    """The status of one patch in a tree.
 
     detail: file and anchor, for people. harmless: absent, and nothing is amiss without it.
     changed: new content of the files that it changes; edited, brought: the files that it is about here; missing:
@@ -51,7 +51,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class View:
-    """What there is to see of a tree.
+    """A tree as the judge sees it.
 
     read: bytes of a file, None where there is none. python_files: all of the package. belongs: whether a file does,
     in this kind of tree. version: as the tree tells it. changed: contents that lie on top of those that `read`
@@ -71,12 +71,12 @@ class View:
         return self.changed[file]
 
     def copy(self) -> "View":
-        """The same, to be changed on its own."""
+        """A copy whose changes stay its own."""
         return replace(self, changed=dict(self.changed))
 
 
 def release_of(version: str) -> Version | None:
-    """`version` for comparisons, None where it is none."""
+    """`version` for comparisons, None where it cannot be parsed."""
     try:
         found = Version(version)
     except InvalidVersion:
@@ -91,7 +91,7 @@ def _is_before(version: str, release: str) -> bool:
 
 
 def _files_with(rules: FileEdit, view: View) -> list[str]:
-    """Files of the whole package, but for the named one, that have what `rules` need."""
+    """Files of the package that hold the structure that `rules` need, without the named file."""
     needs, names = rules.needs, [name.encode() for name in names_in(rules.needs)]
     if not needs or not names:
         return []
@@ -119,7 +119,7 @@ def _edit_file(rules: FileEdit, view: View) -> Edited:
 
 
 def _edit_where_it_stands(rules: FileEdit, view: View) -> tuple[str, Edited]:
-    """The file that has what `rules` edit, and what became of it."""
+    """The file that `rules` edit, and the result of the edit."""
     result = _edit_file(rules, view)
     if result.outcome is not Outcome.ABSENT or not (holders := _files_with(rules, view)):
         return rules.file, result
@@ -127,7 +127,7 @@ def _edit_where_it_stands(rules: FileEdit, view: View) -> tuple[str, Edited]:
     folder = PurePosixPath(rules.file).parent
     beside = [file for file in holders if PurePosixPath(file).parent == folder]
     if len(beside) > 1:
-        where = f"{' and '.join(beside)}: each has what belongs into {rules.file}: leave one of them"
+        where = f"{' and '.join(beside)}: each holds the code of {rules.file}: keep one of them"
         return rules.file, Edited(Outcome.CONFLICT, "", where)
     if not beside:
         where = f"{rules.file}: what it edits stands in {holders[0]}: move it back for this"
@@ -140,14 +140,14 @@ def _lf(data: bytes) -> bytes:
 
 
 def _is_fixed_upstream(patch: Patch, version: str) -> bool:
-    """Whether upstream has the same fix in `version`, as far as anyone knows."""
+    """Whether upstream is known to have the same fix in `version`."""
     return patch.upstream is not None and not (
         patch.upstream.since is not None and _is_before(version, patch.upstream.since)
     )
 
 
 def judge_patch(series: Series, patch: Patch, view: View) -> Verdict:
-    """What `patch` is on `view`. What is there already is UPSTREAM, whoever did it."""
+    """The verdict on `patch` in `view`. An edit that is already there counts as UPSTREAM, whoever made it."""
     after = view.copy()
     edited: list[str] = []
     details: dict[Outcome, str] = {}
@@ -194,9 +194,9 @@ def judge_patch(series: Series, patch: Patch, view: View) -> Verdict:
 
 
 def judge_series(series: Series, patches: Iterable[Patch], view: View) -> Iterator[Verdict]:
-    """What each of `patches` is, one on top of the other; a patch is absent where one that it requires is.
+    """The verdict on each of `patches`, applied in order; a patch is absent where a patch that it requires is.
 
-    view: brought up to date with what the patches change.
+    view: updated with the changes of the patches.
     """
     absent: dict[str, Verdict] = {}
     for patch in patches:

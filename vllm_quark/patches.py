@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
-"""What a patch file says: commit message, upstream facts, rules, files it brings."""
+"""The contents of a patch file: commit message, upstream facts, rules, files that it adds."""
 
 import re
 from collections.abc import Callable
@@ -184,7 +184,7 @@ class Upstream(_Strict):
 
 
 class Absence(_Strict):
-    """Releases that lack what a patch edits, and what that means there.
+    """Releases that lack the code that a patch edits, and the consequence.
 
     before, since: up to, or from, which release. harmless: nothing is amiss without the patch there.
     """
@@ -240,7 +240,7 @@ class Patch(_Strict):
 
     @property
     def number(self) -> str:
-        """What other patches call it: NNNN."""
+        """The number by which other patches name it: NNNN."""
         return self.name.split("-")[0]
 
     @property

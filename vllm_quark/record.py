@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
-"""What was done to a tree, and whether it still stands. Reads the tree, writes nothing.
+"""The record of an applied series, and whether it still holds. Reads the tree, writes nothing.
 
 It lies beside the tree in `.vllm-quark/`: the originals of all changed files and a record of the digests that may
 lie in their place. The record is written before the first file changes and again after the last, so a killed run
@@ -31,7 +31,7 @@ class LostOriginalError(TreeError):
 
 
 class State(enum.Enum):
-    """Whose content a recorded file has now."""
+    """The origin of a recorded file's content."""
 
     OURS = "ours"
     ORIGINAL = "original"
@@ -50,7 +50,7 @@ class FileRecord:
     mtime: int | None = None
 
     def state(self, data: bytes | None) -> State:
-        """Whose content `data` is."""
+        """The origin of `data`."""
         now = digest_of(data)
         if now in self.ours:
             return State.OURS
@@ -164,7 +164,7 @@ def find_committed(root: Path, files: Iterable[str]) -> set[str]:
 def settle(
     record: Record, root: Path, contents: dict[str, bytes | None], installation: Installation | None, version: str
 ) -> tuple[Record, str]:
-    """The record without files that were replaced since, and a line that says so ("": none was).
+    """The record without files that were replaced since, and a line about them ("" where there are none).
 
     contents: of the recorded files, now. A file that changed was replaced where the installer or git has it as it
     is, or where the tree is another release's and no git tells who changed it: a build of a checkout writes another

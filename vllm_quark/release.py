@@ -152,7 +152,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _kept(raw: "IO[bytes] | _Hashed") -> dict[str, bytes]:
-    """What `sources` keeps of a source distribution."""
+    """The part of a source distribution that `sources` keeps."""
     files: dict[str, bytes] = {}
     with tarfile.open(fileobj=raw, mode="r|gz") as tar:
         for member in tar:

@@ -18,7 +18,7 @@ from vllm_quark.tree import SHADOW_NOTE, Tree, find_installed
 
 
 def _shadow_key(tree: Tree, choice: str) -> str:
-    """Digest of all that a shadow of `tree` is made of: the installation, the series, this tool, and what was chosen.
+    """Digest of a shadow's inputs: the installation in `tree`, the series, this tool and the chosen patches.
 
     An installation is known by its RECORD, and by size and time of its Python files, which someone may have edited.
     """

@@ -84,7 +84,7 @@ def home() -> Path:
 def load_series(folder: Path | None = None) -> Series:
     """Read patches/NNNN-name.yaml below `folder`.
 
-    Raises PatchError for a broken patch file and for a file that a patch brings and nobody wrote.
+    Raises PatchError for a broken patch file and for a file that a patch lists and that does not exist.
     """
     folder = folder or home()
     paths = sorted((folder / "patches").glob("[0-9]*-*.yaml"))

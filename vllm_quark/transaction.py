@@ -57,7 +57,7 @@ def _temp(path: Path) -> Path:
 
 
 def _give_to_owner(path: Path, like: Path) -> None:
-    """What root makes in a user's tree is the user's: of whom `like`, or the folder around it, is."""
+    """Give a file that root creates to the owner of `like`, or of the folder around it."""
     if os.geteuid() == 0:
         while not os.path.lexists(like):
             like = like.parent

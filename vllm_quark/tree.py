@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
-"""A vLLM tree on disk: what the series is in it, apply, revert. WRITES, through `transaction`."""
+"""A vLLM tree on disk: status, apply, revert. WRITES, through `transaction`."""
 
 import contextlib
 import functools
@@ -131,12 +131,12 @@ class Tree:
 
     @functools.cached_property
     def installation(self) -> Installation | None:
-        """What the installer knows of the package; None for a source tree."""
+        """The installer's record of the package; None for a source tree."""
         return None if self.is_source else find_installation(self.root, self.package)
 
     @functools.cached_property
     def release(self) -> str:
-        """The version that is written down in the tree, "" where none is."""
+        """The version that a file of the tree states, "" where none does."""
         for file, pattern in (
             (f"{self.package}/_version.py", r"""^(?:__version__|version)\b[^'"\n]*['"]([^'"]+)"""),
             ("PKG-INFO", r"^Version: (\S+)"),
@@ -175,7 +175,7 @@ class Tree:
         return View(self.read, self._python_files, self._belongs_here, self.version, changed)
 
     def _settled(self) -> tuple[Record, str]:
-        """The record as far as it stands, and a line that says what does not."""
+        """The part of the record that still holds, and a line about the rest."""
         record = read_record(self.root)
         if not record.files:
             return record, ""
@@ -187,7 +187,7 @@ class Tree:
         return self._settled()[1]
 
     def status(self, series: Series, patches: Iterable[Patch] | None = None) -> list[Verdict]:
-        """What each patch is in this tree, as its files lie there now, in series order."""
+        """The verdict on each patch for the current files of this tree, in series order."""
         record, replaced = self._settled()
         outdated = self._outdated(series, record)
         brought = {file for patch in series.patches for file in patch.files}
@@ -201,7 +201,7 @@ class Tree:
         return [self._by_whom(verdict, record, outdated) for verdict in verdicts]
 
     def _by_whom(self, verdict: Verdict, record: Record, outdated: set[str]) -> Verdict:
-        """`verdict` where what is there is told apart: by us, by whom else."""
+        """`verdict`, with our own edits told apart from those of others."""
         patch, touched = verdict.patch, (*verdict.edited, *verdict.brought)
         if verdict.status is not Status.UPSTREAM:
             return verdict
@@ -227,7 +227,7 @@ class Tree:
         return {name for note in notes for name in note.read_text().split()}
 
     def _outdated(self, series: Series, record: Record) -> set[str]:
-        """Files that are our doing, but not what `series` would make of them today."""
+        """Files that an older series wrote and that `series` would write differently."""
         try:
             view = self.view(self._contents_without_us(series, record))
             _applying(judge_series(series, [p for p in series.patches if p.name in record.applied], view))
@@ -264,7 +264,7 @@ class Tree:
                 raise TreeError(f"{self.root}: in the middle of a git {what}: finish or abort it and run again")
 
     def way_back(self, files: Iterable[str]) -> str:
-        """The command that gives `files` back as they were without us."""
+        """The command that restores the originals of `files`."""
         if (self.root / ".git").exists():
             return f"git checkout -- {' '.join(files)}"
         if self.installation is not None:
@@ -299,7 +299,7 @@ class Tree:
         return contents
 
     def _holds_our_edit(self, series: Series, record: Record, file: str, data: bytes) -> bool:
-        """Whether a file that changed since may still hold what we wrote."""
+        """Whether a file that changed since may still hold our edits."""
         patches = [p for p in series.patches if p.name in record.applied]
         folder = PurePosixPath(file).parent
         rules = [e for p in patches for e in p.edits if PurePosixPath(e.file).parent == folder]
@@ -313,7 +313,7 @@ class Tree:
     # Changing
 
     def _plan(self, series: Series, names: set[str], record: Record) -> Plan:
-        """What the tree is to be: what it was before us, with the patches `names` on top in series order."""
+        """The planned tree: the originals with the patches `names` applied in series order."""
         start = self._contents_without_us(series, record)
         view = self.view(self._leftovers(series, record) | start)
         done = _applying(judge_series(series, [p for p in series.patches if p.name in names], view))
@@ -326,7 +326,7 @@ class Tree:
         change_files(self.root, record, plan.wanted, after)
 
     def preview(self, series: Series, patches: list[Patch]) -> dict[str, tuple[bytes | None, bytes | None]]:
-        """What `apply` would change: the content before and after of each file, None where there is none."""
+        """The changes that `apply` would make: each file's content before and after, None where there is no file."""
         record, _ = self._settled()
         plan = self._plan(series, {p.name for p in patches} | set(record.applied), record)
         both = {file: (self.read(file), new) for file, new in sorted(plan.wanted.items())}

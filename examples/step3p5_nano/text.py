@@ -75,6 +75,13 @@ def held_out_windows(root: Path | None = None, length: int = 512, per_file: int 
     return windows
 
 
+def documents(**metadata: object) -> dict:
+    """20 of the held-out windows as lm-evaluation-harness reads a task's documents (held_out.yaml)."""
+    import datasets
+
+    return {"test": datasets.Dataset.from_list([{"text": text_of(w)} for w in held_out_windows()[::3]])}
+
+
 def text_of(ids: list[int]) -> str:
     """Bytes of `ids` as text; special tokens dropped, broken UTF-8 shown as U+FFFD."""
     return bytes(i for i in ids if i < 256).decode("utf-8", "replace")

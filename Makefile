@@ -14,7 +14,7 @@ export VLLM_NO_USAGE_STATS := 1
 BASE := 0.26.0
 BASE_ENV := build/base-$(BASE)
 
-.PHONY: help env plots quark-env demo check test sanitize test-base test-upstream test-gpu matrix models releases drift ckpts tree lint lock clean
+.PHONY: help env plots quark-env demo check test sanitize test-base test-upstream test-gpu lm-eval load matrix models releases drift ckpts tree lint lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r t h; do printf '%-14s %s\n' "$$t" "$$h"; done
@@ -89,6 +89,23 @@ sanitize: env  ## the CPU operator's tests with -fsanitize
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/shadow \
 	  VLLM_INT8_MOE_LIBRARY=$(CURDIR)/build/sanitize/lib/vllm_quark/_int8_moe_C.abi3.so \
 	  $(BIN)/python -m pytest -q tests/quantization/quark/test_cpu_native.py tests/quantization/quark/test_cpu_moe.py
+
+# lm-evaluation-harness on the nano model, `lm_eval --model vllm`.
+build/lm-eval/.made: requirements/lm-eval.in requirements/common.in requirements/vllm-name/pyproject.toml | env
+	@echo "set-up: lm-evaluation-harness beside vLLM $(RELEASE) for CPU into build/lm-eval"
+	@$(UV) venv -q --clear --python $(BIN)/python build/lm-eval
+	@$(UV) pip install $(QUIET) --python build/lm-eval/bin/python --override requirements/cpu-override.txt \
+	  -r requirements/lm-eval.in ./requirements/vllm-name
+	@touch $@
+
+lm-eval: env quark-env build/lm-eval/.made  ## lm_eval --model vllm on the nano model
+	$(BIN)/python -m pytest -q -s tests/e2e/test_lm_eval.py
+
+load: env quark-env  ## vllm serve under load on CPU: 500 requests, twice (docs/cpu-load.md)
+	@$(BIN)/python -m examples.step3p5_nano.lab $(CKPTS)
+	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
+	PYTHONPATH=$(CURDIR)/build/shadow $(BIN)/python -m benchmarks.correctness.serve_load $(CKPTS)/quark --eager \
+	  --json build/load.json --logs build/load
 
 # The layer tests on the other base.
 test-base: $(BASE_ENV)/.made  ## the layer tests on the other base

@@ -400,7 +400,7 @@ def main() -> int:
         _answer_alone(args.ckpt, *args.alone)
         return 0
     with tempfile.TemporaryDirectory() as temp:
-        folder = args.logs or Path(temp)
+        folder = (args.logs or Path(temp)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         flags = ["--enforce-eager"] if args.eager else []
         result = run(args.ckpt.absolute(), args.requests, args.at_once, folder, flags)

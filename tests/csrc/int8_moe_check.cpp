@@ -36,7 +36,7 @@ struct Plain {
       : experts(experts), rows(rows), k(k), weight(experts * rows * k), scale(experts * rows) {
     for (auto& w : weight) w = static_cast<int8_t>(random_bits() % 256 - 128);
     for (auto& s : scale) s = 0.001f + 0.001f * (random_bits() % 100);
-    as = {nullptr, gated ? 2 * round_up(rows / 2, 16) : round_up(rows, kBlock), k};
+    as = {nullptr, gated ? 2 * round_up(rows / 2, 16) : round_up(rows, kNR), k};
     packed.resize(experts * as.bytes() + 64);
     as.packed = packed.data() + (64 - reinterpret_cast<uintptr_t>(packed.data()) % 64) % 64;
     pack(weight.data(), scale.data(), nullptr, experts, rows, gated ? Order::halves : Order::plain, as,

@@ -108,5 +108,5 @@ def test_neon(tmp_path):
     made = build(compiler, tmp_path, *arm)
     cpus = [["-cpu", "max"], ["-cpu", "cortex-a57"]] if qemu else [[]]
     found = [names(subprocess.run([*qemu, *cpu, made], capture_output=True, text=True)) for cpu in cpus]
-    assert found[0] == ["neon_dotprod", "portable"]
+    assert found[0] == ["neon_i8mm", "neon_dotprod", "portable"]
     assert not qemu or found[1] == ["portable"], "a processor without dot products"

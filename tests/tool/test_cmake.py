@@ -133,5 +133,5 @@ def test_the_wheel_has_the_operator_where_it_can_be_built(tmp_path, operator):
     (wheel,) = (tmp_path / "out").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert ("vllm_quark/_int8_moe_C.abi3.so" in names) == (operator == "1")
-    assert "vllm_quark/series/csrc/cpu/int8_moe/kernel.h" in names
+    assert "vllm_quark/series/csrc/cpu/int8_moe/experts.h" in names
     assert wheel.name.endswith("-py3-none-any.whl") == (operator == "0") and "-py3-none-" in wheel.name

@@ -6,7 +6,11 @@
 #include <algorithm>
 #include <cstring>
 
-#include "vnni.h"
+#include "avx512_vnni.h"
+#include "experts.h"
+#include "microkernel.h"
+#include "router.h"
+#include "targets.h"
 
 #if defined(__linux__) && !defined(INT8_MOE_EMULATE_AMX)
   #include <cpuid.h>
@@ -69,7 +73,7 @@ void tile_dot() {
 }
 void tile_configure(const TileConfig& config) { emulated.config = config; }
 void tile_release() {}
-bool amx_supported() { return __builtin_cpu_supports("avx512vnni"); }
+bool amx_supported() { return avx512_vnni_supported(); }
   #define TILE_LOAD(t, from, stride) tile_load<t>(from, stride)
   #define TILE_STORE(t, to, stride) tile_store<t>(to, stride)
   #define TILE_ZERO(t) tile_zero<t>()
@@ -94,7 +98,7 @@ bool amx_supported() {
     constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
     if ((d & kTile) == 0 || (d & kInt8) == 0) return false;
-    if (!__builtin_cpu_supports("avx512vnni")) return false;
+    if (!avx512_vnni_supported()) return false;
     // Linux gives a process tiles when it asks for them (ARCH_REQ_XCOMP_PERM,
     // XFEATURE_XTILEDATA).
     return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
@@ -109,11 +113,11 @@ bool amx_supported() {
 thread_local bool configured = false;
 
 // Tiles 0 to 3: sums of rows 0-15 and 16-31, left and right half of the columns.
-// 4, 5: the rows' activations. 6, 7: the halves' weights. All have 16 rows; those
-// after the last one are whatever lies there, and their sums are not read.
-struct Dot {
+// 4, 5: the rows' activations. 6, 7: the halves' weights. All have 16 rows: those past
+// the last one may be read, for kReadsRows says so, and their sums are not.
+struct Amx {
   static constexpr int kOffset = 128;
-  static constexpr int kRowsRead = 16;
+  static constexpr int kReadsRows = 16;
   // Up to so many rows vpdpbusd is as fast, measured for K of 64 to 4096.
   static constexpr int64_t kFewRows = 6;
 
@@ -127,7 +131,7 @@ struct Dot {
     configured = true;
   }
 
-  template <bool kLower, bool kAsk>
+  template <bool kLower, bool kPrefetches>
   static void tiles(const uint8_t* a, int64_t stride, const int8_t* block,
                     int64_t k, int32_t* c) {
     TILE_ZERO(0);
@@ -137,12 +141,12 @@ struct Dot {
       TILE_ZERO(3);
     }
     for (int64_t i = 0; i < k; i += 64) {
-      const int64_t ahead = i + kSlab < k ? kAhead : kAhead + k * 16;
-      TILE_LOAD(6, block + i * 16, 64);
-      TILE_LOAD(7, block + (k + i) * 16, 64);
-      for (int64_t line = 0; kAsk && line < 1024; line += 64) {
-        _mm_prefetch(block + i * 16 + line + ahead, _MM_HINT_T0);
-        _mm_prefetch(block + (k + i) * 16 + line + ahead, _MM_HINT_T0);
+      const int64_t ahead = i + kKC < k ? kAhead : kAhead + k * kHalf;
+      TILE_LOAD(6, block + i * kHalf, 64);
+      TILE_LOAD(7, block + (k + i) * kHalf, 64);
+      for (int64_t line = 0; kPrefetches && line < 1024; line += 64) {
+        prefetch(block + i * kHalf + line + ahead);
+        prefetch(block + (k + i) * kHalf + line + ahead);
       }
       TILE_LOAD(4, a + i, stride);
       TILE_DOT(0, 4, 6);
@@ -153,40 +157,36 @@ struct Dot {
         TILE_DOT(3, 5, 7);
       }
     }
-    TILE_STORE(0, c, 128);
-    TILE_STORE(1, c + 16, 128);
+    TILE_STORE(0, c, 4 * kNR);
+    TILE_STORE(1, c + kHalf, 4 * kNR);
     if (kLower) {
-      TILE_STORE(2, c + 16 * 32, 128);
-      TILE_STORE(3, c + 16 * 32 + 16, 128);
+      TILE_STORE(2, c + 16 * kNR, 4 * kNR);
+      TILE_STORE(3, c + 16 * kNR + kHalf, 4 * kNR);
     }
   }
 
-  static void row(const uint8_t* a, const int8_t* half, int64_t k, int32_t* c) {
-    vnni_row(a, half, k, c);
+  static void gemv(const uint8_t* a, const int8_t* half, int64_t k, int32_t* c) {
+    int8_moe::gemv<Avx512Vnni>(a, half, k, c);
   }
 
-  static void rows(const uint8_t* a, int64_t stride, const int8_t* block,
+  static void gemm(const uint8_t* a, int64_t stride, const int8_t* block,
                    int64_t k, int64_t m, int32_t* c) {
-    if (m <= kFewRows) return vnni_rows(a, stride, block, k, m, c);
+    if (m <= kFewRows) return int8_moe::gemm<Avx512Vnni>(a, stride, block, k, m, c);
     if (!configured) configure();
     if (m <= 16) return tiles<false, true>(a, stride, block, k, c);
     tiles<true, true>(a, stride, block, k, c);
     for (m -= 32; m > 16; m -= 32) {
       a += 32 * stride;
-      c += 32 * 32;
+      c += 32 * kNR;
       tiles<true, false>(a, stride, block, k, c);
     }
-    if (m > 0) tiles<false, false>(a + 32 * stride, stride, block, k, c + 32 * 32);
+    if (m > 0) tiles<false, false>(a + 32 * stride, stride, block, k, c + 32 * kNR);
   }
 };
 
 }  // namespace
-}  // namespace int8_moe
 
-#include "kernel.h"
-
-namespace int8_moe {
-
-extern const Isa kAmx = {"amx", amx_supported, experts, route};
+extern const Isa INT8_MOE_TARGET(amx) = {"amx", amx_supported, run_experts<Amx>,
+                                         run_router};
 
 }  // namespace int8_moe

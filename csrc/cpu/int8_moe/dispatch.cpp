@@ -10,21 +10,15 @@
 #endif
 
 #include "int8_moe.h"
+#include "targets.h"
 
 namespace int8_moe {
 
-extern const Isa kPortable, kAvx2, kAvx512, kAvx512Vnni, kAmx, kNeon;
-
 namespace {
 
-constexpr const Isa* kBuilt[] = {
-#if defined(INT8_MOE_X86)
-    &kAmx, &kAvx512Vnni, &kAvx512, &kAvx2,
-#elif defined(INT8_MOE_NEON)
-    &kNeon,
-#endif
-    &kPortable,
-};
+#define INT8_MOE_ADDRESS(name) &INT8_MOE_TARGET(name),
+constexpr const Isa* kBuilt[] = {INT8_MOE_TARGETS(INT8_MOE_ADDRESS)};
+#undef INT8_MOE_ADDRESS
 
 std::vector<const Isa*> find_isas() {
   const char* cap = std::getenv("VLLM_INT8_MOE_ISA");
@@ -54,31 +48,31 @@ struct Packing {
   // of a column; negative: none, a column of zeros
   int64_t row_of(int64_t column) const {
     if (order == Order::plain) return column < rows ? column : -1;
-    const int64_t part = column % kBlock / 16, half = rows / 2;
-    const int64_t i = column / kBlock * 16 + column % 16;
+    const int64_t part = column % kNR / kHalf, half = rows / 2;
+    const int64_t i = column / kNR * kHalf + column % kHalf;
     if (i >= half) return -1;
     return order == Order::halves ? part * half + i : 2 * i + part;
   }
 
   void block(int64_t expert, int64_t index) const {
     int8_t* packed = to.block(expert, index);
-    std::memset(packed, 0, kBlock * to.k_padded());
-    for (int64_t j = 0; j < kBlock; ++j) {
-      const int64_t column = index * kBlock + j, found = row_of(column);
+    std::memset(packed, 0, kNR * to.k_padded());
+    for (int64_t j = 0; j < kNR; ++j) {
+      const int64_t column = index * kNR + j, found = row_of(column);
       int32_t sum = 0;
       float factor = 0, offset = 0;
       if (found >= 0) {
         const int64_t row = expert * rows + found;
         const int8_t* from = weight + row * to.k;
-        int8_t* half = packed + j / 16 * 16 * to.k_padded() + j % 16 * 4;
+        int8_t* half = packed + j / kHalf * kHalf * to.k_padded() + j % kHalf * 4;
         for (int64_t i = 0; i < to.k; ++i) {
-          half[i / 4 * 64 + i % 4] = from[i];
+          half[i / 4 * 4 * kHalf + i % 4] = from[i];
           sum += from[i];
         }
         factor = scale[row];
         if (bias != nullptr) offset = bias[row];
       }
-      to.sums(expert)[column] = 128 * sum;
+      to.compensation(expert)[column] = 128 * sum;
       to.scale(expert)[column] = factor;
       to.bias(expert)[column] = offset;
     }
@@ -116,7 +110,7 @@ void pack(const int8_t* weight, const float* scale, const float* bias,
       threads.count,
       [](void* context, int thread) {
         const Packing& p = *static_cast<const Packing*>(context);
-        const int64_t blocks = p.to.columns / kBlock, all = p.experts * blocks;
+        const int64_t blocks = p.to.columns / kNR, all = p.experts * blocks;
         for (int64_t i = thread; i < all; i += p.count) {
           p.block(i / blocks, i % blocks);
         }

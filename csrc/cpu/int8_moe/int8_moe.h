@@ -4,14 +4,15 @@
 // INT8 W8A8 routed experts on CPU: plain C++, knows nothing of PyTorch.
 //
 // A packed weight is one run of bytes an expert:
-//   [columns / 32, 2, k_padded / 4, 16, 4] int8   the weight
-//   [columns] int32                               128 times the sum over K
-//   [columns] float32                             scale
-//   [columns] float32                             bias
-// Columns (output features) lie in blocks of two halves of 16, four values of K
+//   [columns / kNR, 2, k_padded / 4, kHalf, 4] int8   the weight
+//   [columns] int32                                   compensation
+//   [columns] float32                                 scale
+//   [columns] float32                                 bias
+// Columns (output features) lie in blocks of two halves, four values of K
 // side by side: what vpdpbusd, AMX tiles and sdot read, and one stream through
-// memory. k_padded is K rounded up to 64; what is padded is zero. The halves of
-// w13's blocks are gates and their ups.
+// memory. k_padded is K rounded up to kKAlign; what is padded is zero. The halves of
+// w13's blocks are gates and their ups. The compensation is 128 times a column's sum
+// over K: what products with activations plus 128 are too large by.
 #pragma once
 
 #include <cstddef>
@@ -20,14 +21,15 @@
 
 namespace int8_moe {
 
-constexpr int64_t kBlock = 32;      // columns of a block
-constexpr int64_t kGroup = 64;      // K is padded to multiples of this
+constexpr int kNR = 32;             // columns of a block
+constexpr int kHalf = kNR / 2;      // columns of half a block
+constexpr int64_t kKAlign = 64;      // K is padded to multiples of this
 constexpr int64_t kMaxK = 1 << 16;  // 255 * 128 * K has to fit an int32
 
 enum class Dtype { f32, bf16, f16 };
 enum class Activation { silu, gelu, gelu_tanh, swigluoai, swiglustep };
-// Rows of a weight by the columns of its packed form: as they are, or 16 gates and
-// their 16 ups a block, gates first in the weight or (interleaved) every other row.
+// Rows of a weight by the columns of its packed form: as they are, or kHalf gates
+// and their ups a block, gates first in the weight or (interleaved) every other row.
 enum class Order { plain, halves, interleaved };
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -37,17 +39,17 @@ struct Weight {
   int64_t columns;  // padded
   int64_t k;        // not padded
 
-  int64_t k_padded() const { return round_up(k, kGroup); }
+  int64_t k_padded() const { return round_up(k, kKAlign); }
   // of an expert
   int64_t bytes() const { return columns * (k_padded() + 12); }
   int8_t* block(int64_t expert, int64_t index) const {
-    return packed + expert * bytes() + index * kBlock * k_padded();
+    return packed + expert * bytes() + index * kNR * k_padded();
   }
-  int32_t* sums(int64_t expert) const {
-    return reinterpret_cast<int32_t*>(block(expert, columns / kBlock));
+  int32_t* compensation(int64_t expert) const {
+    return reinterpret_cast<int32_t*>(block(expert, columns / kNR));
   }
   float* scale(int64_t expert) const {
-    return reinterpret_cast<float*>(sums(expert) + columns);
+    return reinterpret_cast<float*>(compensation(expert) + columns);
   }
   float* bias(int64_t expert) const { return scale(expert) + columns; }
 };

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "int8_moe.h"
+
 #if defined(__AVX512F__)
   #include <immintrin.h>
 #endif

@@ -137,7 +137,7 @@ struct Header {
   }
   // nowhere yet
   Weight w13() const { return {nullptr, round_up(intermediate, 16) * 2, hidden}; }
-  Weight w2() const { return {nullptr, round_up(hidden, kBlock), intermediate}; }
+  Weight w2() const { return {nullptr, round_up(hidden, kNR), intermediate}; }
   int64_t w2_start() const { return sizeof(Header) + experts * w13().bytes(); }
   int64_t bytes() const { return w2_start() + experts * w2().bytes(); }
   Weight w13(int8_t* packed) const {

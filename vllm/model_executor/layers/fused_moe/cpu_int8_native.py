@@ -62,7 +62,7 @@ def _pack_fake(
     def padded(n: int, to: int) -> int:
         return -(-n // to) * to
 
-    # see csrc/cpu/int8_moe: columns times K, sum, scale and bias
+    # see csrc/cpu/int8_moe: columns times K, compensation, scale and bias
     w13_bytes = padded(width, 16) * 2 * (padded(hidden, 64) + 12)
     w2_bytes = padded(hidden, 32) * (padded(width, 64) + 12)
     return w2.new_empty(64 + experts * (w13_bytes + w2_bytes))

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "int8_moe.h"
+
+namespace int8_moe {
+namespace {
+
+struct Avx512Vnni {
+  using Vector = __m512i;
+  static constexpr int kColumns = 16, kMR = 12, kNR = int8_moe::kNR, kChains = 4,
+                       kOffset = 128;
+
+  static Vector zero() { return _mm512_setzero_si512(); }
+  static Vector load(const int8_t* b) { return _mm512_loadu_si512(b); }
+  static Vector broadcast(const uint8_t* a) {
+    int32_t four;
+    __builtin_memcpy(&four, a, 4);
+    return _mm512_set1_epi32(four);
+  }
+  static Vector dot(Vector sum, Vector w, Vector x) {
+    return _mm512_dpbusd_epi32(sum, x, w);
+  }
+  static Vector add(Vector a, Vector b) { return _mm512_add_epi32(a, b); }
+  static Vector read(const int32_t* c) { return _mm512_loadu_si512(c); }
+  static void store(Vector sum, int32_t* c) { _mm512_storeu_si512(c, sum); }
+};
+
+inline bool avx512_vnni_supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+}  // namespace
+}  // namespace int8_moe

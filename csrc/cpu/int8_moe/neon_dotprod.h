@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+#pragma once
+
+#include <arm_neon.h>
+
+#include <cstdint>
+
+#include "int8_moe.h"
+
+namespace int8_moe {
+namespace {
+
+struct NeonDotprod {
+  using Vector = int32x4_t;
+  static constexpr int kColumns = 4, kMR = 6, kNR = kHalf, kChains = 8, kOffset = 0;
+
+  static Vector zero() { return vdupq_n_s32(0); }
+  static Vector load(const int8_t* b) { return vreinterpretq_s32_s8(vld1q_s8(b)); }
+  static Vector broadcast(const uint8_t* a) {
+    int32_t four;
+    __builtin_memcpy(&four, a, 4);
+    return vdupq_n_s32(four);
+  }
+  static Vector dot(Vector sum, Vector w, Vector x) {
+    return vdotq_s32(sum, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(x));
+  }
+  static Vector add(Vector a, Vector b) { return vaddq_s32(a, b); }
+  static Vector read(const int32_t* c) { return vld1q_s32(c); }
+  static void store(Vector sum, int32_t* c) { vst1q_s32(c, sum); }
+};
+
+}  // namespace
+}  // namespace int8_moe

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -7,6 +8,9 @@
 
 #if defined(__linux__)
   #include <sys/mman.h>
+#endif
+#if defined(__SSE2__)
+  #include <emmintrin.h>
 #endif
 
 #include "int8_moe.h"
@@ -37,6 +41,42 @@ std::vector<const Isa*> find_isas() {
   return found;
 }
 
+using Words = uint32_t __attribute__((vector_size(16)));
+
+// 16 values of each of four rows, to four columns of four values side by side: the
+// transposed 4 x 4 matrix of words, its rows kHalf words apart.
+void transpose(const int8_t* const (&from)[4], int8_t* to) {
+  Words row[4], pair[4], column[4];
+  for (int j = 0; j < 4; ++j) std::memcpy(&row[j], from[j], sizeof(Words));
+  pair[0] = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+  pair[1] = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+  pair[2] = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+  pair[3] = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+  column[0] = __builtin_shufflevector(pair[0], pair[1], 0, 1, 4, 5);
+  column[1] = __builtin_shufflevector(pair[0], pair[1], 2, 3, 6, 7);
+  column[2] = __builtin_shufflevector(pair[2], pair[3], 0, 1, 4, 5);
+  column[3] = __builtin_shufflevector(pair[2], pair[3], 2, 3, 6, 7);
+  for (int i = 0; i < 4; ++i) std::memcpy(to + i * 4 * kHalf, &column[i], sizeof(Words));
+}
+
+int32_t sum_of(const int8_t* from, int64_t n) {
+  int32_t sum = 0;
+  int64_t i = 0;
+#if defined(__SSE2__)
+  // psadbw sums bytes without sign: of values plus 128
+  const __m128i sign = _mm_set1_epi8(-128), zero = _mm_setzero_si128();
+  __m128i sums = zero;
+  for (; i + 16 <= n; i += 16) {
+    const __m128i some = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+    sums = _mm_add_epi64(sums, _mm_sad_epu8(_mm_xor_si128(some, sign), zero));
+  }
+  sum = _mm_cvtsi128_si32(_mm_add_epi64(sums, _mm_unpackhi_epi64(sums, sums)));
+  sum -= static_cast<int32_t>(128 * i);
+#endif
+  for (; i < n; ++i) sum += from[i];
+  return sum;
+}
+
 struct Packing {
   const int8_t* weight;
   const float *scale, *bias;
@@ -54,27 +94,42 @@ struct Packing {
     return order == Order::halves ? part * half + i : 2 * i + part;
   }
 
-  void block(int64_t expert, int64_t index) const {
-    int8_t* packed = to.block(expert, index);
-    std::memset(packed, 0, kNR * to.k_padded());
-    for (int64_t j = 0; j < kNR; ++j) {
-      const int64_t column = index * kNR + j, found = row_of(column);
-      int32_t sum = 0;
-      float factor = 0, offset = 0;
-      if (found >= 0) {
-        const int64_t row = expert * rows + found;
-        const int8_t* from = weight + row * to.k;
-        int8_t* half = packed + j / kHalf * kHalf * to.k_padded() + j % kHalf * 4;
-        for (int64_t i = 0; i < to.k; ++i) {
-          half[i / 4 * 4 * kHalf + i % 4] = from[i];
-          sum += from[i];
+  // from: a row for each column, null for none
+  void half(const int8_t* const (&from)[kHalf], int8_t* packed) const {
+    constexpr int64_t kStep = sizeof(Words), kKC = 256;
+    static constexpr int8_t kNone[kStep] = {};
+    const int64_t k = to.k, whole = k / kStep * kStep;
+    // KC by KC, so that lines that are begun are still at hand when they are ended
+    for (int64_t begin = 0; begin < whole; begin += kKC) {
+      const int64_t end = std::min(whole, begin + kKC);
+      for (int j = 0; j < kHalf; j += 4) {
+        for (int64_t i = begin; i < end; i += kStep) {
+          const int8_t* four[4];
+          for (int n = 0; n < 4; ++n) four[n] = from[j + n] ? from[j + n] + i : kNone;
+          transpose(four, packed + i * kHalf + j * 4);
         }
-        factor = scale[row];
-        if (bias != nullptr) offset = bias[row];
       }
-      to.compensation(expert)[column] = 128 * sum;
-      to.scale(expert)[column] = factor;
-      to.bias(expert)[column] = offset;
+    }
+    std::memset(packed + whole * kHalf, 0, (to.k_padded() - whole) * kHalf);
+    for (int j = 0; j < kHalf; ++j) {
+      for (int64_t i = whole; from[j] && i < k; ++i) {
+        packed[(i / 4 * kHalf + j) * 4 + i % 4] = from[j][i];
+      }
+    }
+  }
+
+  void block(int64_t expert, int64_t index) const {
+    for (int part = 0; part < 2; ++part) {
+      const int8_t* from[kHalf];
+      for (int j = 0; j < kHalf; ++j) {
+        const int64_t column = index * kNR + part * kHalf + j, found = row_of(column);
+        const int64_t row = expert * rows + found;
+        from[j] = found < 0 ? nullptr : weight + row * to.k;
+        to.compensation(expert)[column] = found < 0 ? 0 : 128 * sum_of(from[j], to.k);
+        to.scale(expert)[column] = found < 0 ? 0 : scale[row];
+        to.bias(expert)[column] = found < 0 || bias == nullptr ? 0 : bias[row];
+      }
+      half(from, to.block(expert, index) + part * kHalf * to.k_padded());
     }
   }
 };

@@ -148,7 +148,7 @@ direct_register_custom_op(
 
 
 # Instruction sets whose kernels oneDNN's are faster than from some tokens on.
-BEHIND_ONEDNN = ("avx2_vnni", "avx512", "avx2", "portable")
+BEHIND_ONEDNN = ("avx512", "portable")
 
 
 def native_experts() -> Any | None:

@@ -75,7 +75,7 @@ def held_out_windows(root: Path | None = None, length: int = 512, per_file: int 
     return windows
 
 
-def documents(**metadata: object) -> dict:
+def documents(**metadata: object) -> dict[str, object]:
     """20 of the held-out windows as lm-evaluation-harness reads a task's documents (held_out.yaml)."""
     import datasets
 

@@ -92,7 +92,8 @@ class Variant:
         globs = [g for g in (*router, "*lm_head", *self.leave) if any(fnmatch(m, g) for m in listed)]
         if self.style == "globs":
             return globs
-        return ["re:" + re.escape(g).replace(r"\*", ".*") for g in globs]
+        # vLLM matches from the start of a name on, and `mlp.gate` is one of `mlp.gate_proj`.
+        return ["re:" + re.escape(g).replace(r"\*", ".*") + "$" for g in globs]
 
     def to_config(self, kept: list[str], router: tuple[str, ...]) -> dict:
         """`quantization_config` as AMD Quark 0.13 writes it, for the modules `kept` in BF16."""

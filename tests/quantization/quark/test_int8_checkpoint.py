@@ -446,6 +446,20 @@ def test_experts_of_gpt_oss_are_refused(stacked, tmp_path):
         look(checkpoint, folder)
 
 
+def test_an_int8_router_with_a_bias_is_refused_as_a_router(tmp_path):
+    gate = "model.layers.5.mlp.gate"
+    checkpoint, folder = with_int8(tmp_path, gate)
+    bias = {f"{gate}.e_score_correction_bias": torch.zeros(64)}
+    save_file(bias, tmp_path / "bias.safetensors")
+    checkpoint.prefix = "model.layers.5.self_attn.o_proj"
+    config = look(checkpoint, folder)
+    torch.set_default_dtype(torch.bfloat16)
+    ck.build(checkpoint, config)
+    checkpoint.prefix = "model.layers.6.self_attn.o_proj"
+    with pytest.raises(ValueError, match="mlp.gate.weight is int8, but vLLM builds"):
+        ck.build(checkpoint, config)
+
+
 def test_scales_of_groups_are_refused(tmp_path):
     checkpoint = made("plain")
     name = next(n for n in checkpoint.tensors if n.endswith("weight_scale"))

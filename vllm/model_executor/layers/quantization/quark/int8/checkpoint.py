@@ -33,9 +33,9 @@ _UNREADABLE = (
 )
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # What may lie beside the INT8 weight of a layer. Scales of a KV cache and of
-# attention among them.
+# attention among them; a router that is INT8 is refused as such, not for its bias.
 _KINDS = re.compile(
-    r"weight|bias|(weight|input)_(scale|zero_point)|(k|v|q|kv|output)_(scale|zero_point)"
+    r"weight|bias|e_score_correction_bias|(weight|input)_(scale|zero_point)|(k|v|q|kv|output)_(scale|zero_point)"
 )
 _BLOCK = re.compile(r"(.*?\.layers)\.(\d+)\.(.*)")
 _RESTORE = "restore config.json from the export"

@@ -37,8 +37,9 @@ by hand.
   times that of the same in BF16, and {floor}.
 - *refused*: by the series, by name. *stops*: an error elsewhere. *wrong*: served, and not right. *dies*: the process
   ended.
-- `bf16` is the model unquantized: where that is not right, vLLM itself does not serve this tiny model, and the row says
-  nothing of the quantized ones.
+- `bf16` is the model unquantized: where that is wrong, vLLM itself does not serve this tiny model on this machine, and
+  the row says nothing of the quantized ones.
+- An empty cell did not run.
 
 """
 
@@ -75,7 +76,6 @@ def write_table(folder: Path, out: Path) -> None:
     """Write `out`, complete or not at all."""
     found: dict[str, dict[tuple[str, str], Verdict]] = {kind: {} for kind in KINDS}
     lines = HEAD.format(factor=FACTOR, floor=FLOOR).splitlines()
-    columns = [BF16, *VARIANTS]
     for kind in KINDS:
         if not (ran := folder / f"{kind}.json").exists():
             continue
@@ -83,6 +83,7 @@ def write_table(folder: Path, out: Path) -> None:
             result = folder / f"results-{kind}" / f"{'-'.join(cell)}.json"
             if result.exists():
                 found[kind][cell] = judge(folder / cell[0] / cell[1], result)
+        columns = [v for v in (BF16, *VARIANTS) if any(variant == v for _, variant in found[kind])]
         told = json.loads(ran.read_text())
         versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
         lines += [f"## {kind.capitalize()}: {versions}; {told['machine']}, {told['date']}", ""]
@@ -94,10 +95,12 @@ def write_table(folder: Path, out: Path) -> None:
                     f"| {name} | " + " | ".join(f"**{w}**" if w in ("wrong", "dies") else w for w in row) + " |"
                 )
         count: dict[str, int] = {}
+        broken = {name for (name, v), verdict in found[kind].items() if v == BF16 and verdict.what == "wrong"}
         for cell, verdict in found[kind].items():
-            if cell[1] != BF16:
+            if cell[1] != BF16 and cell[0] not in broken:
                 count[verdict.what] = count.get(verdict.what, 0) + 1
-        lines += ["", "Quantized cells: " + ", ".join(f"{n} {what}" for what, n in sorted(count.items())) + ".", ""]
+        counted = ", ".join(f"{n} {what}" for what, n in sorted(count.items()))
+        lines += ["", f"Quantized cells where `bf16` is not wrong: {counted}.", ""]
         said: dict[str, list[str]] = {}
         for cell, verdict in found[kind].items():
             if verdict.said:

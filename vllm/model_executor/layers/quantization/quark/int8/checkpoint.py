@@ -208,7 +208,7 @@ def find_problems(contents: Contents, names: Names) -> Iterator[Problem]:
         elif scale is None:
             reason = f"is int8, but the checkpoint has no {module}.weight_scale"
             yield Problem.of(weight, reason, f"{_INCOMPLETE}, if it is an INT8 layer's")
-        elif scale.shape[:-1] == weight.shape[:-1] and scale.shape[-1] > 1:
+        elif _is_of_groups(weight.shape, scale.shape):
             reason = f"is {scale}, one scale a group of inputs, for weight {weight}"
             yield Problem.of(scale, reason, _NO_GROUPS)
         elif scale.dtype not in _FLOATS or not _fits(weight.shape, scale.shape):
@@ -242,6 +242,11 @@ def _fits(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
     if len(weight) == 3 and scale[:1] in ((1,), weight[:1]):
         weight, scale = weight[1:], scale[1:]
     return len(weight) == 2 and [n for n in scale if n != 1] in ([], [weight[0]])
+
+
+def _is_of_groups(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
+    """Whether a scale is [N, G] of a weight [N, K], G > 1 values a row."""
+    return len(scale) > 1 and scale[:-1] == weight[:-1] and scale[-1] > 1
 
 
 def _find_gaps(contents: Contents) -> Iterator[Problem]:

@@ -46,6 +46,13 @@ def make(config: QuarkConfig, prefix: str):
     )
 
 
+def test_the_model_says_what_it_fuses():
+    """LoRA and other quantizations read it, too."""
+    mapping = getattr(Step3p5ForCausalLM, "packed_modules_mapping", {})
+    assert mapping.get("qkv_proj") == ["q_proj", "k_proj", "v_proj"]
+    assert mapping.get("gate_up_proj") == ["gate_proj", "up_proj"]
+
+
 @pytest.mark.parametrize(
     "prefix", ["model.layers.3.self_attn.qkv_proj", SHARED_GATE_UP]
 )

@@ -197,7 +197,7 @@ def test_a_class_that_moved_within_its_package(home, tree):
     (tree / "vllm/model_executor/other.py").rename(tree / "vllm/other.py")
     (tree / "vllm/third.py").write_text(ALPHA)
     done = cli(home, "apply", tree, "--only", "0001")
-    assert done.returncode == 2 and "vllm/other.py and vllm/third.py: each has" in done.stderr
+    assert done.returncode == 2 and "vllm/other.py and vllm/third.py: each holds" in done.stderr
 
 
 def test_a_package_with_another_name(home, tree):

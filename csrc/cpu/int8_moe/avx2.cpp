@@ -23,9 +23,7 @@ struct Avx2 {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b)));
   }
   static Vector broadcast(const uint8_t* a) {
-    int32_t four;
-    __builtin_memcpy(&four, a, 4);
-    return _mm256_cvtepi8_epi16(_mm_set1_epi32(four));
+    return _mm256_cvtepi8_epi16(_mm_set1_epi32(read_four(a)));
   }
   static Vector dot(Vector sum, Vector w, Vector x) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x));
@@ -44,11 +42,7 @@ struct Avx2 {
 }  // namespace
 
 extern const Isa INT8_MOE_TARGET(avx2) = {
-    "avx2",
-    [] {
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __builtin_cpu_supports("f16c");
-    },
+    "avx2", avx2_supported,
     run_experts<VectorMicrokernel<Avx2>>, run_router};
 
 }  // namespace int8_moe

@@ -23,9 +23,7 @@ struct Avx2Vnni {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
   }
   static Vector broadcast(const uint8_t* a) {
-    int32_t four;
-    __builtin_memcpy(&four, a, 4);
-    return _mm256_set1_epi32(four);
+    return _mm256_set1_epi32(read_four(a));
   }
   static Vector dot(Vector sum, Vector w, Vector x) {
     return _mm256_dpbusd_avx_epi32(sum, x, w);
@@ -42,8 +40,7 @@ struct Avx2Vnni {
 // CPUID 7.1: not every compiler's __builtin_cpu_supports knows its name.
 bool avx_vnni_supported() {
   unsigned a, b, c, d;
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c") && __get_cpuid_count(7, 1, &a, &b, &c, &d) &&
+  return avx2_supported() && __get_cpuid_count(7, 1, &a, &b, &c, &d) &&
          (a & 1u << 4) != 0;
 }
 

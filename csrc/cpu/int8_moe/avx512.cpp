@@ -24,9 +24,7 @@ struct Avx512 {
         _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
   }
   static Vector broadcast(const uint8_t* a) {
-    int32_t four;
-    __builtin_memcpy(&four, a, 4);
-    return _mm512_cvtepi8_epi16(_mm256_set1_epi32(four));
+    return _mm512_cvtepi8_epi16(_mm256_set1_epi32(read_four(a)));
   }
   static Vector dot(Vector sum, Vector w, Vector x) {
     sum = _mm512_add_epi32(sum, _mm512_madd_epi16(w, x));
@@ -48,11 +46,7 @@ struct Avx512 {
 }  // namespace
 
 extern const Isa INT8_MOE_TARGET(avx512) = {
-    "avx512",
-    [] {
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    },
+    "avx512", avx512_supported,
     run_experts<VectorMicrokernel<Avx512>>, run_router};
 
 }  // namespace int8_moe

@@ -6,7 +6,8 @@
 
 #include <cstdint>
 
-#include "int8_moe.h"
+#include "microkernel.h"
+#include "targets.h"
 
 namespace int8_moe {
 namespace {
@@ -19,9 +20,7 @@ struct Avx512Vnni {
   static Vector zero() { return _mm512_setzero_si512(); }
   static Vector load(const int8_t* b) { return _mm512_loadu_si512(b); }
   static Vector broadcast(const uint8_t* a) {
-    int32_t four;
-    __builtin_memcpy(&four, a, 4);
-    return _mm512_set1_epi32(four);
+    return _mm512_set1_epi32(read_four(a));
   }
   static Vector dot(Vector sum, Vector w, Vector x) {
     return _mm512_dpbusd_epi32(sum, x, w);
@@ -32,9 +31,7 @@ struct Avx512Vnni {
 };
 
 inline bool avx512_vnni_supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni");
+  return avx512_supported() && __builtin_cpu_supports("avx512vnni");
 }
 
 }  // namespace

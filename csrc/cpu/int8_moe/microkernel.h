@@ -40,6 +40,13 @@ struct Prefetch {
   int64_t left, right, last;
 };
 
+// Four values of a row, as a register is filled with them.
+inline int32_t read_four(const uint8_t* a) {
+  int32_t four;
+  __builtin_memcpy(&four, a, 4);
+  return four;
+}
+
 inline void prefetch(const void* from) { __builtin_prefetch(from, 0, 3); }
 
 // MR rows a [MR, k] times NR columns of b, from `begin` to `end` of K, to c [MR, kNR];

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "int8_moe.h"
+#include "microkernel.h"
 
 namespace int8_moe {
 namespace {
@@ -18,9 +18,7 @@ struct NeonDotprod {
   static Vector zero() { return vdupq_n_s32(0); }
   static Vector load(const int8_t* b) { return vreinterpretq_s32_s8(vld1q_s8(b)); }
   static Vector broadcast(const uint8_t* a) {
-    int32_t four;
-    __builtin_memcpy(&four, a, 4);
-    return vdupq_n_s32(four);
+    return vdupq_n_s32(read_four(a));
   }
   static Vector dot(Vector sum, Vector w, Vector x) {
     return vdotq_s32(sum, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(x));

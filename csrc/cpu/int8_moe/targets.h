@@ -24,4 +24,18 @@ namespace int8_moe {
 INT8_MOE_TARGETS(INT8_MOE_DECLARE)
 #undef INT8_MOE_DECLARE
 
+#if defined(__x86_64__)
+// Of a file's own, as each is compiled for another instruction set.
+namespace {
+inline bool avx2_supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+inline bool avx512_supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+}  // namespace
+#endif
+
 }  // namespace int8_moe

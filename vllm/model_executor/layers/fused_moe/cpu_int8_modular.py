@@ -48,17 +48,11 @@ class PortableCPUExpertsInt8(mk.FusedMoEExpertsModular):
 
     @staticmethod
     def is_supported_config(
-        cls: type[mk.FusedMoEExperts],
-        moe_config: FusedMoEConfig,
-        weight_key: QuantKey | None,
-        activation_key: QuantKey | None,
-        activation_format: mk.FusedMoEActivationFormat,
+        cls: type[mk.FusedMoEExperts], moe_config: FusedMoEConfig, *keys, **named
     ) -> tuple[bool, str | None]:
         if moe_config.swiglu_limit is not None:
             return False, "kernel does not support a swiglu_limit"
-        return mk.FusedMoEExperts.is_supported_config(
-            cls, moe_config, weight_key, activation_key, activation_format
-        )
+        return mk.FusedMoEExperts.is_supported_config(cls, moe_config, *keys, **named)
 
     @staticmethod
     def _supports_current_device() -> bool:

@@ -158,22 +158,21 @@ def native_experts() -> Any | None:
     Raises ValueError where VLLM_INT8_MOE_ISA names no instruction set.
     """
     found, why = find_native()
-    if found is not None:
-        isa = found.isas()[0]
-        if isa in BEHIND_ONEDNN and hasattr(torch.ops._C, "onednn_scaled_mm"):
-            logger.info_once(
-                "INT8 experts on CPU run on oneDNN, which is faster than %s with %s",
-                why,
-                isa,
-            )
-            return None
     if found is None:
         logger.warning_once(
             "INT8 experts on CPU run on oneDNN, expert by expert, which is slower: %s",
             why,
         )
-    else:
-        logger.info_once("INT8 experts on CPU run on %s, %s", why, isa)
+        return None
+    isa = found.isas()[0]
+    if isa in BEHIND_ONEDNN and hasattr(torch.ops._C, "onednn_scaled_mm"):
+        logger.info_once(
+            "INT8 experts on CPU run on oneDNN, which is faster than %s with %s",
+            why,
+            isa,
+        )
+        return None
+    logger.info_once("INT8 experts on CPU run on %s, %s", why, isa)
     return found
 
 

@@ -68,6 +68,8 @@ class Int8Layers:
         self._unclaimed: set[str] = set()
         self._stacks: set[str] | None = None
         self._unquantized: set[str] = set()
+        # Modules by the name of a router, and their decoder layers.
+        self._routers: dict[str, str] = {}
         self._cache_scales: set[str] = set()
         # Layers beside whose weight the files have scales of a KV cache.
         self.with_cache_scales: set[str] = set()
@@ -81,6 +83,10 @@ class Int8Layers:
         """Take what the checkpoint's files hold (`checkpoint.Contents`, or None)."""
         if contents is not None:
             self._unclaimed = set(contents.int8_modules())
+            found = {m: _ROUTER.fullmatch(m) for m in self._unclaimed}
+            self._routers = {
+                module: match[1] for module, match in found.items() if match
+            }
             self._stacks = set(contents.stacks())
             self._unquantized = set(contents.unquantized())
             self._cache_scales = set(contents.with_kind("output_scale"))
@@ -214,9 +220,8 @@ class Int8Layers:
         """Raise ValueError for a router that is INT8 in the files, in a decoder layer
         that vLLM built, where no quantized layer of vLLM takes it: models build
         routers without asking the config."""
-        for module in self._unclaimed if self._blocks else ():
-            found = _ROUTER.fullmatch(module)
-            if found and found[1] in self._blocks:
+        for module, block in self._routers.items():
+            if block in self._blocks and module in self._unclaimed:
                 raise ValueError(_UNQUANTIZED.format(module))
         self._blocks.clear()
 

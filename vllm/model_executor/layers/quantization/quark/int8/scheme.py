@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """INT8 W8A8 schemes of AMD Quark: read, refused, and what kernels serve of them."""
 
+import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -87,14 +88,19 @@ def complete_config(quant_config: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-# Inputs quantized as they come, one scale a token, in JSON.
-_PER_TOKEN = {
-    "dtype": '"int8"',
-    "qscheme": '"per_channel"',
-    "ch_axis": "1",
-    "is_dynamic": "true",
-    "symmetric": "true",
-}
+def _spec(channel: bool, axis: int, dynamic: bool, symmetric: bool) -> dict[str, Any]:
+    """Half of a Quark layer config, of weights or of inputs."""
+    return {
+        "dtype": "int8",
+        "qscheme": "per_channel" if channel else "per_tensor",
+        "ch_axis": axis if channel else None,
+        "is_dynamic": dynamic,
+        "symmetric": symmetric,
+    }
+
+
+# Inputs quantized as they come, one scale a token.
+_PER_TOKEN = _spec(True, 1, True, True)
 # What no kernel runs, of the config's weight (w), inputs (i) and itself (c): whether
 # it is so, why it is refused, the way out.
 _REFUSALS: tuple[tuple[Callable[[Any, Any, Any], Any], str, str], ...] = (
@@ -124,7 +130,7 @@ _REFUSALS: tuple[tuple[Callable[[Any, Any, Any], Any], str, str], ...] = (
         lambda w, i, c: not c["input_tensors"],
         "INT8 weights whose input_tensors are null (weight-only)",
         "as W8A8, or write int8 input_tensors into config.json: "
-        + ", ".join(f"{k} {v}" for k, v in _PER_TOKEN.items()),
+        + ", ".join(f"{k} {json.dumps(v)}" for k, v in _PER_TOKEN.items()),
     ),
     (
         lambda w, i, c: i["dtype"] != "int8",
@@ -208,19 +214,10 @@ class Int8Scheme:
     def to_config(self) -> dict[str, Any]:
         """The Quark layer config that vLLM's selection of a method reads."""
 
-        def spec(channel: bool, axis: int, dynamic: bool, symmetric: bool) -> dict:
-            qscheme = "per_channel" if channel else "per_tensor"
-            return {
-                "dtype": "int8",
-                "qscheme": qscheme,
-                "ch_axis": axis if channel else None,
-                "is_dynamic": dynamic,
-                "symmetric": symmetric,
-            }
-
+        inputs = _spec(self.per_token, 1, not self.static, self.symmetric)
         return {
-            "weight": spec(self.per_channel, 0, False, True),
-            "input_tensors": spec(self.per_token, 1, not self.static, self.symmetric),
+            "weight": _spec(self.per_channel, 0, False, True),
+            "input_tensors": inputs,
             "output_tensors": None,
             "bias": None,
         }

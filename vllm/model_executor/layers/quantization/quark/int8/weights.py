@@ -205,10 +205,15 @@ def _add_sinks(
         layer.register_parameter(name, sink)
 
 
+def _int8_of(layer: torch.nn.Module) -> Any:
+    """The `Int8Layers` of the layer's checkpoint; None for a layer without a config."""
+    return getattr(getattr(layer, "quant_config", None), "int8", None)
+
+
 def _any_came(layer: torch.nn.Module) -> bool:
     """Whether loaders brought anything of the layer: dummy weights and those of
     other loaders come in other ways."""
-    if int8 := getattr(getattr(layer, "quant_config", None), "int8", None):
+    if int8 := _int8_of(layer):
         int8.check_claims()
     return any("int8_shards" in p.__dict__ for p in layer.parameters(recurse=False))
 
@@ -294,7 +299,7 @@ def prepare_linear(scheme: Any, layer: torch.nn.Module) -> None:
         names = [f"no_{n}" if n in absent else n for n in kernel.layer_param_names]
         layer.no_input_scale = layer.no_input_zero_point = None
         kernel = scheme.kernel = type(kernel)(kernel.config, names)
-    int8 = getattr(getattr(layer, "quant_config", None), "int8", None)
+    int8 = _int8_of(layer)
     if int8 and layer.prefix in int8.with_cache_scales:
         # Models that know scales of a KV cache hand them to attention instead.
         _add_sinks(layer, ["output_scale"], _drop_cache_scale)

@@ -6,7 +6,6 @@ import ast
 import contextlib
 import enum
 import functools
-import hashlib
 import importlib.metadata
 import json
 import re
@@ -66,7 +65,7 @@ class TooSlowError(QuarkError):
     """A text that ast-grep does not get through."""
 
 
-# Digests of texts that it did not get through: no other rule waits for them again.
+# Texts that it did not get through: no other rule waits for them again.
 _too_slow: set[bytes] = set()
 
 
@@ -74,13 +73,13 @@ _too_slow: set[bytes] = set()
 def _scan(source: bytes, rules: str) -> dict[str, list[dict[str, Any]]]:
     """Matches of each rule (by id) in `source`, as ast-grep reports them. Raises TooSlowError."""
     command = [_ast_grep(), "scan", "--inline-rules", rules, "--stdin", "--json=compact"]
-    digest, lines = hashlib.sha256(source).digest(), source.count(b"\n")
     try:
-        if digest in _too_slow:
+        if source in _too_slow:
             raise subprocess.TimeoutExpired(command, TIME_LIMIT)
         done = subprocess.run(command, input=source, capture_output=True, timeout=TIME_LIMIT)
     except subprocess.TimeoutExpired as e:
-        _too_slow.add(digest)
+        _too_slow.add(source)
+        lines = source.count(b"\n")
         raise TooSlowError(
             f"ast-grep is not through its {lines} lines after {TIME_LIMIT} s: shorten it, "
             "or choose patches that leave it alone with --only"

@@ -24,13 +24,14 @@ def convert_checkpoint(folder: Path, out: Path, layout: str, per_token: bool, te
     """
     if not folder.is_dir():
         raise ConvertError(f"{folder}: is no folder: name a checkpoint's folder (download it first: hf download NAME)")
-    if os.path.lexists(out) and not is_unfinished(out):
+    exists = os.path.lexists(out)
+    if not exists or is_unfinished(out):
+        plan = make_plan(folder, layout, per_token)
+        if finish(plan, out):
+            return plan
+    if exists:
         raise ConvertError(f"{out}: exists already: delete it or name another folder")
-    plan = make_plan(folder, layout, per_token)
-    if not finish(plan, out):
-        if os.path.lexists(out):
-            raise ConvertError(f"{out}: exists already: delete it or name another folder")
-        write(plan, out, tell)
+    write(plan, out, tell)
     return plan
 
 

@@ -19,7 +19,6 @@ tensor. A run that leaves less than `--floor` GB of memory is ended and says so.
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -31,8 +30,18 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.speed import gpu_engine
-from benchmarks.speed.gpu_engine import DENSE, EXPERTS, GROUPS, HEAD, HEADS, HIDDEN, WIDTH, took_for
+from benchmarks.speed.depth_checkpoint import (
+    DENSE,
+    EXPERTS,
+    GROUPS,
+    HEAD,
+    HEADS,
+    HIDDEN,
+    WIDTH,
+    make_config,
+    write_apart,
+)
+from benchmarks.speed.engine_speed import decode_speed, took_for
 
 OLD, NEW = "0.21.0", "0.32.0"
 TOP_K, VOCABULARY, LIMIT = 8, 2048, 7.0
@@ -101,10 +110,7 @@ def one(checkpoint: Path, out: Path, layers: int) -> None:
     took_for(llm, VOCABULARY, 1, PREFILL, 1)
     result["prefill tokens/s"] = PREFILL / statistics.median(took_for(llm, VOCABULARY, 1, PREFILL, 1) for _ in range(3))
     for batch in BATCHES:
-        took_for(llm, VOCABULARY, batch, 16, 4)
-        runs = [took_for(llm, VOCABULARY, batch, 16, STEPS + 1) - took_for(llm, VOCABULARY, batch, 16, 1)
-                for _ in range(3)]  # fmt: skip
-        result[f"decode tokens/s, batch {batch}"] = batch * STEPS / statistics.median(runs)
+        result[f"decode tokens/s, batch {batch}"] = decode_speed(llm, VOCABULARY, batch, 16, STEPS, 3)
     read = bytes_of_a_token(layers, 2 if checkpoint.name == "bf16" else 1)
     result |= {"bandwidth": speed, "bytes of a token": read}
     result["of bandwidth"] = read * result["decode tokens/s, batch 1"] / speed
@@ -127,18 +133,12 @@ def make(work: Path, kind: str, layers: int) -> Path:
         shutil.copytree(make(work, "int8", layers), folder, copy_function=os.symlink)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").unlink()
-        limited = gpu_engine.config(layers, VOCABULARY, LIMIT) | {"quantization_config": config["quantization_config"]}
+        limited = make_config(layers, VOCABULARY, LIMIT) | {"quantization_config": config["quantization_config"]}
         (folder / "config.json").write_text(json.dumps(limited))
         return folder
     new = work / f"{kind}.new"
     shutil.rmtree(new, ignore_errors=True)
-    # in a process of its own, which gives its memory back
-    words = (new, layers, kind == "int8", "cpu", VOCABULARY)
-    process = multiprocessing.get_context("spawn").Process(target=gpu_engine.write, args=words)
-    process.start()
-    process.join()
-    if process.exitcode:
-        sys.exit(f"{folder}: could not be written")
+    write_apart(new, layers, kind == "int8", "cpu", VOCABULARY)
     return new.rename(folder)
 
 

@@ -19,8 +19,11 @@ def took_for(llm, vocabulary: int, batch: int, prompt: int, out: int) -> float:
     return time.perf_counter() - start
 
 
-def decode_speed(llm, vocabulary: int, batch: int) -> float:
-    """Tokens per second, the median of five runs."""
-    took_for(llm, vocabulary, batch, 32, 4)
-    runs = [took_for(llm, vocabulary, batch, 32, STEPS + 1) - took_for(llm, vocabulary, batch, 32, 1) for _ in range(5)]
-    return batch * STEPS / statistics.median(runs)
+def decode_speed(llm, vocabulary: int, batch: int, prompt: int = 32, steps: int = STEPS, repeats: int = 5) -> float:
+    """Tokens per second over `steps` steps after `prompt` tokens, the median of `repeats` runs."""
+    took_for(llm, vocabulary, batch, prompt, 4)
+    runs = [
+        took_for(llm, vocabulary, batch, prompt, steps + 1) - took_for(llm, vocabulary, batch, prompt, 1)
+        for _ in range(repeats)
+    ]
+    return batch * steps / statistics.median(runs)

@@ -24,150 +24,11 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.speed.depth_checkpoint import EXPERTS, HIDDEN, VOCAB, WIDTH, write_apart
 from benchmarks.speed.engine_speed import decode_speed, took_for
 
 ROOT = Path(__file__).resolve().parents[2]
-NANO = ROOT / "examples/step3p5_nano"
-HIDDEN, DENSE, EXPERTS, WIDTH, VOCAB, HEAD = 4096, 11264, 288, 1280, 128896, 128
-HEADS = {"full_attention": 64, "sliding_attention": 96}
-GROUPS = 8
 PREFILL, DECODE = 8192, (1, 32, 128)
-
-
-def config(layers: int, vocabulary: int = VOCAB, limit: float = 0.0) -> dict:
-    """config.json of `layers` layers, the first one dense; every fourth has full attention. limit: of SwiGLU, or 0."""
-    kinds = ["full_attention" if i % 4 == 0 else "sliding_attention" for i in range(layers)]
-    made = json.loads((NANO / "config.json").read_text())
-    made |= {
-        "hidden_size": HIDDEN,
-        "intermediate_size": DENSE,
-        "num_hidden_layers": layers,
-        "num_nextn_predict_layers": 0,
-        "vocab_size": vocabulary,
-        "max_seq_len": 16384,
-        "max_position_embeddings": 16384,
-        "num_attention_heads": HEADS["full_attention"],
-        "num_attention_groups": GROUPS,
-        "head_dim": HEAD,
-        "layer_types": kinds,
-        "sliding_window": 512,
-        "rope_theta": [5e6 if k == "full_attention" else 1e4 for k in kinds],
-        "partial_rotary_factors": [0.5 if k == "full_attention" else 1.0 for k in kinds],
-        "moe_layers_enum": ",".join(str(i) for i in range(1, layers)),
-        "moe_num_experts": EXPERTS,
-        "moe_top_k": 8,
-        "moe_intermediate_size": WIDTH,
-        "share_expert_dim": WIDTH,
-        "swiglu_limits": [limit] * layers,
-        "swiglu_limits_shared": [0.0] * layers,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-    made["attention_other_setting"] |= {
-        "num_attention_heads": HEADS["sliding_attention"],
-        "num_attention_groups": GROUPS,
-        "head_dim": HEAD,
-        "true_head_dim": HEAD,
-    }
-    made["rope_scaling"]["original_max_position_embeddings"] = 8192
-    return made
-
-
-def shapes(layer: int | None, kind: str, dense: bool, vocabulary: int = VOCAB) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of one layer's BF16 tensors, experts left out; None: what stands outside layers."""
-    if layer is None:
-        return {
-            "model.embed_tokens.weight": (vocabulary, HIDDEN),
-            "lm_head.weight": (vocabulary, HIDDEN),
-            "model.norm.weight": (HIDDEN,),
-        }
-    heads = HEADS[kind]
-    found: dict[str, tuple[int, ...]] = {
-        "input_layernorm": (HIDDEN,),
-        "post_attention_layernorm": (HIDDEN,),
-        "self_attn.q_norm": (HEAD,),
-        "self_attn.k_norm": (HEAD,),
-        "self_attn.q_proj": (heads * HEAD, HIDDEN),
-        "self_attn.k_proj": (GROUPS * HEAD, HIDDEN),
-        "self_attn.v_proj": (GROUPS * HEAD, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, heads * HEAD),
-        "self_attn.g_proj": (heads, HIDDEN),
-    }
-    part, width = ("mlp", DENSE) if dense else ("share_expert", WIDTH)
-    found |= {f"{part}.{p}_proj": (width, HIDDEN) for p in ("gate", "up")}
-    found[f"{part}.down_proj"] = (HIDDEN, width)
-    if not dense:
-        found["moe.gate"] = (EXPERTS, HIDDEN)
-    return {f"model.layers.{layer}.{name}.weight": shape for name, shape in found.items()}
-
-
-def write(folder: Path, layers: int, int8: bool, device: str = "cuda", vocabulary: int = VOCAB) -> list[str]:
-    """Random weights, one file a layer, made on `device`; returns the modules that are not quantized.
-
-    On a CPU a layer's experts are copies of eight: their numbers do not matter, and drawing them takes minutes.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True)
-    generator = torch.Generator(device=device).manual_seed(0)
-    made = config(layers, vocabulary)
-    drawn = EXPERTS if device == "cuda" else 8
-    where: dict[str, str] = {}
-    excluded: list[str] = []
-
-    def save(name: str, tensors: dict) -> None:
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, folder / name)
-        where.update(dict.fromkeys(tensors, name))
-
-    for layer in (None, *range(layers)):
-        dense = layer in (None, 0)
-        tensors = {}
-        kind = "" if layer is None else made["layer_types"][layer]
-        for name, shape in shapes(layer, kind, dense, vocabulary).items():
-            w = torch.zeros(shape, device=device)
-            if len(shape) == 2:
-                w.normal_(generator=generator).mul_(shape[1] ** -0.5)
-                excluded.append(name.removesuffix(".weight"))
-            tensors[name] = w.bfloat16()
-        scales = {}
-        for part in () if dense else ("gate", "up", "down"):
-            rows, columns = (HIDDEN, WIDTH) if part == "down" else (WIDTH, HIDDEN)
-            stem = f"model.layers.{layer}.moe.{part}_proj.weight"
-            w = torch.empty(drawn, rows, columns, device=device, dtype=torch.int8 if int8 else torch.bfloat16)
-            if int8:
-                w.random_(-127, 128, generator=generator)
-                scale = torch.rand(EXPERTS, rows, device=device, generator=generator) + 0.5
-                scales[f"{stem}_scale"] = scale / (73 * columns**0.5)
-            else:
-                w.normal_(generator=generator).mul_(columns**-0.5)
-            tensors[stem] = w.repeat(EXPERTS // drawn, 1, 1) if drawn < EXPERTS else w
-        if not dense:
-            tensors[f"model.layers.{layer}.moe.router_bias"] = torch.zeros(EXPERTS, device=device)
-        save(f"layer-{'x' if layer is None else layer}.safetensors", tensors)
-        if scales:
-            save(f"scales-{layer}.safetensors", scales)
-        del tensors, scales
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    spec = {"dtype": "int8", "group_size": None, "symmetric": True, "round_method": "half_even", "scale_type": "float"}
-    if int8:
-        made["quantization_config"] = {
-            "quant_method": "quark",
-            "global_quant_config": {
-                "weight": spec | {"is_dynamic": False, "qscheme": "per_channel", "ch_axis": 0},
-                "input_tensors": spec | {"is_dynamic": True, "qscheme": "per_channel", "ch_axis": 1},
-                "output_tensors": None,
-                "bias": None,
-            },
-            "layer_quant_config": {},
-            "layer_type_quant_config": {},
-            "exclude": excluded,
-            "export": {"kv_cache_group": [], "pack_method": "reorder", "weight_format": "real_quantized"},
-        }
-    (folder / "config.json").write_text(json.dumps(made))
-    return excluded
 
 
 def twin(quark: Path, folder: Path) -> None:
@@ -254,17 +115,6 @@ RUNS = {
 }
 
 
-def apart(function, *words) -> None:
-    """In a process of its own, so that no GPU memory stays taken."""
-    import multiprocessing
-
-    process = multiprocessing.get_context("spawn").Process(target=function, args=words)
-    process.start()
-    process.join()
-    if process.exitcode:
-        sys.exit(f"{words[0]}: could not be written")
-
-
 def every(args: argparse.Namespace) -> None:
     layers = args.moe_layers + 1
     results: dict = {"moe layers": args.moe_layers, "runs": {}}
@@ -279,11 +129,11 @@ def every(args: argparse.Namespace) -> None:
         quark = args.work / "quark"
         if not checkpoint.exists():
             if kind != "bf16" and not quark.exists():
-                apart(write, quark, layers, True)
+                write_apart(quark, layers, True)
             if kind == "compressed-tensors":
                 twin(quark, checkpoint)
             elif kind == "bf16":
-                apart(write, checkpoint, layers, False)
+                write_apart(checkpoint, layers, False)
         part = args.work / "part.json"
         part.unlink(missing_ok=True)
         env = {**os.environ, "PYTHONPATH": f"{getattr(args, site)}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
 from .architectures import VOCABULARY, Architecture
-from .variants import Scheme, Variant
+from .variants import Scheme, Variant, matches
 
 Tensors = dict[str, torch.Tensor]
 # The folder of a checkpoint's LoRA adapter; its rank and scale (https://arxiv.org/abs/2106.09685, section 4.1).
@@ -228,9 +228,9 @@ def export(architecture: Architecture, variant: Variant, source: Path, out: Path
             result[f"{module}.input_scale"] = torch.tensor(static_scale)
             if not scheme.symmetric:
                 result[f"{module}.input_zero_point"] = torch.tensor(zero, dtype=torch.int8)
-        if any(Path(module).match(glob) for glob in variant.rotated):
+        if matches(module, variant.rotated):
             result[f"{module}.input_rotation"] = torch.eye(weight.shape[1], dtype=torch.bfloat16)
-        if any(Path(module).match(glob) for glob in variant.kv):
+        if matches(module, variant.kv):
             result[f"{module}.output_scale"] = torch.tensor(0.02)
         if ".experts." in module and scheme.activation != "none":  # served per token
             scheme = Scheme(scheme.weight)
@@ -249,7 +249,7 @@ def export(architecture: Architecture, variant: Variant, source: Path, out: Path
     config["quantization_config"] = variant.to_config(kept, architecture.router)
     (out / "config.json").write_text(json.dumps(config, indent=1))
     save_file({n: t.contiguous() for n, t in result.items()}, out / "model.safetensors", {"format": "pt"})
-    adapter = {m: tensors[f"{m}.weight"].shape for m in quantized if any(Path(m).match(g) for g in variant.adapter)}
+    adapter = {m: tensors[f"{m}.weight"].shape for m in quantized if matches(m, variant.adapter)}
     _write_expected(reference, dequantized, look, out, _save_adapter(adapter, out / ADAPTER) if adapter else None)
 
 

@@ -3,8 +3,14 @@
 """The ways in which people quantize a model to INT8 with AMD Quark, and write down what they left out."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+
+
+def matches(module: str, globs: Iterable[str]) -> bool:
+    """Whether any of `globs` names a module of the checkpoint."""
+    return any(fnmatch(module, glob) for glob in globs)
 
 
 @dataclass(frozen=True)
@@ -74,9 +80,7 @@ class Variant:
 
     def stays(self, module: str, router: tuple[str, ...]) -> bool:
         """Whether a module of the checkpoint stays BF16."""
-        if any(fnmatch(module, glob) for glob in self.take):
-            return False
-        return any(fnmatch(module, glob) for glob in (*router, "*lm_head", *self.leave))
+        return not matches(module, self.take) and matches(module, (*router, "*lm_head", *self.leave))
 
     def scheme_of(self, module: str) -> Scheme:
         """How a quantized module of the checkpoint is quantized."""
@@ -84,7 +88,7 @@ class Variant:
 
     def exclude(self, kept: list[str], router: tuple[str, ...]) -> list[str]:
         """The entries of `exclude` for the modules that stay BF16."""
-        listed = [m for m in kept if not any(fnmatch(m, glob) for glob in self.unlisted)]
+        listed = [m for m in kept if not matches(m, self.unlisted)]
         if self.style == "names":
             return listed
         if self.style == "bare":

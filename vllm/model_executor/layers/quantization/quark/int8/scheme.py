@@ -213,7 +213,6 @@ class Int8Scheme:
 
     def to_config(self) -> dict[str, Any]:
         """The Quark layer config that vLLM's selection of a method reads."""
-
         inputs = _spec(self.per_token, 1, not self.static, self.symmetric)
         return {
             "weight": _spec(self.per_channel, 0, False, True),

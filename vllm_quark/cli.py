@@ -6,13 +6,14 @@ Of `check`: 0 sound, 1 problems, 2 not a checkpoint.
 """
 
 import collections
+import contextlib
 import functools
 import importlib.metadata
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
 
 from vllm_quark import CACHE
 from vllm_quark.commits import format_patch as write_mails
@@ -39,7 +41,34 @@ from vllm_quark.verify.command import verify
 if TYPE_CHECKING:
     from vllm_quark.checkpoint import Report
 
+# typer has a copy of click; older ones import it.
+UsageError: type[Any] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
+
+
+class Commands(TyperGroup):
+    """The commands; with --json a mistyped one is told as JSON, too."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _usage_errors_as_json():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _usage_errors_as_json():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _usage_errors_as_json() -> Iterator[None]:
+    try:
+        yield
+    except UsageError as e:
+        if "--json" in sys.argv[1:]:
+            print(json.dumps({"error": e.format_message()}))
+        raise
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Make AMD Quark INT8 checkpoints run right: apply the patch series to a vLLM tree.",
     no_args_is_help=True,
     add_completion=False,

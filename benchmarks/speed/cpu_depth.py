@@ -14,7 +14,8 @@ prefill, decode at batch 1 and 8, medians of three. Runs:
     operator-newest         the same with Step-3.5's SwiGLU limit, which only the series' experts know
 
 The share of the bandwidth is that of the weights that a decoded token of batch 1 reads, against the summing of an int64
-tensor. A run that leaves less than `--floor` GB of memory is ended and says so.
+tensor. A run that leaves less than `--floor` GB of memory is ended and says so. --site names the site-packages of a
+release where no package index is reached; what they lack is taken from PYTHONPATH.
 """
 
 import argparse
@@ -43,6 +44,7 @@ from benchmarks.speed.depth_checkpoint import (
 )
 from benchmarks.speed.engine_speed import decode_speed, took_for
 
+ROOT = Path(__file__).resolve().parents[2]
 OLD, NEW = "0.21.0", "0.32.0"
 TOP_K, VOCABULARY, LIMIT = 8, 2048, 7.0
 PREFILL, BATCHES, STEPS = 1024, (1, 8), 32
@@ -144,31 +146,28 @@ def make(work: Path, kind: str, layers: int) -> Path:
 
 def serve(args: argparse.Namespace, name: str) -> dict:
     """The result of a run, or {"failed": why}."""
-    from benchmarks.compatibility.releases import (  # the newest release's environment lacks what it imports
-        OPERATOR,
-        series_on,
-    )
+    # The newest release's environment lacks what they import.
+    from benchmarks.compatibility.releases import OPERATOR, series_on
+    from vllm_quark.series import load_series
+    from vllm_quark.shadow import make_shadow
 
     kind, version, native = RUNS[name]
     layers = args.moe_layers + 1
     checkpoint = make(args.work, kind, layers)
     log = args.work / f"{name}.log"
     with tempfile.TemporaryDirectory() as folder:
-        python, _, env = series_on(version, Path(folder) / "site")
+        if site := dict(args.site).get(version):
+            series = load_series(ROOT)
+            patched = make_shadow(Path(folder) / "site", series, [p.name for p in series.patches], Path(site))
+            python, env = Path(sys.executable), {**os.environ, "PYTHONPATH": f"{patched}:{site}"}
+        else:
+            python, _, env = series_on(version, Path(folder) / "site")
         env["VLLM_INT8_MOE_LIBRARY"] = str(OPERATOR) if native else ""
         part = Path(folder) / "part.json"
-        words = [
-            python,
-            "-m",
-            "benchmarks.speed.cpu_depth",
-            part,
-            "--one",
-            checkpoint,
-            "--moe-layers",
-            str(args.moe_layers),
-        ]
+        words = [python, "-m", "benchmarks.speed.cpu_depth", part, "--one", checkpoint]
+        words += ["--moe-layers", str(args.moe_layers)]
         with open(log, "w") as said:
-            process = subprocess.Popen(words, env=env, stdout=said, stderr=said, cwd=Path(__file__).parents[2])
+            process = subprocess.Popen(words, env=env, stdout=said, stderr=said, cwd=ROOT)
             while process.poll() is None:
                 if available() < args.floor:
                     process.kill()
@@ -187,6 +186,7 @@ def main() -> int:
     ap.add_argument("--moe-layers", type=int, default=4)
     ap.add_argument("--runs", default=",".join(RUNS))
     ap.add_argument("--floor", type=float, default=1.5)
+    ap.add_argument("--site", nargs=2, action="append", default=[], metavar=("RELEASE", "FOLDER"))
     ap.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     args = ap.parse_args()
     if args.one:

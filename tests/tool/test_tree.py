@@ -362,6 +362,10 @@ def test_json_on_failure(home, tree, tmp_path):
         done = cli(home, *words, "--json")
         assert done.returncode == 2
         assert json.loads(done.stdout)["error"] == done.stderr.strip().removeprefix("vllm-quark: ")
+    for words, mistyped in ((["status", "--onyl", "4"], "--onyl"), (["statsu"], "statsu"), (["check"], "CKPT")):
+        done = cli(home, *words, "--json")
+        assert done.returncode == 2 and done.stderr
+        assert mistyped in json.loads(done.stdout)["error"]
     data = json.loads(cli(home, "status", tree, "--only", "4", "--json").stdout)
     assert data["patches"] and "lacks what" in data["error"]
 

@@ -32,14 +32,14 @@ _COMMON = {
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 _ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 _GROUPS = {"n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_hidden_layers": 3}
-# MLA: https://arxiv.org/abs/2405.04434, section 2.1.
+# MLA: https://arxiv.org/abs/2405.04434, section 2.1. A head is as wide as published: GPU kernels know no other widths.
 _MLA = {
     "q_lora_rank": 64,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 32,
-    "head_dim": 32,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "head_dim": 64,
     "num_key_value_heads": 4,
 }
 _GDN = {

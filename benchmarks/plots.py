@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plots as SVG text: the same data gives the same bytes on every machine.
+"""Plots by matplotlib as SVG text: the same data gives the same bytes on every machine.
 
 A plot has a title that states the finding, a sentence for readers who cannot see it, and one colour for each
 contestant, the same in every plot of docs/.
 """
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+import io
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 # One colour for each contestant (Okabe and Ito's palette, which colour-blind readers can tell apart).
 COLOURS = {
@@ -24,8 +32,24 @@ COLOURS = {
     "limit": "#333333",
 }
 TOKENS = (1, 8, 64, 512, 4096)
-FONT = "font-family='DejaVu Sans, Verdana, sans-serif'"
 INK, GRID = "#222222", "#dddddd"
+INCH = 96  # pixels of an SVG; a point is a 72nd of it
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "grid.color": GRID,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "vllm-quark",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "ytick.left": False,
+}
 
 
 @dataclass(frozen=True)
@@ -46,11 +70,7 @@ class Bars:
     values: Mapping[str, tuple[float, float, float]]
 
 
-def _number(value: float) -> str:
-    return f"{value:.2f}".rstrip("0").rstrip(".")
-
-
-def _shown(value: float) -> str:
+def _round(value: float) -> str:
     """Three digits, thousands with commas."""
     if value >= 100_000:
         return f"{value / 1000:.0f}k"
@@ -59,46 +79,43 @@ def _shown(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _text(
-    x: float, y: float, words: str, size: int = 12, anchor: str = "start", fill: str = INK, more: str = ""
-) -> str:
+def _new_figure(title: str, width: float, height: float) -> tuple[Figure, float]:
+    """A figure of `width` by `height` pixels with its title, and the share of its height that is below the title."""
+    figure = Figure((width / INCH, height / INCH))
+    lines = textwrap.wrap(title, int((width - 32) / 9.4))
+    figure.text(16 / width, 1 - 12 / height, "\n".join(lines), va="top", size=11, weight="bold", linespacing=1.35)
+    return figure, 1 - (20 + 20 * len(lines)) / height
+
+
+def _to_svg(figure: Figure, title: str, description: str) -> str:
+    """The figure's SVG with `title` and `description` for screen readers.
+
+    Coordinates are rounded to a hundredth of a point: their last digits are those of a processor's logarithm. Raises
+    ValueError where text ends outside.
+    """
+    drawn = figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer())
+    if min(drawn.min) < 0 or any(drawn.max > figure.get_size_inches()):
+        raise ValueError(f"{title}: text ends outside the picture")
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), text.getvalue())
+    svg = re.sub(r"[ \t]+$", "", svg[svg.index("<svg ") :], flags=re.M)
+    head, _, body = svg.partition(">")
+    head = re.sub(r'="([\d.]+)pt"', lambda m: f'="{float(m[1]) * INCH / 72:.0f}"', head)  # GitHub's pixels
     return (
-        f'<text x="{_number(x)}" y="{_number(y)}" font-size="{size}" text-anchor="{anchor}" fill="{fill}"{more}>'
-        f"{escape(words)}</text>"
+        f'{head} role="img" aria-labelledby="title description">\n <title id="title">{escape(title)}</title>\n'
+        f' <desc id="description">{escape(description)}</desc>{body}'
     )
 
 
-def _wrap(words: str, width: int) -> list[str]:
-    """`words` in lines of at most `width` characters."""
-    lines = [""]
-    for word in words.split():
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines
-
-
-def _page(width: int, height: int, title: str, description: str, body: Iterable[str]) -> str:
-    """A whole SVG, white below everything, so that it can be read on a dark page as well."""
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-            f'role="img" aria-labelledby="title description" {FONT}>',
-            f'<title id="title">{escape(title)}</title>',
-            f'<desc id="description">{escape(description)}</desc>',
-            f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-            *body,
-            "</svg>",
-            "",
-        ]
-    )
-
-
-def _heading(title: str, width: int) -> tuple[list[str], float]:
-    """The title's lines, and where the plot below may begin."""
-    lines = _wrap(title, int((width - 32) / 10.2))
-    body = [_text(16, 26 + 20 * i, line, 15, more=' font-weight="bold"') for i, line in enumerate(lines)]
-    return body, 26 + 20 * len(lines)
+def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
+    """Names at the right of `axes`, in the order of the lines' ends, no two on each other."""
+    to_share = axes.transScale + axes.transLimits
+    ends = sorted(((to_share.transform(list(line.points.items())[-1])[1], line.name) for line in lines), reverse=True)
+    step, place = 15 * 72 / INCH / (axes.bbox.height * 72 / axes.figure.dpi), 2.0
+    for end, name in ends:
+        place = min(end, place - step)
+        axes.text(1.02, place, name, color=COLOURS[name], transform=axes.transAxes, va="center")
 
 
 def draw_lines(title: str, description: str, lines: Sequence[Line], y_label: str, x_label: str = "tokens") -> str:
@@ -106,116 +123,78 @@ def draw_lines(title: str, description: str, lines: Sequence[Line], y_label: str
 
     y_label: what is measured, with its unit.
     """
-    width, height, left, right, bottom = 760, 440, 70, 200, 56
-    body, top = _heading(title, width)
-    top += 14
-    xs = [x for line in lines for x in line.points]
-    ys = [y for line in lines for y in line.points.values()]
-    x_low, x_high = math.log(min(xs)), math.log(max(xs))
-    y_low, y_high = math.log(min(ys) / 1.15), math.log(max(ys) * 1.15)
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = (math.log(x) - x_low) / (x_high - x_low)
-        up = (math.log(y) - y_low) / (y_high - y_low)
-        return left + across * (width - left - right), height - bottom - up * (height - bottom - top)
-
-    edge = width - right
-    for power in range(math.floor(y_low / math.log(10)), math.ceil(y_high / math.log(10)) + 1):
-        for digit in (1, 2, 5):
-            tick = digit * 10.0**power
-            if y_low <= math.log(tick) <= y_high:
-                y = at(min(xs), tick)[1]
-                body.append(f'<path d="M{left} {_number(y)}H{edge}" stroke="{GRID}"/>')
-                body.append(_text(left - 8, y + 4, f"{tick:g}" if tick < 1000 else f"{tick:,.0f}", anchor="end"))
-    for tick in TOKENS:
-        if min(xs) <= tick <= max(xs):
-            x = at(tick, min(ys))[0]
-            body.append(f'<path d="M{_number(x)} {_number(top)}V{height - bottom}" stroke="{GRID}"/>')
-            body.append(_text(x, height - bottom + 18, str(tick), anchor="middle"))
-    body.append(f'<path d="M{left} {_number(top)}V{height - bottom}H{edge}" stroke="{INK}" fill="none"/>')
-    body.append(_text((left + edge) / 2, height - 14, x_label, anchor="middle"))
-    y = (top + height - bottom) / 2
-    body.append(_text(18, y, y_label, anchor="middle", more=f' transform="rotate(-90 18 {_number(y)})"'))
-    for line in lines:
-        path = "M" + "L".join(f"{_number(a)} {_number(b)}" for a, b in (at(x, y) for x, y in line.points.items()))
-        dashes = ' stroke-dasharray="6 4"' if line.dashed else ""
-        body.append(
-            f'<path d="{path}" fill="none" stroke="{COLOURS[line.name]}" stroke-width="{line.width:g}"{dashes} '
-            'stroke-linejoin="round"/>'
+    width, height = 760, 440
+    with matplotlib.rc_context(STYLE):
+        figure, top = _new_figure(title, width, height)
+        axes = figure.add_axes((70 / width, 56 / height, (width - 270) / width, top - 60 / height))
+        for line in lines:
+            kind = {"linestyle": "--"} if line.dashed else {"marker": "o", "markersize": line.width * 0.75 + 1.5}
+            xs, ys = list(line.points), list(line.points.values())
+            axes.plot(xs, ys, color=COLOURS[line.name], linewidth=line.width * 0.75, clip_on=False, **kind)
+        axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
+        low, high = (limit(x for line in lines for x in line.points) for limit in (min, max))
+        axes.set_xlim(low, high)
+        axes.set_xticks([tick for tick in TOKENS if low <= tick <= high], minor=False)
+        axes.xaxis.set(major_formatter=FuncFormatter(lambda x, _: f"{x:g}"), minor_locator=NullLocator())
+        axes.yaxis.set(
+            major_locator=LogLocator(subs=(1, 2, 5)),
+            major_formatter=FuncFormatter(lambda y, _: f"{y:g}" if y < 1000 else f"{y:,.0f}"),
+            minor_formatter=NullFormatter(),
         )
-        if not line.dashed:
-            for x, y in line.points.items():
-                a, b = at(x, y)
-                body.append(
-                    f'<circle cx="{_number(a)}" cy="{_number(b)}" r="{line.width / 2 + 1:g}" '
-                    f'fill="{COLOURS[line.name]}"/>'
-                )
-    # names at the right, in the order of the lines' ends, no two on each other
-    ends = sorted((at(*list(line.points.items())[-1])[1], line.name) for line in lines)
-    place = 0.0
-    for end, name in ends:
-        place = max(end + 4, place + 16)
-        body.append(_text(edge + 10, place, name, fill=COLOURS[name]))
-    return _page(width, height, title, description, body)
+        axes.grid()
+        _label_ends(axes, lines)
+        return _to_svg(figure, title, description)
 
 
 def draw_bars(title: str, description: str, panels: Sequence[Bars]) -> str:
     """Panels beside each other, each with its own scale from 0; whiskers show the lowest and highest run."""
     names = list(dict.fromkeys(name for panel in panels for name in panel.values))
-    width, gap, room = 760, 18, 190
-    each = (width - 2 * 16 - gap * (len(panels) - 1)) / len(panels)
-    body, top = _heading(title, width)
-    x = 16.0
-    for name in names:
-        if x + 32 + 7 * len(name) > width:
-            x, top = 16.0, top + 20
-        body.append(f'<rect x="{_number(x)}" y="{_number(top)}" width="12" height="12" fill="{COLOURS[name]}"/>')
-        body.append(_text(x + 18, top + 11, name))
-        x += 32 + 7.4 * len(name)
-    top += 32
-    rows = max(len(_wrap(panel.heading, int(each / 6.6))) for panel in panels)
-    floor = top + 15 * rows + 22 + room
-    for i, panel in enumerate(panels):
-        left = 16 + i * (each + gap)
-        for n, row in enumerate(_wrap(panel.heading, int(each / 6.6))):
-            body.append(_text(left, top + 10 + 15 * n, row))
-        most = max(high for _, _, high in panel.values.values())
-        step = each / len(names)
-        for n, name in enumerate(names):
-            if name not in panel.values:
-                continue
-            middle, low, high = panel.values[name]
-            a, tall = left + n * step, middle / most * room
-            body.append(
-                f'<rect x="{_number(a + 2)}" y="{_number(floor - tall)}" width="{_number(step - 4)}" '
-                f'height="{_number(tall)}" fill="{COLOURS[name]}"/>'
-            )
-            x, upper, lower = a + step / 2, floor - high / most * room, floor - low / most * room
-            if high > low:
-                body.append(f'<path d="M{_number(x)} {_number(upper)}V{_number(lower)}" stroke="{INK}"/>')
-            body.append(_text(x, upper - 5, _shown(middle), 9 if step < 42 else 11, "middle"))
-        body.append(f'<path d="M{_number(left)} {_number(floor)}H{_number(left + each)}" stroke="{INK}"/>')
-    return _page(width, math.ceil(floor + 16), title, description, body)
+    width, height, gap = 760, 340, 18
+    each = (width - 32 - gap * (len(panels) - 1)) / len(panels)
+    with matplotlib.rc_context(STYLE):
+        figure, top = _new_figure(title, width, height)
+        handles = [matplotlib.patches.Patch(color=COLOURS[name], label=name) for name in names]
+        figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(6 / width, top), ncols=4, frameon=False)
+        top -= (30 + 16 * ((len(names) - 1) // 4)) / height
+        headings = [textwrap.wrap(panel.heading, int(each / 6.2)) for panel in panels]
+        top -= (20 + 16 * max(map(len, headings))) / height
+        for i, (panel, heading) in enumerate(zip(panels, headings, strict=True)):
+            axes = figure.add_axes(((16 + i * (each + gap)) / width, 16 / height, each / width, top - 16 / height))
+            for place, name in enumerate(names):
+                if name not in panel.values:
+                    continue
+                middle, low, high = panel.values[name]
+                axes.bar(place, middle, 0.9, color=COLOURS[name])
+                if high > low:
+                    axes.vlines(place, low, high, color=INK, linewidth=0.8)
+                size = 6.5 if each / len(names) < 42 else 8
+                axes.annotate(_round(middle), (place, high), (0, 3), textcoords="offset points", ha="center", size=size)
+            axes.set_xlim(-0.5, len(names) - 0.5)
+            axes.set_ylim(0, max(high for _, _, high in panel.values.values()))
+            axes.set_axis_off()
+            axes.axhline(0, color=INK, linewidth=1.5)
+            axes.text(0, 1 + 26 / (height * (top - 16 / height)), "\n".join(heading), transform=axes.transAxes)
+        return _to_svg(figure, title, description)
 
 
 def draw_table(
     title: str, description: str, columns: Sequence[tuple[str, int]], rows: Sequence[tuple[str, Sequence[str]]]
 ) -> str:
     """A table as a terminal shows it. columns: heading and width in characters; rows: colour and cells."""
-    place, starts = 20.0, []
+    starts = [20.0]
     for _, wide in columns:
-        starts.append(place)
-        place += 8.2 * wide + 12
-    width = math.ceil(place + 8)
-    body, top = _heading(title, width)
-    top += 16
-
-    def put(cells: Sequence[str], y: float, colour: str, more: str) -> None:
-        body.extend(_text(x, y, cell, 13, fill=colour, more=more) for x, cell in zip(starts, cells, strict=True))
-
-    put([name for name, _ in columns], top, "#666666", "")
-    body.append(f'<path d="M20 {_number(top + 8)}H{width - 20}" stroke="{GRID}"/>')
-    mono = " font-family='DejaVu Sans Mono, Menlo, monospace' xml:space='preserve'"
-    for i, (colour, cells) in enumerate(rows):
-        put(cells, top + 30 + 24 * i, colour, mono)
-    return _page(width, math.ceil(top + 30 + 24 * len(rows)), title, description, body)
+        starts.append(starts[-1] + 8.2 * wide + 12)
+    width = starts.pop() + 8
+    height = 84 + 24 * len(rows) + 20 * (len(title) > (width - 32) / 9.4)
+    with matplotlib.rc_context(STYLE | {"font.size": 10}):
+        figure, top = _new_figure(title, width, height)
+        lines = [("#666666", [name for name, _ in columns], "DejaVu Sans")]
+        lines += [(colour, cells, "DejaVu Sans Mono") for colour, cells in rows]
+        for i, (colour, cells, family) in enumerate(lines):
+            y = top - (10 + 24 * i + 8 * (i > 0)) / height
+            for x, cell in zip(starts, cells, strict=True):
+                shown = cell.replace("$", r"\$").replace(" ", "\u00a0")  # SVG joins spaces
+                figure.text(x / width, y, shown, color=colour, family=family)
+        rule = [20 / width, 1 - 20 / width], [top - 20 / height] * 2
+        figure.add_artist(matplotlib.lines.Line2D(*rule, color=GRID, linewidth=1))
+        return _to_svg(figure, title, description)

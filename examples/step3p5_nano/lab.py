@@ -42,14 +42,22 @@ class Result:
 
 
 def call(log: Path, *words: str | Path, cwd: Path = HERE, **env: str) -> None:
-    """Run a command, output to `log`. Raises LabError where it fails."""
+    """Run a command, output to `log`. Raises LabError where it fails.
+
+    vLLM looks for a free port and binds it later: where another process took it, the command runs again.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     command, environment = [str(w) for w in words], {**os.environ, **env}
-    with open(log, "w") as f:
-        done = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, cwd=cwd, env=environment)
-    if done.returncode:
-        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
-        raise LabError(f"{' '.join(str(w) for w in words[1:3])} failed ({log}):\n" + "\n".join(last))
+    for _ in range(3):
+        with open(log, "w") as f:
+            done = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, cwd=cwd, env=environment)
+        text = log.read_text(errors="replace")
+        if not done.returncode:
+            return
+        if "EADDRINUSE" not in text:
+            break
+    last = [line for line in text.splitlines() if line.strip()][-3:]
+    raise LabError(f"{' '.join(str(w) for w in words[1:3])} failed ({log}):\n" + "\n".join(last))
 
 
 def call_module(log: Path, python: str | Path, name: str, *words: str | Path, **env: str) -> None:

@@ -33,12 +33,15 @@ def origin(error: Exception) -> str:
 def serve(job: dict) -> dict:
     import torch
     from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.lora.request import LoRARequest
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     llm, options, request = None, job.get("options", {}), {}
     if torch.cuda.is_available():  # other processes are on the card
         options = options | {"gpu_memory_utilization": 0.04, "kv_cache_memory_bytes": 256 << 20}
+        if hasattr(EngineArgs, "gdn_prefill_backend"):  # the default needs FlashInfer on Hopper
+            options["gdn_prefill_backend"] = "triton"
     if adapter := job.get("adapter"):
         options = options | {"enable_lora": True, "max_lora_rank": 8}
         request = {"lora_request": LoRARequest("adapter", 1, adapter)}

@@ -430,12 +430,14 @@ def test_layers_without_scales_of_a_cache_have_no_place_for_them(tmp_path):
     assert not hasattr(layer, "output_scale")
 
 
-@pytest.mark.parametrize("stacked", [True, False])
-def test_experts_of_gpt_oss_are_refused(stacked, tmp_path):
+@pytest.mark.parametrize("kind", ["stacked", "INT8", "alone"])
+def test_experts_of_gpt_oss_are_refused(kind, tmp_path):
     checkpoint = made("plain")
     tensors = {"model.layers.0.self_attn.sinks": torch.zeros(4)}
     experts = "model.layers.0.mlp.experts"
-    if stacked:
+    if kind == "alone":  # attention is excluded: nothing in the files is INT8
+        checkpoint.tensors.clear()
+    if kind != "INT8":
         tensors[f"{experts}.gate_up_proj"] = torch.zeros(2, 8, 8)
     else:
         name = f"{experts}.0.gate_up_proj"

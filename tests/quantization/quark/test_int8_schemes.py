@@ -61,6 +61,21 @@ def test_scheme(kind, scheme, dtype, kernel, monkeypatch):
     assert cell.status in allowed, cell
 
 
+@pytest.mark.parametrize("activation", ["static_asym", "token_asym"])
+def test_widths_that_cutlass_has_no_zero_points_for(activation, monkeypatch):
+    """As Qwen3.5's `in_proj_ba`, one row for each head, split over ranks."""
+    monkeypatch.setattr(ck, "K", 120)
+    case = ck.Case("plain", activation=activation)
+    kernel = type(ck.build(case_of("plain")).scheme.kernel)
+    name = kernel.__name__
+    try:
+        # Elsewhere the platform's kernel by its name: it would serve zero points.
+        kernel.__name__ = CUTLASS
+        assert ck.serve_case(case).status == "per token"
+    finally:
+        kernel.__name__ = name
+
+
 @pytest.mark.parametrize("kind", ck.EXPERTS)
 def test_changed_schemes_are_said_once(kind, caplog_vllm):
     checkpoint = case_of(kind, "static_asym")

@@ -280,11 +280,17 @@ def prepare_linear(scheme: Any, layer: torch.nn.Module) -> None:
     parameters their loader. Call it at the end of create_weights."""
     kernel, was_static = scheme.kernel, scheme.is_static_input_scheme
     name = type(kernel).__name__
-    if name == "TritonInt8ScaledMMLinearKernel" and not scheme.input_symmetric:
+    flaw = {"TritonInt8ScaledMMLinearKernel": "loses zero points in rounding"}.get(name)
+    if name == "CutlassInt8ScaledMMLinearKernel" and any(
+        n % 16 for n in layer.weight.shape
+    ):
+        flaw = "takes zero points for multiples of 16 rows and columns only"
+    if flaw and not scheme.input_symmetric:
         logger.warning_once(
             "INT8 linear layers exported with asymmetric activations are served "
-            "with dynamic per-token symmetric ones: %s loses zero points in rounding",
+            "with dynamic per-token symmetric ones: %s %s",
             name,
+            flaw,
         )
         kernel.config.is_static_input_scheme = scheme.is_static_input_scheme = False
         kernel.config.input_symmetric = scheme.input_symmetric = True

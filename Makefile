@@ -70,7 +70,8 @@ check: env quark-env lint  ## for every edit: lint, layers, tool, one engine (mi
 test: env quark-env lint  ## everything that runs on this machine (40 minutes)
 	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
 	PYTHONPATH=$(CURDIR)/build/shadow $(BIN)/python -m pytest -q -n 2 tests/quantization tests/entrypoints
-	$(BIN)/python -m pytest -q tests/tool tests/csrc tests/benchmarks
+	$(BIN)/python -m pytest -q -n 2 tests/tool tests/benchmarks
+	$(BIN)/python -m pytest -q tests/csrc
 	$(BIN)/python -m benchmarks.compatibility.releases 0.20.0 0.26.0 newest
 	@$(MAKE) --no-print-directory test-upstream
 	@$(BIN)/python -m examples.step3p5_nano.lab $(CKPTS)

@@ -30,7 +30,7 @@ class Command:
 
 def commands(source: str) -> list[Command]:
     """All of a file's, in order. Raises SyntaxError, with a line, where parentheses do not close."""
-    found: list[Command] = []
+    parsed: list[Command] = []
     name, begin, depth = "", 0, 0
     arguments: list[str] = []
     previous: re.Match[str] | None = None
@@ -48,14 +48,14 @@ def commands(source: str) -> list[Command]:
                 break
             if depth == 0:
                 start, end = (len(source[:at].encode()) for at in (begin, token.end()))
-                found.append(Command(name.lower(), tuple(arguments), start, end))
+                parsed.append(Command(name.lower(), tuple(arguments), start, end))
         elif depth:
             arguments.append(text.strip('"') if text.startswith('"') else text)
         previous = token
     if depth:
         line = source.count("\n", 0, begin) + 1
         raise SyntaxError("parentheses do not match", (None, line, None, None))
-    return found
+    return parsed
 
 
 def matching(source: str, rule: dict[str, str]) -> list[Command]:

@@ -54,10 +54,10 @@ def _ast_grep() -> str:
         folders += [Path(str(f.locate())).resolve().parent for f in installed if f.name in ("ast-grep", "ast-grep.exe")]
     for folder in folders:
         for name in ("ast-grep", "sg"):
-            if found := shutil.which(name, path=folder):
-                return found
-    if found := shutil.which("ast-grep"):
-        return found
+            if program := shutil.which(name, path=folder):
+                return program
+    if program := shutil.which("ast-grep"):
+        return program
     raise QuarkError("ast-grep is not installed: pip install ast-grep-cli")
 
 
@@ -76,7 +76,7 @@ def _scan(source: bytes, rules: str) -> dict[str, list[dict[str, Any]]]:
     try:
         if source in _too_slow:
             raise subprocess.TimeoutExpired(command, TIME_LIMIT)
-        done = subprocess.run(command, input=source, capture_output=True, timeout=TIME_LIMIT)
+        process = subprocess.run(command, input=source, capture_output=True, timeout=TIME_LIMIT)
     except subprocess.TimeoutExpired as e:
         _too_slow.add(source)
         lines = source.count(b"\n")
@@ -84,13 +84,13 @@ def _scan(source: bytes, rules: str) -> dict[str, list[dict[str, Any]]]:
             f"ast-grep is not through its {lines} lines after {TIME_LIMIT} s: shorten it, "
             "or choose patches that leave it alone with --only"
         ) from e
-    if done.returncode not in (0, 1) or not done.stdout.strip():
-        reason = " ".join(done.stderr.decode(errors="replace").split())
+    if process.returncode not in (0, 1) or not process.stdout.strip():
+        reason = " ".join(process.stderr.decode(errors="replace").split())
         raise PatchError(f"ast-grep refuses a rule: {reason}: mend the patch file")
-    found: dict[str, list[dict[str, Any]]] = {}
-    for match in json.loads(done.stdout):
-        found.setdefault(match["ruleId"], []).append(match)
-    return found
+    matches: dict[str, list[dict[str, Any]]] = {}
+    for match in json.loads(process.stdout):
+        matches.setdefault(match["ruleId"], []).append(match)
+    return matches
 
 
 def _any_quotes(rule: Any) -> Any:
@@ -149,8 +149,8 @@ def matches(source: str, rule: dict[str, Any]) -> bool:
 def names_in(rule: Any) -> set[str]:
     """Names that a text has to hold for `rule` to match it: those of its `^Name$` regular expressions."""
     if isinstance(rule, dict):
-        found = {m[1] for m in [re.fullmatch(r"\^(\w+)\$", str(rule.get("regex", "")))] if m}
-        return found.union(*(names_in(v) for k, v in rule.items() if k not in ("any", "not")))
+        names = {m[1] for m in [re.fullmatch(r"\^(\w+)\$", str(rule.get("regex", "")))] if m}
+        return names.union(*(names_in(v) for k, v in rule.items() if k not in ("any", "not")))
     return set().union(*(names_in(v) for v in rule)) if isinstance(rule, list) else set()
 
 
@@ -220,10 +220,10 @@ def edit(source: str, rules: FileEdit) -> Edited:
     """
     raw, kind = source.encode(), "CMake" if rules.is_cmake else "Python"
     try:
-        found = _found(source, rules)
-        if found.get("present"):
+        matches = _found(source, rules)
+        if matches.get("present"):
             return Edited(Outcome.PRESENT, source)
-        if rules.needs and not found.get("needs"):
+        if rules.needs and not matches.get("needs"):
             return Edited(Outcome.ABSENT, source, f"{rules.file} lacks what it edits")
         tree = ast.parse("" if rules.is_cmake else source)
     except SyntaxError as e:
@@ -232,9 +232,9 @@ def edit(source: str, rules: FileEdit) -> Edited:
         return Edited(Outcome.CONFLICT, source, f"{rules.file}: {e}")
     changes: list[tuple[int, int, str]] = []
     for k, rewrite in enumerate(rules.rewrite):
-        if rewrite.where and not found.get(f"where-{k}"):
+        if rewrite.where and not matches.get(f"where-{k}"):
             continue
-        hits = found.get(f"rewrite-{k}", [])
+        hits = matches.get(f"rewrite-{k}", [])
         if len(hits) != 1:
             how = "not found" if not hits else f"found {len(hits)} times"
             return Edited(Outcome.CONFLICT, source, f"{rules.file}: {rewrite.anchor}: {how}")

@@ -38,12 +38,12 @@ def _call(folder: Path, environment: dict[str, str], *words: str, stdin: str | N
         raise QuarkError("git is not installed: install it (Debian: apt-get install git)")
     command = ["git", *words]
     # What git says may have any bytes: file names, people's names.
-    done = subprocess.run(command, cwd=folder, env=environment, input=stdin, capture_output=True, encoding="utf-8",
+    process = subprocess.run(command, cwd=folder, env=environment, input=stdin, capture_output=True, encoding="utf-8",
                           errors="surrogateescape")  # fmt: skip
-    if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or "failed").splitlines()[-1]
+    if process.returncode:
+        said = (process.stderr.strip() or process.stdout.strip() or "failed").splitlines()[-1]
         raise QuarkError(f"git {next((w for w in words if w[0] != '-' and '=' not in w), '')}: {said}")
-    return done.stdout
+    return process.stdout
 
 
 def git(folder: Path, *words: str, stdin: str | None = None, who: Identity | None = None) -> str:
@@ -75,7 +75,7 @@ def identity(folder: Path) -> Identity:
     environment = dict(os.environ)
     for variable in set(_call(folder, environment, "rev-parse", "--local-env-vars").split()).difference(_SAID_BY_USER):
         environment.pop(variable, None)
-    found: Identity = {}
+    identity: Identity = {}
     for role in ("AUTHOR", "COMMITTER"):
         try:
             said = _call(folder, environment, "-c", "user.useConfigOnly=true", "var", f"GIT_{role}_IDENT")
@@ -85,5 +85,5 @@ def identity(folder: Path) -> Identity:
                 'git config --global user.name "…" && git config --global user.email "…"'
             ) from e
         if m := _IDENT.match(said):
-            found |= {f"GIT_{role}_NAME": m["name"], f"GIT_{role}_EMAIL": m["mail"]}
-    return found
+            identity |= {f"GIT_{role}_NAME": m["name"], f"GIT_{role}_EMAIL": m["mail"]}
+    return identity

@@ -36,13 +36,13 @@ def _shown(alias: ast.alias) -> str:
 
 def _block(tree: ast.Module) -> list[ast.Import | ast.ImportFrom]:
     """Top-level imports before the first definition."""
-    found = []
+    statements = []
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             break
         if isinstance(node, ast.Import | ast.ImportFrom):
-            found.append(node)
-    return found
+            statements.append(node)
+    return statements
 
 
 def _merged(lines: list[str], node: ast.ImportFrom, new: list[str]) -> list[str]:

@@ -78,11 +78,11 @@ class View:
 def release_of(version: str) -> Version | None:
     """`version` for comparisons, None where it cannot be parsed."""
     try:
-        found = Version(version)
+        parsed = Version(version)
     except InvalidVersion:
         return None
     # Made up by setuptools-scm where it has no tag, as in a shallow clone.
-    return None if found.release[:2] == (0, 1) and found.is_devrelease or not any(found.release) else found
+    return None if parsed.release[:2] == (0, 1) and parsed.is_devrelease or not any(parsed.release) else parsed
 
 
 def _is_before(version: str, release: str) -> bool:
@@ -95,13 +95,13 @@ def _files_with(rules: FileEdit, view: View) -> list[str]:
     needs, names = rules.needs, [name.encode() for name in names_in(rules.needs)]
     if not needs or not names:
         return []
-    found = []
+    files = []
     for file in view.python_files():
         raw = view.changed[file] if file in view.changed else view.read(file)
         with contextlib.suppress(UnicodeDecodeError):
             if file != rules.file and raw and all(name in raw for name in names) and matches(decode(raw).plain, needs):
-                found.append(file)
-    return found
+                files.append(file)
+    return files
 
 
 def _edit_file(rules: FileEdit, view: View) -> Edited:

@@ -49,21 +49,21 @@ def _index(
     try:
         with PyPISimple(endpoint) as index:
             packages = index.get_project_page(project).packages
-            found = [p for p in packages if p.package_type == kind and p.version]
-            yield index, sorted(found, key=lambda p: Version(p.version or "0"))
+            published = [p for p in packages if p.package_type == kind and p.version]
+            yield index, sorted(published, key=lambda p: Version(p.version or "0"))
     except (requests.RequestException, DigestMismatchError, tarfile.TarError, OSError) as e:
         raise QuarkError(f"{what} cannot be fetched: {' '.join(str(e).split())[:200]}: run again") from e
 
 
 def _of(packages: "list[DistributionPackage]", version: str) -> "DistributionPackage":
-    found = [p for p in packages if p.version == version]
-    if not found:
+    matching = [p for p in packages if p.version == version]
+    if not matching:
         raise QuarkError(
             f"no source distribution of vLLM {version} on the index: the newest is {packages[-1].version}"
             if packages
             else "no source distribution of vLLM on the index: name another index in UV_INDEX_URL"
         )
-    return found[0]
+    return matching[0]
 
 
 def versions(since: str, project: str = "vllm") -> list[str]:
@@ -187,14 +187,14 @@ def make_tree(version: str, series: Series, patches: list[Patch], out: Path, cac
         message = f"vLLM {version}\n\nThe release's source distribution."
         git(root, "commit", "-q", "--no-verify", "-m", message, who=who)
         git(root, "tag", "-a", f"v{version}", "-m", f"vLLM {version}", who=who)
-        done = []
+        committed = []
         for verdict in Tree(root).steps(series, patches):
             for file, data in verdict.changed.items():
                 (root / file).parent.mkdir(parents=True, exist_ok=True)
                 (root / file).write_bytes(data)
             commit(root, verdict.patch, who)
-            done.append(verdict.patch)
+            committed.append(verdict.patch)
         root.rename(out)
-        return done
+        return committed
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -46,10 +46,10 @@ def repack(wheel: Path, series: Series, only: list[str], until: str | None, out:
                     old.extract(name, folder)
             tree = Tree(Path(folder))
             series = series.in_package(tree.package)
-            done = tree.steps(series, series.select(only, until))
-            if not done:
+            verdicts = tree.steps(series, series.select(only, until))
+            if not verdicts:
                 raise QuarkError(f"{wheel}: no patch applies to it: nothing to do")
-            changed = {file: data for verdict in done for file, data in verdict.changed.items()}
+            changed = {file: data for verdict in verdicts for file, data in verdict.changed.items()}
             stem = f"{old.parsed_filename['name']}-{version}"
             info = f"{stem}.dist-info"
             out.mkdir(parents=True, exist_ok=True)
@@ -72,9 +72,9 @@ def repack(wheel: Path, series: Series, only: list[str], until: str | None, out:
                     new.writestr(copy, data)
                 for name, data in changed.items():
                     new.writestr(name, data)
-                new.writestr(f"{info}/{WHEEL_NOTE}", "".join(f"{verdict.patch.name}\n" for verdict in done))
+                new.writestr(f"{info}/{WHEEL_NOTE}", "".join(f"{verdict.patch.name}\n" for verdict in verdicts))
                 new.close()
                 (Path(fresh) / target.name).rename(target)
     except (WheelError, zipfile.BadZipFile, EOFError) as e:
         raise QuarkError(f"{wheel}: no usable wheel: {e}: fetch it again") from e
-    return target, [verdict.patch for verdict in done]
+    return target, [verdict.patch for verdict in verdicts]

@@ -61,12 +61,12 @@ class Series:
     def dependents(self, patches: Iterable[Patch]) -> list[Patch]:
         """The patches that build on `patches`, directly or not, in series order, without these themselves."""
         numbers = {p.number for p in patches}
-        found = []
+        dependents = []
         for patch in self.patches:
             if patch.number not in numbers and numbers.intersection(patch.requires):
                 numbers.add(patch.number)
-                found.append(patch)
-        return found
+                dependents.append(patch)
+        return dependents
 
     def _find(self, name: str) -> Patch:
         for p in self.patches:

@@ -209,7 +209,7 @@ def change_files(root: Path, record: Record, wanted: Mapping[str, bytes | None],
     except OSError as e:
         _finish(root, record, given_up=begun)
         raise _explain(e, path, "write") from e
-    done: list[str] = []
+    replaced: list[str] = []
     try:
         for file, (_, new) in changes.items():
             path = root / file
@@ -217,9 +217,9 @@ def change_files(root: Path, record: Record, wanted: Mapping[str, bytes | None],
                 path.unlink(missing_ok=True)
             else:
                 os.replace(_temp(path), path)
-            done.append(file)
+            replaced.append(file)
     except OSError as e:
-        for file in reversed(done):
+        for file in reversed(replaced):
             old = changes[file][0]
             if old is None:
                 (root / file).unlink(missing_ok=True)

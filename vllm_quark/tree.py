@@ -96,13 +96,13 @@ def _find_package(root: Path) -> str:
 
 def _applying(verdicts: Iterable[Verdict]) -> list[Verdict]:
     """Those of patches that apply. Raises TreeError for a conflict, naming file and anchor."""
-    done = []
+    applying = []
     for verdict in verdicts:
         if verdict.status is Status.CONFLICT:
             raise TreeError(f"{verdict.patch.name}: conflict: {verdict.detail}: nothing was changed")
         if verdict.status is Status.APPLIES:
-            done.append(verdict)
-    return done
+            applying.append(verdict)
+    return applying
 
 
 @dataclass(frozen=True)
@@ -316,9 +316,9 @@ class Tree:
         """The planned tree: the originals with the patches `names` applied in series order."""
         start = self._contents_without_us(series, record)
         view = self.view(self._leftovers(series, record) | start)
-        done = _applying(judge_series(series, [p for p in series.patches if p.name in names], view))
-        wanted = start | {file: data for verdict in done for file, data in verdict.changed.items()}
-        return Plan(wanted, [verdict.patch.name for verdict in done])
+        applying = _applying(judge_series(series, [p for p in series.patches if p.name in names], view))
+        wanted = start | {file: data for verdict in applying for file, data in verdict.changed.items()}
+        return Plan(wanted, [verdict.patch.name for verdict in applying])
 
     def _carry_out(self, record: Record, plan: Plan) -> None:
         stamp = self.installation.stamp if self.installation else ""
@@ -397,10 +397,10 @@ class Tree:
             return ""
         by_wheel = self.by_wheel()
         there = [v for v in self.status(series, patches) if v.status is Status.APPLIED or v.incomplete]
-        found = [v for v in there if v.patch.name not in by_wheel]
-        if not found:
+        unrecorded = [v for v in there if v.patch.name not in by_wheel]
+        if not unrecorded:
             return ""
-        return f"{self.root}: {found[0].patch.name} is not on record, the originals are gone: {self.way_back(())}"
+        return f"{self.root}: {unrecorded[0].patch.name} is not on record, the originals are gone: {self.way_back(())}"
 
     def _refuse_broken_imports(self, series: Series, gone: list[Patch], plan: Plan) -> None:
         """Raises TreeError where edits that we have no original of would stay without the files that they import."""

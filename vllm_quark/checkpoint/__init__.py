@@ -40,14 +40,14 @@ class Checkpoint:
     @property
     def text_config(self) -> dict[str, Any]:
         """The config of the language model inside another; empty where there is none."""
-        found = self.config.get("text_config")
-        return found if isinstance(found, dict) else {}
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, dict) else {}
 
     @property
     def own_quant_config(self) -> dict[str, Any]:
         """The quantization_config as it stands in config.json."""
-        found: dict[str, Any] = self.config.get("quantization_config") or self.text_config["quantization_config"]
-        return found
+        quant_config: dict[str, Any] = self.config.get("quantization_config") or self.text_config["quantization_config"]
+        return quant_config
 
 
 def check_checkpoint(name: str) -> Report:

@@ -84,14 +84,14 @@ class Entries(names.Names):
         self._excluded: dict[str, bool] = {}
         self._looked_up: dict[tuple[bool, str, str], tuple[bool, dict[str, Any] | None]] = {}
 
-    def excludes(self, found: Collection[str], among: Collection[str] | None = None) -> bool:
+    def excludes(self, names: Collection[str], among: Collection[str] | None = None) -> bool:
         """As of Names, with patterns tried once for all experts that they do not tell apart."""
-        if among is not None or self.lists(found):
-            return super().excludes(found, among)
-        key = _fold("\n".join(found))
+        if among is not None or self.lists(names):
+            return super().excludes(names, among)
+        key = _fold("\n".join(names))
         if key not in self._excluded:
-            self._excluded[key] = super().excludes(found, self.alike)
-        return self._excluded[key] or bool(self.telling and super().excludes(found, self.telling))
+            self._excluded[key] = super().excludes(names, self.alike)
+        return self._excluded[key] or bool(self.telling and super().excludes(names, self.telling))
 
     def look_up(self, module: str, is_stacked: bool = False, stack: str = "") -> tuple[bool, dict[str, Any] | None]:
         """Whether `exclude` lists a module of the checkpoint, and its layer config (None: not quantized).

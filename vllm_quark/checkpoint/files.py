@@ -84,15 +84,15 @@ def _split_reason(text: str) -> tuple[str, str]:
 def _read_header(path: str) -> tuple[list[Any], list[Finding]]:
     """The tensors of a file, or why it is none."""
     try:
-        found = list(headers.read_header(path))
-        misfit = find_misfit(found, os.path.getsize(path))
+        entries = list(headers.read_header(path))
+        misfit = find_misfit(entries, os.path.getsize(path))
     except headers.CheckpointError as e:
         return [], [Finding.of_file(path, *_split_reason(str(e).removeprefix(f"{path}: ")))]
     except RecursionError:
         return [], [Finding.of_file(path, "is no safetensors file", INCOMPLETE)]
     if misfit is not None:
         return [], [Finding.of_file(path, f"does not hold what its header says, {misfit} for one", INCOMPLETE)]
-    return found, []
+    return entries, []
 
 
 def read_hub(name: str, report: Report) -> tuple[dict[str, Any], Any]:

@@ -100,20 +100,20 @@ def _judge_experts(modules: Modules) -> Iterator[Finding]:
             expert = "" if modules.is_stacked(module) else stem[len(layer) + 1 :]
             layers[layer][last][expert] = module
     for layer, projections in layers.items():
-        numbers = {int(expert) for found in projections.values() for expert in found if expert.isdecimal()}
+        numbers = {int(expert) for experts in projections.values() for expert in experts if expert.isdecimal()}
         if numbers and max(numbers) < MOST_EXPERTS:
             numbers |= set(range(max(numbers)))
-        for last, found in projections.items():
-            for number in sorted(numbers) if "" not in found else ():
+        for last, experts in projections.items():
+            for number in sorted(numbers) if "" not in experts else ():
                 name = f"{layer}.{number}.{last}"
-                if str(number) not in found and f"{name}.weight_scale" not in modules.judged:
+                if str(number) not in experts and f"{name}.weight_scale" not in modules.judged:
                     reason = "is not in the checkpoint, and those of other experts are"
                     yield Finding.of_tensor(f"{name}.weight", "", reason, INCOMPLETE)
         # As [width, hidden], behind the number of experts in a stack.
         shapes = {
             module: shape if last in UP else (*shape[:-2], *shape[:-3:-1])
-            for last, found in projections.items()
-            for module in found.values()
+            for last, experts in projections.items()
+            for module in experts.values()
             if last in UP + DOWN and module in modules.int8
             for shape in (modules.weight(module).shape,)
         }

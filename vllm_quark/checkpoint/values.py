@@ -80,13 +80,13 @@ def _read(file: int, path: str, offset: int, size: int) -> bytes:
 
 def _decode(data: memoryview, dtype: str) -> np.ndarray:
     """Floats as the float32 that vLLM copies them to, integers as they are."""
-    found = np.frombuffer(data, DTYPES[dtype])
+    numbers = np.frombuffer(data, DTYPES[dtype])
     if dtype == "BF16":
-        return (found.astype("<u4") << 16).view("<f4")
+        return (numbers.astype("<u4") << 16).view("<f4")
     if dtype not in FLOATS:
-        return found
+        return numbers
     with np.errstate(over="ignore", invalid="ignore"):
-        return found.astype(np.float32, copy=False)
+        return numbers.astype(np.float32, copy=False)
 
 
 def read_values(entries: Iterable[Entry]) -> Iterator[tuple[Entry, np.ndarray]]:
@@ -162,9 +162,9 @@ def _find_row(weight: Entry, is_wanted: np.ndarray, scale: Entry) -> list[int] |
             for row in range(start, stop, step):
                 size = min(step, stop - row)
                 data = _read(file, weight.file, weight.offset + row * columns, size * columns)
-                found = np.flatnonzero(np.frombuffer(data, np.int8).reshape(size, columns).any(axis=1))
-                if found.size:
-                    expert, of_expert = divmod(row + int(found[0]), rows)
+                filled = np.flatnonzero(np.frombuffer(data, np.int8).reshape(size, columns).any(axis=1))
+                if filled.size:
+                    expert, of_expert = divmod(row + int(filled[0]), rows)
                     return [expert, of_expert] if experts else [of_expert]
     finally:
         os.close(file)

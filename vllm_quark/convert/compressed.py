@@ -53,14 +53,14 @@ def _refuse_others(source: Source) -> None:
 
 def _name_inputs(source: Source, module: str, per_token: bool) -> tuple[str, bool]:
     """How a module's activations are written: "token" or "tensor", and whether they are symmetric."""
-    found = source.modules.int8[module]
+    scheme = source.modules.int8[module]
     is_linear = source.modules.is_linear(module)
-    if not found.static and found.per_token and (is_linear or found.symmetric):
-        return "token", found.symmetric
-    if is_linear and found.static:
-        return "tensor", found.symmetric
+    if not scheme.static and scheme.per_token and (is_linear or scheme.symmetric):
+        return "token", scheme.symmetric
+    if is_linear and scheme.static:
+        return "tensor", scheme.symmetric
     if not per_token:
-        reason = f"has {found.inputs()} activations, which vLLM does not run from this format"
+        reason = f"has {scheme.inputs()} activations, which vLLM does not run from this format"
         source.refuse(module if is_linear else experts_of(module), reason, PER_TOKEN)
     return "token", True
 

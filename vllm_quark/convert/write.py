@@ -92,11 +92,11 @@ def _claim(folder: Path, plan: Plan) -> Iterator[None]:
         except BlockingIOError:
             raise ConvertError(f"{folder}: another process writes it: wait for it") from None
         record.seek(0)
-        found = record.read()
-        if found and found != of:
+        owner = record.read()
+        if owner and owner != of:
             reason = "is of another conversion, or the checkpoint has changed since"
             raise ConvertError(f"{folder}: {reason}: delete it and run again")
-        if not found:
+        if not owner:
             record.write(of)
             record.flush()
             os.fsync(record.fileno())
@@ -176,13 +176,13 @@ def _find_beside(folder: Path) -> list[Path]:
 
     Folders that hold weights are other checkpoints, hidden ones are those of git and of downloads.
     """
-    found = []
+    others = []
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.name.endswith(OTHERS):
-            found.append(path)
+            others.append(path)
         elif path.is_dir() and path.name[0] != "." and not any(p.name.endswith(OTHERS) for p in path.iterdir()):
-            found += [p for p in _find_beside(path) if p.name[0] != "."]
-    return found
+            others += [p for p in _find_beside(path) if p.name[0] != "."]
+    return others
 
 
 def _write_rest(plan: Plan, folder: Path, files: dict[str, list[Tensor]]) -> None:

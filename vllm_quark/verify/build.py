@@ -160,9 +160,9 @@ def name_kernel(module: Any) -> str:
     """What runs a layer, by the names of vLLM's classes."""
     method = module.quant_method
     scheme = getattr(module, "scheme", None)
-    for found in (getattr(scheme, "kernel", None), getattr(method, "cpu_experts", None), scheme):
-        if found is not None:
-            return type(found).__name__
+    for candidate in (getattr(scheme, "kernel", None), getattr(method, "cpu_experts", None), scheme):
+        if candidate is not None:
+            return type(candidate).__name__
     experts = getattr(method, "experts_cls", None)
     return str(experts.__name__) if experts is not None else type(method).__name__
 

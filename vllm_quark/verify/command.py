@@ -51,21 +51,21 @@ def verify(
         raise QuarkError(
             f"{checkpoint}: is no folder: name a checkpoint's folder (download it first: hf download NAME)"
         )
-    found = read_checkpoint(str(checkpoint))
-    if found.report.problems:
-        first, *more = found.report.problems
+    contents = read_checkpoint(str(checkpoint))
+    if contents.report.problems:
+        first, *more = contents.report.problems
         raise QuarkError(f"{first}{f' (and {len(more)} more: vllm-quark check {checkpoint})' if more else ''}")
-    if found.modules is None or not found.modules.int8 or not (every := find_layers(found)):
+    if contents.modules is None or not contents.modules.int8 or not (every := find_layers(contents)):
         raise QuarkError(f"{checkpoint}: no layer is INT8: there is nothing to verify")
     try:
         import torch  # noqa: F401
     except ImportError as e:
         raise QuarkError(f"this Python has no torch ({e}): run it in vLLM's environment") from e
     chosen = choose_layers(every, len(every) if count is None else count)
-    machine, rows = _measure(found, chosen)
-    some = f"{len(chosen)} of {len(every)} layers, some of each kind, shape and scheme"
-    made = f"Made {datetime.datetime.now():%Y-%m-%d %H:%M} by: vllm-quark {' '.join(sys.argv[1:])}"
-    notes = [f"{some if len(chosen) < len(every) else 'All layers'}. {made}"]
+    machine, rows = _measure(contents, chosen)
+    scope = f"{len(chosen)} of {len(every)} layers, some of each kind, shape and scheme"
+    origin = f"Made {datetime.datetime.now():%Y-%m-%d %H:%M} by: vllm-quark {' '.join(sys.argv[1:])}"
+    notes = [f"{scope if len(chosen) < len(every) else 'All layers'}. {origin}"]
     if report:
         from vllm_quark.verify.report import make_page
 
@@ -116,7 +116,7 @@ def _aside(report: Path) -> Path:
     return report.with_name(f".{report.name}.{os.getpid()}")
 
 
-def _measure(found: "Checkpoint", chosen: list["Layer"]) -> tuple[dict[str, str], list["Row"]]:
+def _measure(contents: "Checkpoint", chosen: list["Layer"]) -> tuple[dict[str, str], list["Row"]]:
     """The machine in words, and a row a layer; each is told of on stderr as it comes."""
     import torch
 
@@ -124,17 +124,18 @@ def _measure(found: "Checkpoint", chosen: list["Layer"]) -> tuple[dict[str, str]
     from vllm_quark.verify.measure import describe_machine, measure_layers
 
     name = next(
-        (c[k] for c in (found.config, found.text_config) for k in ("dtype", "torch_dtype") if c.get(k)), "bfloat16"
+        (c[k] for c in (contents.config, contents.text_config) for k in ("dtype", "torch_dtype") if c.get(k)),
+        "bfloat16",
     )
     dtype = torch.float16 if name == "float16" else torch.bfloat16
     with environment(dtype) as builder:
         machine = describe_machine(builder.device) | {"dtype": str(dtype).removeprefix("torch.")}
         try:
-            builder.read_config(found.name, found.config, found.own_quant_config)
+            builder.read_config(contents.name, contents.config, contents.own_quant_config)
         except ValueError as e:
             raise QuarkError(f"this vLLM refuses the checkpoint: {e}") from e
         rows = []
-        for row in measure_layers(found, chosen, builder):
+        for row in measure_layers(contents, chosen, builder):
             rows.append(row)
             print(f"{len(rows)} of {len(chosen)}  {row.layer}  {row.status}", file=sys.stderr, flush=True)
     return machine, rows

@@ -87,8 +87,10 @@ def _project(x: torch.Tensor, numbers: Numbers, scheme: Any, part: int, expert: 
     x = x.double()
     if scheme is not None:
         is_static = scheme.static
-        found = [numbers.get(part, f"input_{k}", expert) if is_static else None for k in ("scale", "zero_point")]
-        x = quantize(x, scheme, *found)
+        input_numbers = [
+            numbers.get(part, f"input_{k}", expert) if is_static else None for k in ("scale", "zero_point")
+        ]
+        x = quantize(x, scheme, *input_numbers)
     out = _multiply(x, weight, scale if scheme is not None else None)
     bias = numbers.get(part, "bias", expert)
     return out if bias is None else out + bias.double().to(out.device)

@@ -60,16 +60,16 @@ def describe_machine(device: str) -> dict[str, str]:
         with open("/proc/cpuinfo") as file:
             name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
     has_series = importlib.util.find_spec("vllm.model_executor.layers.quantization.quark.int8") is not None
-    found = {"vLLM": f"{vllm.__version__}, {'with' if has_series else 'without'} vllm-quark's series"}
-    found |= {"torch": torch.__version__, "device": f"{device}: {name}"}
-    found["ROCm or CUDA"] = str(getattr(torch.version, "hip", None) or torch.version.cuda or "none")
+    machine = {"vLLM": f"{vllm.__version__}, {'with' if has_series else 'without'} vllm-quark's series"}
+    machine |= {"torch": torch.__version__, "device": f"{device}: {name}"}
+    machine["ROCm or CUDA"] = str(getattr(torch.version, "hip", None) or torch.version.cuda or "none")
     try:
         import triton
 
-        found["triton"] = triton.__version__
+        machine["triton"] = triton.__version__
     except ImportError:
-        found["triton"] = "none"
-    return found | {"Python": platform.python_version(), "system": platform.platform()}
+        machine["triton"] = "none"
+    return machine | {"Python": platform.python_version(), "system": platform.platform()}
 
 
 def make_inputs(layer: Layer, numbers: Numbers, dtype: torch.dtype) -> torch.Tensor:

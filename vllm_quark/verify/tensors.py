@@ -36,10 +36,10 @@ def read_tensor(entry: Any, expert: int | None = None) -> torch.Tensor:
     data = bytearray(size)
     with open(entry.file, "rb", buffering=0) as file:
         file.seek(entry.offset + start)
-        view, done = memoryview(data), 0
-        while done < size and (count := file.readinto(view[done:])):
-            done += count
-    if done < size:
+        view, filled = memoryview(data), 0
+        while filled < size and (count := file.readinto(view[filled:])):
+            filled += count
+    if filled < size:
         raise ValueError(f"{os.path.basename(entry.file)} was cut short while it was read")
     if not size:
         return torch.empty(shape, dtype=dtype)

@@ -148,10 +148,10 @@ class Contents:
 
     def weights(self) -> Iterator[tuple[str, Entry]]:
         """Each module that has a weight, and that."""
-        found = (
+        weights = (
             (module, kinds.get("weight")) for module, kinds in self.modules.items()
         )
-        return ((module, weight) for module, weight in found if weight is not None)
+        return ((module, weight) for module, weight in weights if weight is not None)
 
     def with_kind(self, kind: str) -> list[str]:
         """Modules that have a tensor of this kind."""

@@ -83,9 +83,9 @@ class Int8Layers:
         """Take what the checkpoint's files hold (`checkpoint.Contents`, or None)."""
         if contents is not None:
             self._unclaimed = set(contents.int8_modules())
-            found = {m: _ROUTER.fullmatch(m) for m in self._unclaimed}
+            matches = {m: _ROUTER.fullmatch(m) for m in self._unclaimed}
             self._routers = {
-                module: match[1] for module, match in found.items() if match
+                module: match[1] for module, match in matches.items() if match
             }
             self._stacks = set(contents.stacks())
             self._unquantized = set(contents.unquantized())
@@ -154,11 +154,11 @@ class Int8Layers:
         if self.names.lists(own) or any(not n.isdisjoint(own) for n in in_files):
             parts = {layer_name: own}
         schemes = {p: self._scheme_of(p, names) for p, names in parts.items()}
-        found = self._as_one(layer_name, schemes, experts=False)
-        self._claim(layer_name, taken, found)
+        scheme = self._as_one(layer_name, schemes, experts=False)
+        self._claim(layer_name, taken, scheme)
         if any(not self._cache_scales.isdisjoint(names) for names in taken):
             self.with_cache_scales.add(layer_name)
-        return found
+        return scheme
 
     def experts(
         self, layer_name: str, count: int, projections: tuple[str, ...] | None
@@ -190,10 +190,10 @@ class Int8Layers:
                 for proj in stacks
             }
             every = {n for each in names.values() for n in each}
-            found = self.names.touching(every)
+            mentioned = self.names.touching(every)
             in_files = sum(len(every & n) for n in (self._unclaimed, self._unquantized))
-            if (in_files, len(found)) > best:
-                best, touched, parts = (in_files, len(found)), found, names
+            if (in_files, len(mentioned)) > best:
+                best, touched, parts = (in_files, len(mentioned)), mentioned, names
         schemes = {p: self._scheme_of(p, n, touched) for p, n in parts.items()}
         scheme = self._as_one(layer_name, schemes, experts=True)
         self._claim(layer_name, parts.values(), scheme)

@@ -62,20 +62,20 @@ class Names:
 
     def of(self, vllm_name: str) -> tuple[str, ...]:
         """Names that the checkpoint or its config may have for a vLLM module."""
-        found = {vllm_name, vllm_name.replace(".mtp_block.", ".")}
+        spellings = {vllm_name, vllm_name.replace(".mtp_block.", ".")}
         for mapper in self.mappers:
-            for new in list(found):
+            for new in list(spellings):
                 for old, to in (mapper.orig_to_new_substr or {}).items():
                     if to and to in new:
-                        found.add(new.replace(to, old))
+                        spellings.add(new.replace(to, old))
                 for old, to in (mapper.orig_to_new_prefix or {}).items():
                     # Prefixes may end in a dot, of a module of that name, too.
                     if to is not None and f"{new}.".startswith(to):
-                        found.add((old + f"{new}."[len(to) :]).removesuffix("."))
+                        spellings.add((old + f"{new}."[len(to) :]).removesuffix("."))
                 for old, to in (mapper.orig_to_new_suffix or {}).items():
                     if to and new.endswith(to):
-                        found.add(new[: -len(to)] + old)
-        return both_prefixes(found)
+                        spellings.add(new[: -len(to)] + old)
+        return both_prefixes(spellings)
 
     def touching(self, names: Collection[str]) -> list[str]:
         """The entries of both lists that name any of `names`."""
@@ -104,9 +104,9 @@ class Names:
         if self.excludes(names, among):
             return None
         entries = self.configs if among is None else among
-        found = (
+        matching = (
             c for e, c in self.configs.items() if e in entries and matches(e, names)
         )
-        config = next(found, self.default)
+        config = next(matching, self.default)
         quantized = config and (config.get("weight") or config.get("input_tensors"))
         return config if quantized else None

@@ -31,12 +31,14 @@ def is_int8(layer_config: Any) -> bool:
 
 def _layer_configs(quant_config: dict[str, Any]) -> dict[str, Any]:
     """Every layer config of a `quantization_config`, by its place there."""
-    found = {"global_quant_config": quant_config.get("global_quant_config")}
+    layer_configs = {"global_quant_config": quant_config.get("global_quant_config")}
     for key in ("layer_quant_config", "layer_type_quant_config"):
         group = quant_config.get(key)
         if isinstance(group, dict):
-            found |= {f"{key}[{name!r}]": config for name, config in group.items()}
-    return found
+            layer_configs |= {
+                f"{key}[{name!r}]": config for name, config in group.items()
+            }
+    return layer_configs
 
 
 def has_int8(quant_config: Any) -> bool:
@@ -48,9 +50,9 @@ def has_int8(quant_config: Any) -> bool:
 def _checked(key: str, value: Any, kind: type) -> Any:
     if isinstance(value, kind):
         return value
-    found = "is missing" if value is None else f"is {value!r}"
+    state = "is missing" if value is None else f"is {value!r}"
     raise ValueError(
-        f"quantization_config.{key} of this Quark INT8 checkpoint {found}, expected "
+        f"quantization_config.{key} of this Quark INT8 checkpoint {state}, expected "
         f"{kind.__name__}: {_RESTORE}"
     )
 

@@ -171,6 +171,7 @@ def name_kernel(module: Any) -> str:
 def environment(dtype: torch.dtype) -> Iterator[Builder]:
     """One process as a worker of vLLM's: groups, default config, dtype, device. Raises QuarkError without vLLM."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is the report's
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
         from vllm.config import VllmConfig, set_current_vllm_config

@@ -434,6 +434,7 @@ def test_layers_without_scales_of_a_cache_have_no_place_for_them(tmp_path):
 def test_experts_of_gpt_oss_are_refused(kind, tmp_path):
     checkpoint = made("plain")
     tensors = {"model.layers.0.self_attn.sinks": torch.zeros(4)}
+    tensors["model.layers.0.mlp.router.weight"] = torch.zeros(2, 8)
     experts = "model.layers.0.mlp.experts"
     if kind == "alone":  # attention is excluded: nothing in the files is INT8
         checkpoint.tensors.clear()
@@ -446,6 +447,30 @@ def test_experts_of_gpt_oss_are_refused(kind, tmp_path):
     folder = write(tmp_path, checkpoint.tensors, tensors)
     with pytest.raises(ValueError, match="gate_up_proj.* is (F32|I8), and gpt-oss"):
         look(checkpoint, folder)
+
+
+def test_experts_beside_the_sinks_of_other_models_pass(tmp_path):
+    """As Granite's with sliding windows."""
+    checkpoint, moe = made("plain"), "model.layers.0.block_sparse_moe"
+    tensors = {"model.layers.0.self_attn.sinks": torch.zeros(4)}
+    tensors[f"{moe}.experts.gate_up_proj"] = torch.zeros(2, 8, 8)
+    tensors[f"{moe}.router.weight"] = torch.zeros(2, 8)
+    look(checkpoint, write(tmp_path, checkpoint.tensors, tensors))
+
+
+def test_an_int8_router_that_is_built_after_all_experts(tmp_path):
+    """As the Transformers backend builds them, with routers as linear layers."""
+    gate = "model.layers.0.mlp.shared_expert_gate"
+    checkpoint, folder = with_int8(tmp_path, gate)
+    config = look(checkpoint, folder)
+    torch.set_default_dtype(torch.bfloat16)
+    for layer in (0, 1):
+        config.int8.experts(f"model.layers.{layer}.mlp.experts", 2, None)
+        config.int8._check_routers(config.int8._blocks)
+    checkpoint.prefix = gate
+    ck.build(checkpoint, config)
+    checkpoint.prefix = "model.layers.1.self_attn.o_proj"
+    ck.build(checkpoint, config)
 
 
 def test_an_int8_router_with_a_bias_is_refused_as_a_router(tmp_path):

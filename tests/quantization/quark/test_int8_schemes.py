@@ -188,6 +188,24 @@ def test_names_that_a_mapper_shortens():
     assert isinstance(layer.quant_method, UnquantizedLinearMethod)
 
 
+def test_names_that_a_mapper_changes_more_than_once():
+    """As TeleChat 2's and Molmo 2's."""
+    mapper = WeightsMapper(
+        orig_to_new_prefix={"transformer.": "model."},
+        orig_to_new_substr={".h.": ".layers.", ".mlp.ff_out": ".mlp.down_proj"},
+    )
+    written = "transformer.h.0.mlp.ff_out"
+    checkpoint = case_of("plain")
+    checkpoint.config["exclude"] = [written]
+    (checkpoint.prefix,) = mapper.apply_list([written])
+    assert checkpoint.prefix == "model.layers.0.mlp.down_proj"
+    config = ck.quark_config(checkpoint)
+    config.apply_vllm_mapper(mapper)
+    assert written in config.int8.names.of(checkpoint.prefix)
+    layer = ck.build(checkpoint, config)
+    assert isinstance(layer.quant_method, UnquantizedLinearMethod)
+
+
 def test_names_of_a_module_that_a_prefix_ends_in():
     """As Qwen3.5 maps "lm_head." to "language_model.lm_head."."""
     config = ck.quark_config(case_of("plain"))

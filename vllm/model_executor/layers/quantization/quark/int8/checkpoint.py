@@ -37,6 +37,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _KINDS = re.compile(
     r"weight|bias|e_score_correction_bias|(weight|input)_(scale|zero_point)|(k|v|q|kv|output)_(scale|zero_point)"
 )
+_GPT_OSS = re.compile(r"(.*\.mlp)\.experts(?:\.\d+)?\.gate_up_proj")
 _BLOCK = re.compile(r"(.*?\.layers)\.(\d+)\.(.*)")
 _RESTORE = "restore config.json from the export"
 _WITHOUT = "export it without that (a rotation has to be merged into the weights)"
@@ -223,12 +224,16 @@ def find_problems(contents: Contents, names: Names) -> Iterator[Problem]:
 
 
 def _find_gpt_oss(contents: Contents) -> Iterator[Problem]:
-    """Experts of gpt-oss, told by its attention sinks: its loader takes Quark's MXFP4
-    and FP8 ones only, and stops over others without a name."""
+    """Experts of gpt-oss, told by its attention sinks and its router's name: its
+    loader takes Quark's MXFP4 and FP8 ones only, and stops over others without a
+    name."""
     if not contents.with_kind("sinks"):
         return
     for name, entry in contents.tensors():
-        if name.endswith("gate_up_proj") and entry.dtype in ("I8", *_FLOATS):
+        found = _GPT_OSS.fullmatch(name)
+        if not found or f"{found[1]}.router" not in contents.modules:
+            continue
+        if entry.dtype in ("I8", *_FLOATS):
             reason = f"is {entry.dtype}, and gpt-oss takes experts of AMD Quark as "
             reason += "MXFP4 or FP8 only"
             way_out = "export its experts so, or serve the unquantized checkpoint"

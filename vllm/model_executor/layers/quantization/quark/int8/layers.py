@@ -74,7 +74,9 @@ class Int8Layers:
         # Layers beside whose weight the files have scales of a KV cache.
         self.with_cache_scales: set[str] = set()
         self._unlisted: list[str] = []
-        # Decoder layers that vLLM built: by the checkpoint's names, and the last one.
+        # Decoder layers that vLLM built, by the checkpoint's names, those of them whose
+        # linear layers it built since the last look, and the last one.
+        self._built: set[str] = set()
         self._blocks: set[str] = set()
         self._block = ""
         self._warned: set[str] = set()
@@ -91,6 +93,7 @@ class Int8Layers:
             self._unquantized = set(contents.unquantized())
             self._cache_scales = set(contents.with_kind("output_scale"))
             self._unlisted.clear()
+            self._built.clear()
             self._blocks.clear()
             # Not every model hands its lm_head a config, which would say it there.
             for module in self._unclaimed:
@@ -155,7 +158,8 @@ class Int8Layers:
             parts = {layer_name: own}
         schemes = {p: self._scheme_of(p, names) for p, names in parts.items()}
         scheme = self._as_one(layer_name, schemes, experts=False)
-        self._claim(layer_name, taken, scheme)
+        # Experts do not count: the Transformers backend builds all of them first.
+        self._blocks |= self._claim(layer_name, taken, scheme)
         if any(not self._cache_scales.isdisjoint(names) for names in taken):
             self.with_cache_scales.add(layer_name)
         return scheme
@@ -201,13 +205,15 @@ class Int8Layers:
 
     def _claim(
         self, layer_name: str, parts: Iterable[Collection[str]], scheme: Any
-    ) -> None:
-        """Note that a layer of vLLM takes these modules of the checkpoint.
+    ) -> set[str]:
+        """Note that a layer of vLLM takes these modules of the checkpoint, and return
+        the decoder layers that they are of.
 
         Raises ValueError where it is not quantized and they are, in the files.
         """
         names = {name for part in parts for name in part}
-        self._blocks |= {m[1] for name in names if (m := _BLOCK.match(name))}
+        blocks = {m[1] for name in names if (m := _BLOCK.match(name))}
+        self._built |= blocks
         taken = self._unclaimed & names
         self._unclaimed -= taken
         if scheme is None and taken:
@@ -215,20 +221,22 @@ class Int8Layers:
                 f"{min(taken)}.weight is int8, but {layer_name} is in `exclude`: "
                 "restore config.json from the export"
             )
+        return blocks
 
-    def _check_routers(self) -> None:
-        """Raise ValueError for a router that is INT8 in the files, in a decoder layer
-        that vLLM built, where no quantized layer of vLLM takes it: models build
+    def _check_routers(self, blocks: Collection[str]) -> None:
+        """Raise ValueError for a router that is INT8 in the files, in one of these
+        decoder layers, where no quantized layer of vLLM takes it: models build
         routers without asking the config."""
         for module, block in self._routers.items():
-            if block in self._blocks and module in self._unclaimed:
+            if block in blocks and module in self._unclaimed:
                 raise ValueError(_UNQUANTIZED.format(module))
         self._blocks.clear()
 
     def check_claims(self) -> None:
         """Raise ValueError for what the files have and the model did not take. Call
         it when the model stands."""
-        self._check_routers()
+        self._check_routers(self._built)
+        self._built.clear()
         if self._unlisted:
             logger.warning(
                 "%d modules are not quantized in the checkpoint's files, and not in "
@@ -250,7 +258,7 @@ class Int8Layers:
         block = found[1] if (found := _BLOCK.match(layer_name)) else ""
         if block != self._block:
             # Before its tensors come: loaders stop at a router's scale.
-            self._check_routers()
+            self._check_routers(self._blocks)
             self._block = block
         if isinstance(layer, VocabParallelEmbedding):
             for module in self._unclaimed.intersection(self.names.of(layer_name)):

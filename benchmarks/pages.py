@@ -29,15 +29,17 @@ def describe_run() -> dict[str, str]:
     }
 
 
+def write_file(path: Path, text: str) -> None:
+    """Write `path`, whole or not at all."""
+    new = path.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
 def write_results(page: Path, results: dict) -> None:
     """Store the results as JSON beside `page` and write the page that they make, each file whole or not at all."""
-    for path, text in (
-        (page.with_suffix(".json"), json.dumps(results, indent=1) + "\n"),
-        (page, PAGES[page.stem](results)),
-    ):
-        new = path.with_suffix(".new")
-        new.write_text(text, encoding="utf-8")
-        new.rename(path)
+    write_file(page.with_suffix(".json"), json.dumps(results, indent=1) + "\n")
+    write_file(page, PAGES[page.stem](results))
 
 
 def _table(heading: list[str], rows: list[list[str]]) -> list[str]:

@@ -79,10 +79,14 @@ def _round(value: float) -> str:
     return f"{value:.3g}"
 
 
+def _wrap_title(title: str, width: float) -> list[str]:
+    return textwrap.wrap(title, int((width - 32) / 9.4))
+
+
 def _new_figure(title: str, width: float, height: float) -> tuple[Figure, float]:
     """A figure of `width` by `height` pixels with its title, and the share of its height that is below the title."""
     figure = Figure((width / INCH, height / INCH))
-    lines = textwrap.wrap(title, int((width - 32) / 9.4))
+    lines = _wrap_title(title, width)
     figure.text(16 / width, 1 - 12 / height, "\n".join(lines), va="top", size=11, weight="bold", linespacing=1.35)
     return figure, 1 - (20 + 20 * len(lines)) / height
 
@@ -112,7 +116,7 @@ def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
     """Names at the right of `axes`, in the order of the lines' ends, no two on each other."""
     to_share = axes.transScale + axes.transLimits
     ends = sorted(((to_share.transform(list(line.points.items())[-1])[1], line.name) for line in lines), reverse=True)
-    step, place = 15 * 72 / INCH / (axes.bbox.height * 72 / axes.figure.dpi), 2.0
+    step, place = 15 / INCH * axes.figure.dpi / axes.bbox.height, 2.0
     for end, name in ends:
         place = min(end, place - step)
         axes.text(1.02, place, name, color=COLOURS[name], transform=axes.transAxes, va="center")
@@ -185,7 +189,7 @@ def draw_table(
     for _, wide in columns:
         starts.append(starts[-1] + 8.2 * wide + 12)
     width = starts.pop() + 8
-    height = 84 + 24 * len(rows) + 20 * (len(title) > (width - 32) / 9.4)
+    height = 64 + 24 * len(rows) + 20 * len(_wrap_title(title, width))
     with matplotlib.rc_context(STYLE | {"font.size": 10}):
         figure, top = _new_figure(title, width, height)
         lines = [("#666666", [name for name, _ in columns], "DejaVu Sans")]

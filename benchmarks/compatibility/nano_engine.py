@@ -20,6 +20,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
+from benchmarks.pages import write_file
 from examples.step3p5_nano.text import held_out_windows
 
 
@@ -64,9 +65,7 @@ def main() -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
 
         cleanup_dist_env_and_memory()
-    new = args.out.with_suffix(".new")
-    new.write_text(json.dumps(found))
-    new.rename(args.out)
+    write_file(args.out, json.dumps(found))
 
 
 if __name__ == "__main__":

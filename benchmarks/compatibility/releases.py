@@ -30,7 +30,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.pages import describe_run, write_results
+from benchmarks.pages import describe_run, write_file, write_results
 from vllm_quark import SERIES
 from vllm_quark.commits import format_patch
 from vllm_quark.git import git
@@ -289,9 +289,7 @@ def kept(name: str, make: Callable[[str], dict], version: str, *places: str) -> 
         return {"version": version, "status": {}, "tests": "", "values": {}, "faults": [str(e)]}
     if name != "release" and result["faults"]:
         return result
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(result))
-    new.rename(path)
+    write_file(path, json.dumps(result))
     return result
 
 

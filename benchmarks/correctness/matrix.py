@@ -19,6 +19,8 @@ import os
 import sys
 from pathlib import Path
 
+from benchmarks.pages import write_file
+
 ROOT = Path(__file__).resolve().parents[2]
 CUTLASS, TRITON = "CutlassInt8ScaledMMLinearKernel", "TritonInt8ScaledMMLinearKernel"
 ORDER = ("right", "per token", "refused", "stops", "garbage")
@@ -67,9 +69,7 @@ def measure(out: Path) -> None:
         "cells": cells,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    new = out.with_suffix(".new")
-    new.write_text(json.dumps(page, separators=(",", ":")).replace('{"layer"', '\n{"layer"') + "\n")
-    new.rename(out)
+    write_file(out, json.dumps(page, separators=(",", ":")).replace('{"layer"', '\n{"layer"') + "\n")
     totals = collections.Counter(c["status"] for c in cells)
     which = "patched" if page["patched"] else "stock"
     print(f"{page['vllm']} {which} {device}:", ", ".join(f"{totals[s]} {s}" for s in ORDER if totals[s]))
@@ -136,9 +136,7 @@ def table(folder: Path, doc: Path) -> None:
                     ]
                     text.append(f"| {weight} | {activation} | {name} | " + " | ".join(found) + " |")
             text.append("")
-    new = doc.with_suffix(".new")
-    new.write_text("\n".join(text))
-    new.rename(doc)
+    write_file(doc, "\n".join(text))
     bad = [k for k, p in runs.items() if k[2] and any(c["status"] in ("garbage", "stops") for c in p["cells"])]
     if bad:
         sys.exit(f"matrix: patched columns with garbage: {bad}")

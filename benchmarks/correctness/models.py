@@ -21,6 +21,7 @@ import platform
 import tempfile
 from pathlib import Path
 
+from benchmarks.pages import write_file
 from tests.e2e.models.architectures import ARCHITECTURES
 from tests.e2e.models.judge import BF16, FACTOR, FLOOR, cells, judge, make, run
 from tests.e2e.models.variants import VARIANTS
@@ -80,24 +81,20 @@ def judge_cells(folder: Path, out: Path) -> None:
     for kind in KINDS:
         if not (ran := folder / f"{kind}.json").exists():
             continue
+        times = sorted(r.stat().st_mtime for r in (folder / f"results-{kind}").glob("*-*.json"))
+        days = [str(datetime.date.fromtimestamp(time)) for time in times]
         verdicts: dict[str, dict[str, dict]] = {}
-        days: set[str] = set()
         for name, variant in cells():
             result = folder / f"results-{kind}" / f"{name}-{variant}.json"
             if result.exists():
-                days.add(str(datetime.date.fromtimestamp(result.stat().st_mtime)))
                 verdict = judge(folder / name / variant, result)
                 cell = {"what": verdict.what, "said": verdict.said.split("\n")[0][:220]}
                 if verdict.distance is not None and verdict.yardstick is not None:
                     cell |= {"distance": round(verdict.distance, 5), "yardstick": round(verdict.yardstick, 5)}
                 verdicts.setdefault(name, {})[variant] = cell
-        told = {
-            "kind": kind,
-            **json.loads(ran.read_text()),
-            "date": " to ".join(dict.fromkeys([min(days, default=""), max(days, default="")])),
-        }
+        told = {"kind": kind, **json.loads(ran.read_text()), "date": " to ".join(sorted({days[0], days[-1]}))}
         runs.append(told | {"cells": verdicts})
-    replace_file(out, json.dumps(runs, indent=1) + "\n")
+    write_file(out, json.dumps(runs, indent=1) + "\n")
 
 
 def write_table(files: list[Path], out: Path) -> None:
@@ -125,14 +122,7 @@ def write_table(files: list[Path], out: Path) -> None:
         lines += ["", f"Quantized cells where `bf16` is not wrong: {counted}.", ""]
         lines += [f"- {', '.join(names[:3])}{', …' if names[3:] else ''}: `{words}`" for words, names in said.items()]
         lines.append("")
-    replace_file(out, "\n".join(lines).rstrip() + "\n")
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write `path`, complete or not at all."""
-    new = path.with_suffix(".new")
-    new.write_text(text)
-    new.replace(path)
+    write_file(out, "\n".join(lines).rstrip() + "\n")
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from typer.core import TyperGroup
 
 from vllm_quark import CACHE
 from vllm_quark.commits import format_patch as write_mails
+from vllm_quark.configs import write_configs
 from vllm_quark.convert.command import convert
 from vllm_quark.diff import format_diff
 from vllm_quark.judge import Status, Verdict
@@ -369,6 +370,29 @@ def shadow_command(
     series = load_series()
     names = [] if stock else [p.name for p in series.select(only or ())]
     print(make_shadow(out.absolute(), series, names, tree))
+    return 0
+
+
+@app.command("configs")
+@_guard
+def configs_command(
+    out: OutFolder,
+    stock: Annotated[bool, typer.Option("--stock", help="for a vLLM without patch 0013")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Write the launch configs of INT8 experts for VLLM_TUNED_CONFIG_FOLDER.
+
+    vLLM looks for names with int8_w8a8 since patch 0013. Without it vLLM looks for names of no dtype, for BF16 experts
+    of the same sizes, too: use --stock where only INT8 experts are served.
+
+    Example: vllm-quark configs -o tuned && VLLM_TUNED_CONFIG_FOLDER=$PWD/tuned vllm serve CKPT
+    """
+    files = write_configs(load_series(), out, stock)
+    if as_json:
+        print(json.dumps({"files": [str(f) for f in files]}))
+    else:
+        print("\n".join(map(str, files)))
+        print(f"VLLM_TUNED_CONFIG_FOLDER={out.absolute()}, for a vLLM with{'out' if stock else ''} patch 0013")
     return 0
 
 

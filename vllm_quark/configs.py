@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
+"""The launch configs of INT8 experts as files for VLLM_TUNED_CONFIG_FOLDER."""
+
+import os
+from pathlib import Path, PurePosixPath
+
+from vllm_quark.patches import QuarkError
+from vllm_quark.series import Series
+
+PATCH = "0013"
+DTYPE = ",dtype=int8_w8a8"
+
+
+def write_configs(series: Series, out: Path, stock: bool = False) -> list[Path]:
+    """Write the series' launch configs into the folder `out`, which may hold other files; their paths.
+
+    stock: under the names that a vLLM without patch 0013 looks for, which name no dtype. Raises QuarkError where `out`
+    has a file of such a name with other content, before a file is written.
+    """
+    (patch,) = series.select([PATCH], alone=True)
+    contents = {}
+    for file in patch.files:
+        if file.endswith(".json"):
+            name = PurePosixPath(file).name
+            contents[out / (name.replace(DTYPE, "") if stock else name)] = series.content(file)
+    try:
+        for path, content in contents.items():
+            if path.exists() and path.read_bytes() != content:
+                raise QuarkError(f"{path}: there already, with other content: move it away, or name another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        for path, content in contents.items():
+            new = path.with_name(f".{path.name}.{os.getpid()}")
+            try:
+                new.write_bytes(content)
+                new.replace(path)
+            finally:
+                new.unlink(missing_ok=True)
+    except OSError as e:
+        raise QuarkError(f"{e.filename or out}: cannot be written: {e.strerror}") from e
+    return list(contents)

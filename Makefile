@@ -70,7 +70,7 @@ check: env quark-env lint  ## for every edit: lint, layers, tool, one engine (mi
 test: env quark-env lint  ## everything that runs on this machine (an hour or more on two cores)
 	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
 	PYTHONPATH=$(CURDIR)/build/shadow $(BIN)/python -m pytest -q -n 2 tests/quantization tests/entrypoints
-	$(BIN)/python -m pytest -q -n 2 tests/tool tests/benchmarks
+	$(BIN)/python -m pytest -q -n 2 --durations=10 tests/tool tests/benchmarks
 	$(BIN)/python -m pytest -q tests/csrc
 	$(BIN)/python -m benchmarks.compatibility.releases 0.20.0 0.26.0 newest
 	@$(MAKE) --no-print-directory test-upstream
@@ -78,7 +78,7 @@ test: env quark-env lint  ## everything that runs on this machine (an hour or mo
 	$(BIN)/python -m benchmarks.compatibility.releases none --engines newest
 	$(BIN)/python -m benchmarks.compatibility.releases none --engines $(RELEASE) \
 	  --ways "eager, oneDNN" "compiled, operator" "compiled, oneDNN"
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/e2e
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=25 tests/e2e
 
 # The operator's tests with -fsanitize: its library, and Python with the sanitizers' runtime first.
 SANITIZERS := address,undefined

@@ -24,7 +24,9 @@ of each kind that ours applied (package excepted: the rest of vLLM keeps its nam
 import argparse
 import ast
 import collections
+import functools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -33,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -564,10 +566,22 @@ def one(bench: Bench, number: int, seed: int, keep: Path | None) -> dict:
     return row
 
 
+_bench: Bench  # of a worker process
+
+
+def _keep_bench(bench: Bench) -> None:
+    global _bench
+    _bench = bench
+
+
+def _run_one(number: int, seed: int, keep: Path) -> dict:
+    return one(_bench, number, seed, keep)
+
+
 def layer_tests(patched: Path, folder: Path) -> str:
     """Last line of the layer tests' report with the drifted and patched files of `patched`."""
     site = make_shadow(folder / "site", load_series(ROOT), [])
-    for file in (patched / "vllm").rglob("*.py"):
+    for file in filter(Path.is_file, (patched / "vllm").rglob("*")):
         to = site / file.relative_to(patched)
         if file.name != "__init__.py" or not to.exists():
             to.unlink(missing_ok=True)
@@ -579,6 +593,8 @@ def layer_tests(patched: Path, folder: Path) -> str:
             "-m",
             "pytest",
             "-q",
+            "-n",
+            "2",
             "-p",
             "no:cacheprovider",
             "tests/quantization",
@@ -606,8 +622,9 @@ def main() -> int:
         bench = prepare(Path(folder))
         keep = args.keep or Path(folder) / "kept"
         keep.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(args.jobs) as pool:
-            rows = list(pool.map(lambda n: one(bench, n, args.seed, keep), range(args.drifts)))
+        fork = multiprocessing.get_context("fork")  # a child has the bench without a copy
+        with ProcessPoolExecutor(args.jobs, fork, _keep_bench, (bench,)) as pool:
+            rows = list(pool.map(functools.partial(_run_one, seed=args.seed, keep=keep), range(args.drifts)))
         table: dict[str, dict] = {}
         for kind in (*KINDS, "all"):
             some = [r for r in rows if kind in (r["kind"], "all")]

@@ -76,7 +76,11 @@ def _has(package: str) -> bool:
 
 
 def judge_cells(folder: Path, out: Path) -> None:
-    """Write `out`, a list of {kind, machine, date, versions, cells: {architecture: {variant: verdict}}} by kind."""
+    """Write `out`, a list of {kind, machine, date, versions, cells: {architecture: {variant: verdict}}} by kind.
+
+    Cells that `out` has of the same kind, machine and versions stay, where FOLDER has no newer ones.
+    """
+    stored = json.loads(out.read_text()) if out.exists() else []
     runs = []
     for kind in KINDS:
         if not (ran := folder / f"{kind}.json").exists():
@@ -92,9 +96,14 @@ def judge_cells(folder: Path, out: Path) -> None:
                 if verdict.distance is not None and verdict.yardstick is not None:
                     cell |= {"distance": round(verdict.distance, 5), "yardstick": round(verdict.yardstick, 5)}
                 verdicts.setdefault(name, {})[variant] = cell
-        told = {"kind": kind, **json.loads(ran.read_text()), "date": " to ".join(sorted({days[0], days[-1]}))}
-        runs.append(told | {"cells": verdicts})
-    write_file(out, json.dumps(runs, indent=1) + "\n")
+        told = {"kind": kind, **json.loads(ran.read_text())}
+        for earlier in [s for s in stored if told.items() <= s.items()]:
+            stored.remove(earlier)
+            days += earlier["date"].split(" to ")
+            verdicts = {name: earlier["cells"].get(name, {}) | verdicts.get(name, {}) for name in ARCHITECTURES}
+        verdicts = {name: row for name, row in verdicts.items() if row}
+        runs.append(told | {"date": " to ".join(sorted({min(days), max(days)})), "cells": verdicts})
+    write_file(out, json.dumps(runs + stored, indent=1) + "\n")
 
 
 def write_table(files: list[Path], out: Path) -> None:

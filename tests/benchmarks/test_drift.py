@@ -20,6 +20,14 @@ def test_a_drift_of_lines_is_patched_right(bench, tmp_path):
     assert bench.outcome(tmp_path, "vllm-quark") == "right"
 
 
+def test_a_moved_class_of_the_command_line_is_patched_right(bench, tmp_path):
+    """Found at 304 drifts: 0006 was absent without a word where the class of `vllm run-batch` had moved."""
+    files = drift.drift(bench.original, bench.near, "moved", "1-173")
+    assert "vllm/entrypoints/cli/run_batch_subcommand.py" in files
+    drift.write(tmp_path, files | bench.beside | {"pyproject.toml": ""})
+    assert bench.outcome(tmp_path, "vllm-quark") == "right"
+
+
 @pytest.mark.parametrize("kind", drift.KINDS)
 def test_what_drifts_is_python(bench, kind):
     for number in range(3):

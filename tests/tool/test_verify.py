@@ -147,19 +147,27 @@ def test_faults_of_experts(series, tmp_path):
         assert_off(found[fault], "model.layers.0.mlp.experts")
 
 
-@pytest.mark.parametrize("qscheme", ["per_channel", "per_tensor"])
-@pytest.mark.parametrize("inputs", ["token", "tensor", "static"])
-def test_right(inputs, qscheme, series, tmp_path):
+def test_right(series, tmp_path):
     """What the series serves with other activations than the checkpoint's is said."""
-    words = ("-m", "vllm_quark", "verify", write(tmp_path / "ckpt", inputs, qscheme), "--json")
-    # vLLM's log lies beside the report, not in it.
-    done = run(series, *words, VLLM_LOGGING_LEVEL="WARNING")
+    kinds = [(inputs, qscheme) for inputs in ("token", "tensor", "static") for qscheme in ("per_channel", "per_tensor")]
+    code = (
+        "import sys; from vllm_quark.cli import app\n"
+        "for ckpt in sys.argv[1:]:\n"
+        "    try: app(['verify', ckpt, '--json'])\n"
+        "    except SystemExit as end: print(f'exit {end.code}', flush=True)"
+    )
+    ckpts = [write(tmp_path / f"{inputs}-{qscheme}", inputs, qscheme) for inputs, qscheme in kinds]
+    # vLLM's log lies beside the reports, not in them.
+    done = run(series, "-c", code, *ckpts, VLLM_LOGGING_LEVEL="WARNING")
     assert done.returncode == 0, (done.stdout, done.stderr[-2000:])
-    said = json.loads(done.stdout)
-    status = {row["layer"]: row["status"] for row in said["layers"]}
-    assert said["right"] and status.keys() == ALL and "with vllm-quark's series" in said["machine"]["vLLM"]
-    served = {"token": (RIGHT, RIGHT), "tensor": (OTHER, OTHER), "static": (RIGHT, OTHER)}[inputs]
-    assert (status[QKV], status["model.layers.0.mlp.experts"]) == served, said["layers"]
+    reports = done.stdout.split("exit 0\n")
+    assert len(reports) == len(kinds) + 1 and not reports[-1].strip(), done.stdout
+    for (inputs, _), report in zip(kinds, reports, strict=False):
+        said = json.loads(report)
+        status = {row["layer"]: row["status"] for row in said["layers"]}
+        assert said["right"] and status.keys() == ALL and "with vllm-quark's series" in said["machine"]["vLLM"]
+        served = {"token": (RIGHT, RIGHT), "tensor": (OTHER, OTHER), "static": (RIGHT, OTHER)}[inputs]
+        assert (status[QKV], status["model.layers.0.mlp.experts"]) == served, said["layers"]
 
 
 def test_stock_runs_excluded_layers_as_int8(tmp_path):

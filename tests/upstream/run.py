@@ -34,6 +34,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -312,15 +313,19 @@ def compare(args: argparse.Namespace) -> int:
     home = args.work.absolute() / release
     unpack(tests, home / "source")
     series = load_series(args.series)
-    results = []
-    for name, patches in (("stock", []), ("series", [p.name for p in series.patches])):
+
+    def run_tree(name: str, patches: list[str]) -> Results:
         shutil.rmtree(home / name, ignore_errors=True)
         tree = make_shadow(home / name, series, patches, site)
         since = time.monotonic()
-        results.append(run(python, tree, home / "source", files, args.jobs))
-        passed = sum(results[-1].count(f)["passed"] for f in files)
+        results = run(python, tree, home / "source", files, args.jobs)
+        passed = sum(results.count(f)["passed"] for f in files)
         print(f"{release}, {name}: {passed} passed ({time.monotonic() - since:.0f} s)", flush=True)
-    stock, patched = results
+        return results
+
+    with ThreadPoolExecutor(2 if args.at_once else 1) as pool:
+        runs = [("stock", []), ("series", [p.name for p in series.patches])]
+        stock, patched = pool.map(lambda one: run_tree(*one), runs)
     print("\n".join(table(stock, patched)))
     found = regressions(stock, patched)
     for r in found:
@@ -346,6 +351,7 @@ def main() -> int:
     ap.add_argument("--source", type=Path, help="checkout or tarball with upstream's tests/")
     ap.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="files whose path holds one of these")
     ap.add_argument("--jobs", type=int, default=2, help="files at a time (default 2)")
+    ap.add_argument("--at-once", action="store_true", help="stock and series at the same time, --jobs each")
     ap.add_argument("--series", type=Path, default=ROOT, help="checkout whose patches to take (default: this one)")
     ap.add_argument("--work", type=Path, default=ROOT / "build/upstream", help="folder for trees, results and logs")
     ap.add_argument("--out", type=Path, metavar="JSON", help="every result, as JSON")

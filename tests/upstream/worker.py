@@ -204,7 +204,7 @@ def main() -> None:
         from vllm.platforms import current_platform
 
         if not current_platform.is_cpu():
-            order.files.extend(order.gpu_files)
+            order.files[:0] = order.gpu_files  # long ones first
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
         sys.exit("importing vLLM initialised CUDA: processes forked from here could not use it")
     # vLLM's own clean-up after every test collects garbage, half a second for what was imported.

@@ -96,8 +96,8 @@ def _engine(file: str, depth: str) -> str:
     for figure, heading in FIGURES.items():
         values = {}
         for run, name in ENGINE.items():
-            if found := [one[figure] for one in runs.get(run, [])]:
-                values[name] = (statistics.median(found), min(found), max(found))
+            if measured := [one[figure] for one in runs.get(run, [])]:
+                values[name] = (statistics.median(measured), min(measured), max(measured))
         panels.append(Bars(f"{heading}, tokens/s", values))
     ratios = [panel.values["INT8"][0] / panel.values["BF16"][0] for panel in panels]
     title = (
@@ -155,11 +155,11 @@ def plot_cpu_amx() -> str:
 def plot_cpu_engine() -> str:
     panels = []
     for file, how in (("cpu-engine.json", "compiled"), ("cpu-engine-eager.json", "eager")):
-        found = _read(file)
+        stored = _read(file)
         for figure in ("prefill", "decode, batch 1", "decode, batch 16"):
             values = {}
             for key, name in (("native", "INT8"), ("oneDNN", "INT8, oneDNN")):
-                runs = [run[figure] for run in found[key]]
+                runs = [run[figure] for run in stored[key]]
                 values[name] = (statistics.median(runs), min(runs), max(runs))
             panels.append(Bars(f"{figure}, {how}", values))
     ratios = [panel.values["INT8"][0] / panel.values["INT8, oneDNN"][0] for panel in panels]
@@ -170,18 +170,18 @@ def plot_cpu_engine() -> str:
 
 def plot_demo() -> str:
     """The table of `make demo`, stored by examples/step3p5_nano/demo.py --json."""
-    found = json.loads((DOCS / "demo.json").read_text())
+    stored = json.loads((DOCS / "demo.json").read_text())
     columns = [("checkpoint", 16), ("vLLM", 22), ("perplexity per byte", 19), ("same top-1", 10), ("text", 40)]
     kinds = {"reference": "#666666", "before": COLOURS["BF16"], "after": COLOURS["INT8"]}
     rows = []
-    for row in found["rows"]:
+    for row in stored["rows"]:
         text = row["text"] if len(row["text"]) <= 40 else row["text"][:39] + "…"
         cells = [row["checkpoint"], row["served by"], row["perplexity"], row["agreement"], text]
         rows.append((kinds[row["kind"]], cells))
-    worst = max(float(row["perplexity"]) for row in found["rows"] if row["kind"] == "after")
-    best = found["rows"][0]["perplexity"]
+    worst = max(float(row["perplexity"]) for row in stored["rows"] if row["kind"] == "after")
+    best = stored["rows"][0]["perplexity"]
     title = f"The same INT8 checkpoints: garbage before, perplexity {worst:g} after; BF16 has {best}"
-    said = "; ".join(f"{r['checkpoint']}, {r['served by']}: perplexity {r['perplexity']}" for r in found["rows"])
+    said = "; ".join(f"{r['checkpoint']}, {r['served by']}: perplexity {r['perplexity']}" for r in stored["rows"])
     return draw_table(title, said, columns, rows)
 
 

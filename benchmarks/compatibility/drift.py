@@ -59,18 +59,18 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 def functions(tree: ast.Module) -> dict[str, Function]:
     """Functions and methods by qualified name."""
-    found: dict[str, Function] = {}
+    by_name: dict[str, Function] = {}
 
     def visit(node: ast.AST, prefix: str) -> None:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, Function | ast.ClassDef):
                 name = f"{prefix}{child.name}"
                 if isinstance(child, Function):
-                    found[name] = child
+                    by_name[name] = child
                 visit(child, f"{name}.")
 
     visit(tree, "")
-    return found
+    return by_name
 
 
 def splice(text: str, edits: list[tuple[int, int, int, str]]) -> str:
@@ -111,7 +111,7 @@ class Drifter:
             if function is None:
                 continue
             self.count += 1
-            what = self.rng.choice(("log", "comment", "words", "docstring"))
+            change = self.rng.choice(("log", "comment", "words", "docstring"))
             blocks = [
                 (block, i)
                 for node in ast.walk(function)
@@ -125,10 +125,10 @@ class Drifter:
             at = min([at, *(d.lineno for d in getattr(block[i], "decorator_list", []))])
             first = rows[at - 1][:column]
             clear = not first.strip() and not rows[at - 1].lstrip().startswith("elif")
-            if what in ("log", "comment") and clear:
-                new = f'logger.debug("drift {self.count}")' if what == "log" else f"# drift {self.count}"
+            if change in ("log", "comment") and clear:
+                new = f'logger.debug("drift {self.count}")' if change == "log" else f"# drift {self.count}"
                 text = "\n".join([*rows[: at - 1], first + new, *rows[at - 1 :]])
-            elif what == "words":
+            elif change == "words":
                 words = [
                     n
                     for n in ast.walk(function)
@@ -143,7 +143,7 @@ class Drifter:
                     end = n.end_col_offset or 0
                     text = splice(text, [(n.lineno, end - 1, end - 1, " (drift)")])
             elif (
-                what == "docstring"
+                change == "docstring"
                 and ast.get_docstring(function) is None
                 and function.body[0].lineno > function.lineno
             ):
@@ -627,12 +627,12 @@ def main() -> int:
             rows = list(pool.map(functools.partial(_run_one, seed=args.seed, keep=keep), range(args.drifts)))
         table: dict[str, dict] = {}
         for kind in (*KINDS, "all"):
-            some = [r for r in rows if kind in (r["kind"], "all")]
-            if not some:
+            of_kind = [r for r in rows if kind in (r["kind"], "all")]
+            if not of_kind:
                 continue
-            table[kind] = {"drifts": len(some)}
+            table[kind] = {"drifts": len(of_kind)}
             for method in METHODS:
-                n = collections.Counter(r[method] for r in some)
+                n = collections.Counter(r[method] for r in of_kind)
                 table[kind][method] = [n["right"], n["refused"], n["wrong"]]
             print(kind, table[kind], flush=True)
         bad = [r for r in rows if r["vllm-quark"] != "right"]
@@ -640,8 +640,8 @@ def main() -> int:
         tests = []
         for kind in KINDS:
             if kind != "package":
-                some = [r["number"] for r in rows if r["kind"] == kind and r["vllm-quark"] == "right"]
-                for number in some[: args.tests]:
+                of_kind = [r["number"] for r in rows if r["kind"] == kind and r["vllm-quark"] == "right"]
+                for number in of_kind[: args.tests]:
                     with tempfile.TemporaryDirectory() as temp:
                         tests.append((kind, number, layer_tests(keep / str(number), Path(temp))))
                         print(*tests[-1], flush=True)
@@ -651,8 +651,8 @@ def main() -> int:
     if args.out:
         run = {**describe_run(), "drifts": args.drifts, "seed": args.seed, "vllm": RELEASE}
         run["git"] = git(ROOT, "--version").split()[2]
-        found = [[kind, number, re.sub(r" in .*", "", said)] for kind, number, said in tests]
-        write_results(args.out, {"run": run, "rows": table, "tests": found})
+        test_rows = [[kind, number, re.sub(r" in .*", "", said)] for kind, number, said in tests]
+        write_results(args.out, {"run": run, "rows": table, "tests": test_rows})
     return int(bool(wrong or red) or right < 0.95 * len(rows))
 
 

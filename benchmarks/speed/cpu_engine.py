@@ -62,7 +62,7 @@ def main() -> int:
     if args.one:
         one(args.checkpoint, args.one, args.eager)
         return 0
-    found: dict[str, list[dict]] = {way: [] for way in WAYS}
+    results: dict[str, list[dict]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.repeats):
             for way, env in WAYS.items():
@@ -75,16 +75,16 @@ def main() -> int:
                     sys.exit(f"{way}: {done.stderr[-2000:]}")
                 said = done.stdout + done.stderr
                 assert ("expert by expert, which is slower" in said) == (way == "oneDNN"), "not the way it should be"
-                found[way].append(json.loads(part.read_text()))
-                print(way, found[way][-1], flush=True)
-    for name in [n for n in found["native"][0] if n != "threads"]:
-        middle = {way: statistics.median(run[name] for run in runs) for way, runs in found.items()}
+                results[way].append(json.loads(part.read_text()))
+                print(way, results[way][-1], flush=True)
+    for name in [n for n in results["native"][0] if n != "threads"]:
+        middle = {way: statistics.median(run[name] for run in runs) for way, runs in results.items()}
         print(
             f"{name}: native {middle['native']:.0f} tokens/s, oneDNN {middle['oneDNN']:.0f}, "
             f"{middle['native'] / middle['oneDNN']:.2f}x"
         )
     if args.json:
-        args.json.write_text(json.dumps({"eager": args.eager, **found}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"eager": args.eager, **results}, indent=1) + "\n")
     return 0
 
 

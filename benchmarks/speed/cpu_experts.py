@@ -33,16 +33,16 @@ def layer(experts: int, width: int, hidden: int):
     """What CPUInt8Experts reads of a FusedMoE layer, with random weights."""
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
-    made = torch.nn.Module()
-    made.layer_name, made.activation = "benchmark", MoEActivation.SILU
-    made.expert_map, made.apply_router_weight_on_input = None, False
-    made.w13_bias = made.w2_bias = made.w13_input_scale = made.w2_input_scale = None
+    module = torch.nn.Module()
+    module.layer_name, module.activation = "benchmark", MoEActivation.SILU
+    module.expert_map, module.apply_router_weight_on_input = None, False
+    module.w13_bias = module.w2_bias = module.w13_input_scale = module.w2_input_scale = None
     for name, shape in (("w13", (experts, 2 * width, hidden)), ("w2", (experts, hidden, width))):
         weight = torch.randint(-127, 128, shape, dtype=torch.int8)
         scale = (torch.rand(*shape[:2], 1) + 0.5) / (73 * shape[2] ** 0.5)
-        made.register_parameter(f"{name}_weight", torch.nn.Parameter(weight, requires_grad=False))
-        made.register_parameter(f"{name}_weight_scale", torch.nn.Parameter(scale, requires_grad=False))
-    return made
+        module.register_parameter(f"{name}_weight", torch.nn.Parameter(weight, requires_grad=False))
+        module.register_parameter(f"{name}_weight_scale", torch.nn.Parameter(scale, requires_grad=False))
+    return module
 
 
 def experts_of(made: torch.nn.Module, operators):
@@ -190,14 +190,14 @@ def main() -> int:
     if native() is None:
         sys.exit("cpu_experts: the native operator is not built here: make env with a C++ compiler")
     torch.manual_seed(0)
-    found = {"machine": processor(), "rows": []}
-    print(found["machine"])
+    report = {"machine": processor(), "rows": []}
+    print(report["machine"])
     tokens = tuple(map(int, args.tokens.split(",")))
     for shape in args.shapes.split(";"):
-        found["rows"] += measure(shape, args.rounds, tokens, args.without.split(";"))
-    found["rows"] += router(args.rounds)
+        report["rows"] += measure(shape, args.rounds, tokens, args.without.split(";"))
+    report["rows"] += router(args.rounds)
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 

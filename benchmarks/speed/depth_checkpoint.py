@@ -15,8 +15,8 @@ GROUPS = 8
 def make_config(layers: int, vocabulary: int = VOCAB, limit: float = 0.0) -> dict:
     """config.json of `layers` layers, the first one dense; every fourth has full attention. limit: of SwiGLU, or 0."""
     kinds = ["full_attention" if i % 4 == 0 else "sliding_attention" for i in range(layers)]
-    made = json.loads((NANO / "config.json").read_text())
-    made |= {
+    config = json.loads((NANO / "config.json").read_text())
+    config |= {
         "hidden_size": HIDDEN,
         "intermediate_size": DENSE,
         "num_hidden_layers": layers,
@@ -41,14 +41,14 @@ def make_config(layers: int, vocabulary: int = VOCAB, limit: float = 0.0) -> dic
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
-    made["attention_other_setting"] |= {
+    config["attention_other_setting"] |= {
         "num_attention_heads": HEADS["sliding_attention"],
         "num_attention_groups": GROUPS,
         "head_dim": HEAD,
         "true_head_dim": HEAD,
     }
-    made["rope_scaling"]["original_max_position_embeddings"] = 8192
-    return made
+    config["rope_scaling"]["original_max_position_embeddings"] = 8192
+    return config
 
 
 def tensor_shapes(layer: int | None, kind: str, dense: bool, vocabulary: int = VOCAB) -> dict[str, tuple[int, ...]]:
@@ -60,7 +60,7 @@ def tensor_shapes(layer: int | None, kind: str, dense: bool, vocabulary: int = V
             "model.norm.weight": (HIDDEN,),
         }
     heads = HEADS[kind]
-    found: dict[str, tuple[int, ...]] = {
+    shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm": (HIDDEN,),
         "post_attention_layernorm": (HIDDEN,),
         "self_attn.q_norm": (HEAD,),
@@ -72,11 +72,11 @@ def tensor_shapes(layer: int | None, kind: str, dense: bool, vocabulary: int = V
         "self_attn.g_proj": (heads, HIDDEN),
     }
     part, width = ("mlp", DENSE) if dense else ("share_expert", WIDTH)
-    found |= {f"{part}.{p}_proj": (width, HIDDEN) for p in ("gate", "up")}
-    found[f"{part}.down_proj"] = (HIDDEN, width)
+    shapes |= {f"{part}.{p}_proj": (width, HIDDEN) for p in ("gate", "up")}
+    shapes[f"{part}.down_proj"] = (HIDDEN, width)
     if not dense:
-        found["moe.gate"] = (EXPERTS, HIDDEN)
-    return {f"model.layers.{layer}.{name}.weight": shape for name, shape in found.items()}
+        shapes["moe.gate"] = (EXPERTS, HIDDEN)
+    return {f"model.layers.{layer}.{name}.weight": shape for name, shape in shapes.items()}
 
 
 def write_checkpoint(folder: Path, layers: int, int8: bool, device: str = "cuda", vocabulary: int = VOCAB) -> list[str]:
@@ -89,7 +89,7 @@ def write_checkpoint(folder: Path, layers: int, int8: bool, device: str = "cuda"
 
     folder.mkdir(parents=True)
     generator = torch.Generator(device=device).manual_seed(0)
-    made = make_config(layers, vocabulary)
+    config = make_config(layers, vocabulary)
     drawn = EXPERTS if device == "cuda" else 8
     where: dict[str, str] = {}
     excluded: list[str] = []
@@ -101,7 +101,7 @@ def write_checkpoint(folder: Path, layers: int, int8: bool, device: str = "cuda"
     for layer in (None, *range(layers)):
         dense = layer in (None, 0)
         tensors = {}
-        kind = "" if layer is None else made["layer_types"][layer]
+        kind = "" if layer is None else config["layer_types"][layer]
         for name, shape in tensor_shapes(layer, kind, dense, vocabulary).items():
             w = torch.zeros(shape, device=device)
             if len(shape) == 2:
@@ -131,7 +131,7 @@ def write_checkpoint(folder: Path, layers: int, int8: bool, device: str = "cuda"
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     spec = {"dtype": "int8", "group_size": None, "symmetric": True, "round_method": "half_even", "scale_type": "float"}
     if int8:
-        made["quantization_config"] = {
+        config["quantization_config"] = {
             "quant_method": "quark",
             "global_quant_config": {
                 "weight": spec | {"is_dynamic": False, "qscheme": "per_channel", "ch_axis": 0},
@@ -144,7 +144,7 @@ def write_checkpoint(folder: Path, layers: int, int8: bool, device: str = "cuda"
             "exclude": excluded,
             "export": {"kv_cache_group": [], "pack_method": "reorder", "weight_format": "real_quantized"},
         }
-    (folder / "config.json").write_text(json.dumps(made))
+    (folder / "config.json").write_text(json.dumps(config))
     return excluded
 
 

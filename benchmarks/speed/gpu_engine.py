@@ -38,7 +38,7 @@ def twin(quark: Path, folder: Path) -> None:
     from examples.step3p5_nano.convert import compressed_tensors
 
     folder.mkdir(parents=True)
-    made = json.loads((quark / "config.json").read_text())
+    config = json.loads((quark / "config.json").read_text())
     for file in sorted(quark.glob("*.safetensors")):
         if file.name.startswith("scales"):
             save_file(
@@ -46,8 +46,8 @@ def twin(quark: Path, folder: Path) -> None:
             )
         else:
             (folder / file.name).symlink_to(file)
-    compressed_tensors({}, made)
-    (folder / "config.json").write_text(json.dumps(made))
+    compressed_tensors({}, config)
+    (folder / "config.json").write_text(json.dumps(config))
     shutil.copy(quark / "model.safetensors.index.json", folder)
 
 
@@ -140,10 +140,10 @@ def every(args: argparse.Namespace) -> None:
         with open(args.out.with_suffix(f".{name}.log"), "w") as log:
             words = [sys.executable, "-m", "benchmarks.speed.gpu_engine", "one", checkpoint.absolute(), part.absolute()]
             done = subprocess.run(words, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=args.timeout)
-        found = json.loads(part.read_text()) if part.exists() else {"failed": done.returncode}
-        results["runs"].setdefault(name, []).append(found)
+        result = json.loads(part.read_text()) if part.exists() else {"failed": done.returncode}
+        results["runs"].setdefault(name, []).append(result)
         args.out.write_text(json.dumps(results, indent=1) + "\n")
-        print(name, {k: round(v, 2) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
+        print(name, {k: round(v, 2) if isinstance(v, float) else v for k, v in result.items()}, flush=True)
         needed = {RUNS[later][0] for later in wanted[i + 1 :]}
         if not args.keep and kind not in needed and not (kind == "quark" and "compressed-tensors" in needed):
             shutil.rmtree(checkpoint)
@@ -200,17 +200,20 @@ def shards(args: argparse.Namespace) -> None:
                     places[-local:] = torch.arange(local, dtype=torch.int32)
                     layer._expert_map = places
                     layer._map_global_expert_id_to_local_expert_id = lambda e, places=places: int(places[e])
-                found: dict[str, list[float]] = {"at once": [], "expert by expert": []}
+                seconds: dict[str, list[float]] = {"at once": [], "expert by expert": []}
                 kept = []
                 for at_once in (True, False) * 3:
                     for param in layer.parameters():
                         param.data.zero_()
-                    found["at once" if at_once else "expert by expert"].append(load(layer, at_once))
+                    seconds["at once" if at_once else "expert by expert"].append(load(layer, at_once))
                     kept.append([p.data.clone() for p in layer.parameters()] if len(kept) < 2 else None)
                 assert all(torch.equal(a, b) for a, b in zip(kept[0], kept[1], strict=True))
                 own = sum(p.numel() * p.element_size() for p in layer.parameters())
                 read = statistics.median(read_bandwidth(args.checkpoint, "*-1.safetensors")[1] for _ in range(3))
-                result = {k: statistics.median(v) for k, v in found.items()} | {"read whole files": read, "bytes": own}
+                result = {k: statistics.median(v) for k, v in seconds.items()} | {
+                    "read whole files": read,
+                    "bytes": own,
+                }
                 results["ranks"][f"tensor parallel {tp}" if ep == 1 else f"expert parallel {ep}"] = result
                 print(f"tp {tp} ep {ep}", {k: round(v, 3) for k, v in result.items()}, flush=True)
                 del layer, kept, param
@@ -222,11 +225,11 @@ FIGURES = ("prefill tokens/s", *(f"decode tokens/s, batch {b}" for b in DECODE))
 
 
 def table(args: argparse.Namespace) -> None:
-    found = json.loads(args.out.read_text())["runs"]
-    names = [name for name in RUNS if name in found]
+    runs = json.loads(args.out.read_text())["runs"]
+    names = [name for name in RUNS if name in runs]
     rows = [*FIGURES, "load s", "read s", "load peak bytes", "peak bytes"]
-    values = {n: {r: [run[r] for run in found[n] if r in run] for r in rows} for n in names}
-    print("| |", " | ".join(f"{n} ({len(found[n])} runs)" for n in names), "|")
+    values = {n: {r: [run[r] for run in runs[n] if r in run] for r in rows} for n in names}
+    print("| |", " | ".join(f"{n} ({len(runs[n])} runs)" for n in names), "|")
     print("|---" * (len(names) + 1) + "|")
     for row in rows:
         cells = []

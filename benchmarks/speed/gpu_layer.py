@@ -65,7 +65,7 @@ def space(dtype: str, target: str) -> list[Key]:
     size = 2 if dtype == "bf16" else 1
     amd = target.startswith("gfx")
     shared = {"gfx942": 64, "gfx950": 160}.get(target, 227) * 1024
-    found: list[Key] = []
+    keys: list[Key] = []
     for m, n, k_bytes, warps, stages in itertools.product(
         (16, 32, 64, 128, 256),
         (32, 64, 128, 256),
@@ -89,13 +89,13 @@ def space(dtype: str, target: str) -> list[Key]:
             continue
         key = (m, n, k, 1, warps, stages)
         if not amd:
-            found.append(key)
+            keys.append(key)
             continue
         for nonk in (16, 32):
             # kpack 2 is gone on gfx950: its loads are wide without.
             if m % nonk == 0 and n % nonk == 0 and not (m >= 128 and nonk == 16):
-                found.append((*key, nonk, 0, 2 if target == "gfx942" else 1))
-    return found
+                keys.append((*key, nonk, 0, 2 if target == "gfx942" else 1))
+    return keys
 
 
 def grouped(key: Key) -> list[Key]:

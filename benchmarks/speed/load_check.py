@@ -69,10 +69,10 @@ def write(path: Path, part: list[Tensor]) -> None:
 
 def make(out: Path, count: int, files: int) -> None:
     """Write the checkpoint: at least `count` tensors in `files` files."""
-    found = list(tensors(count))
+    listed = list(tensors(count))
     spec = {"dtype": "int8", "symmetric": True, "is_dynamic": False, "qscheme": "per_channel", "ch_axis": 0}
     default = {"weight": spec, "input_tensors": spec | {"is_dynamic": True, "ch_axis": 1}}
-    modules = [name.removesuffix(".weight") for name, dtype, _ in found if dtype == "BF16" and "norm" not in name]
+    modules = [name.removesuffix(".weight") for name, dtype, _ in listed if dtype == "BF16" and "norm" not in name]
     config = {
         "architectures": ["Step3p5ForCausalLM"],
         "quantization_config": {
@@ -87,12 +87,12 @@ def make(out: Path, count: int, files: int) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / "config.json").write_text(json.dumps(config))
-    each = -(-len(found) // files)
+    each = -(-len(listed) // files)
     where = {}
     for i in range(files):
         name = f"model-{i + 1:05}-of-{files:05}.safetensors"
-        write(out / name, found[i * each : (i + 1) * each])
-        where |= {tensor: name for tensor, _, _ in found[i * each : (i + 1) * each]}
+        write(out / name, listed[i * each : (i + 1) * each])
+        where |= {tensor: name for tensor, _, _ in listed[i * each : (i + 1) * each]}
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 

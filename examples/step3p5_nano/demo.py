@@ -32,9 +32,9 @@ console = Console(width=None if sys.stdout.isatty() else 150)
 def write_rows(out: Path, judge: Judge, emulated: Result, rows: list[tuple[str, str, Result]]) -> None:
     """Store the table for benchmarks/plot_docs.py, which makes the README's picture of it."""
     served = {"CPU only": ("before", "0.21.0, 0004 and 0005"), "series": ("after", "0.21.0, all patches")}
-    found = [("BF16", "reference", "float reference", judge.reference)]
-    found.append(("INT8", "reference", "emulation of W8A8", emulated))
-    found += [(f"INT8, {layout}", *served[patches], result) for layout, patches, result in rows]
+    contestants = [("BF16", "reference", "float reference", judge.reference)]
+    contestants.append(("INT8", "reference", "emulation of W8A8", emulated))
+    contestants += [(f"INT8, {layout}", *served[patches], result) for layout, patches, result in rows]
     table = [
         {
             "checkpoint": checkpoint,
@@ -44,7 +44,7 @@ def write_rows(out: Path, judge: Judge, emulated: Result, rows: list[tuple[str, 
             "agreement": f"{result.agreement:.1%}",
             "text": repr(result.text),
         }
-        for checkpoint, kind, server, result in found
+        for checkpoint, kind, server, result in contestants
     ]
     out.write_text(json.dumps({"rows": table}, indent=1) + "\n", encoding="utf-8")
 

@@ -71,20 +71,20 @@ def export(out: Path, *flags: str) -> Path:
         raise LabError("AMD Quark's environment is missing: make quark-env")
     files = ("model.safetensors", "export.py", "config.json", "tokenizer_config.json")
     sources = [*(HERE / name for name in files), QUARK_PYTHON]
-    made = out / "config.json"
-    if not made.exists() or made.stat().st_mtime < max(s.stat().st_mtime for s in sources):
+    config_file = out / "config.json"
+    if not config_file.exists() or config_file.stat().st_mtime < max(s.stat().st_mtime for s in sources):
         # Quark compiles an extension when first imported, with the ninja of its own environment.
         path = os.pathsep.join([str(QUARK_PYTHON.parent), os.environ["PATH"]])
         call_module(out.with_suffix(".log"), QUARK_PYTHON, "export", HERE, out.absolute(), *flags, PATH=path)
-        made.touch()
+        config_file.touch()
     return out
 
 
 def convert(layout: str, src: Path, out: Path) -> Path:
     """Another layout of an export: "stacked" or "compressed-tensors" (made once for each source)."""
-    made = out / "config.json"
+    config_file = out / "config.json"
     sources = [src / "config.json", HERE / "convert.py"]
-    if not made.exists() or made.stat().st_mtime < max(s.stat().st_mtime for s in sources):
+    if not config_file.exists() or config_file.stat().st_mtime < max(s.stat().st_mtime for s in sources):
         call_module(out.with_suffix(".log"), sys.executable, "convert", layout, src.absolute(), out.absolute())
     return out
 
@@ -138,8 +138,8 @@ class Judge:
         """`gap` of each pair of greedy texts after the windows' first halves, of those that part, sorted."""
         model = load(ckpt)
         halves = [w[: len(w) // 2] for w in self.windows]
-        found = [gap(model, prompt, a, b) for prompt, a, b in zip(halves, one, other, strict=True)]
-        return sorted(g for g in found if g is not None)
+        gaps = [gap(model, prompt, a, b) for prompt, a, b in zip(halves, one, other, strict=True)]
+        return sorted(g for g in gaps if g is not None)
 
 
 def gap(model: torch.nn.Module, prompt: list[int], one: list[int], other: list[int]) -> float | None:
@@ -154,13 +154,13 @@ def gap(model: torch.nn.Module, prompt: list[int], one: list[int], other: list[i
 
 def checkpoints(out: Path) -> dict[str, Path]:
     """Every export and layout below `out`, by name."""
-    made = {}
-    made["quark-mtp"] = export(out / "quark-mtp", "--mtp")
+    folders = {}
+    folders["quark-mtp"] = export(out / "quark-mtp", "--mtp")
     for name, flags in (("", []), ("-all", ["--all-linear"])):
-        made[f"quark{name}"] = src = export(out / f"quark{name}", *flags)
+        folders[f"quark{name}"] = src = export(out / f"quark{name}", *flags)
         for layout in ("stacked", "compressed-tensors"):
-            made[f"{layout}{name}"] = convert(layout, src, out / f"{layout}{name}")
-    return made
+            folders[f"{layout}{name}"] = convert(layout, src, out / f"{layout}{name}")
+    return folders
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ PROMPT = "class Stack:\n    def __init__(self"
 
 def counters(llm: Any) -> tuple[float, float]:
     """Draft tokens proposed and accepted so far."""
-    found = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
-    drafted, accepted = (found.get(f"vllm:spec_decode_num_{kind}_tokens", 0) for kind in ("draft", "accepted"))
+    metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    drafted, accepted = (metrics.get(f"vllm:spec_decode_num_{kind}_tokens", 0) for kind in ("draft", "accepted"))
     return drafted, accepted
 
 

@@ -147,7 +147,7 @@ class Regression:
 
 def regressions(stock: Results, series: Results) -> list[Regression]:
     """Tests that pass on `stock` and do not on `series`, by file."""
-    found = []
+    lost = []
     for file, tests in sorted(stock.tests.items()):
         there = series.tests.get(file, {})
         # why the file has no result for a test: it could not be imported, crashed, hung
@@ -155,8 +155,8 @@ def regressions(stock: Results, series: Results) -> list[Regression]:
         for test, (before, _) in tests.items():
             outcome, why = there.get(test, ("missing", gone))
             if before == "passed" and outcome != "passed":
-                found.append(Regression(test, outcome, why))
-    return found
+                lost.append(Regression(test, outcome, why))
+    return lost
 
 
 def read_results(path: Path) -> Results:
@@ -178,23 +178,23 @@ def chosen(path: str) -> bool:
 
 def read_tests(source: Path) -> dict[str, bytes]:
     """Upstream's modules below tests/ (tests import from each other), by path. Raises QuarkError."""
-    found = {}
+    modules = {}
     try:
         if source.is_dir():
             for path in (source / "tests").rglob("*.py"):
-                found[path.relative_to(source).as_posix()] = path.read_bytes()
+                modules[path.relative_to(source).as_posix()] = path.read_bytes()
         else:
             with tarfile.open(source) as tar:
                 for member in tar:
                     name = member.name.removeprefix("./")
                     name = name if name.startswith("tests/") else name.partition("/")[2]
                     if member.isfile() and name.startswith("tests/") and name.endswith(".py"):
-                        found[name] = tar.extractfile(member).read()
+                        modules[name] = tar.extractfile(member).read()
     except (OSError, tarfile.TarError) as e:
         raise QuarkError(f"{source}: cannot be read: {e}") from e
-    if not any(map(chosen, found)):
+    if not any(map(chosen, modules)):
         raise QuarkError(f"{source}: holds none of vLLM's tests: name a source checkout or a source distribution")
-    return found
+    return modules
 
 
 def write_pack(tests: dict[str, bytes], out: Path) -> None:
@@ -327,14 +327,14 @@ def compare(args: argparse.Namespace) -> int:
         runs = [("stock", []), ("series", [p.name for p in series.patches])]
         stock, patched = pool.map(lambda one: run_tree(*one), runs)
     print("\n".join(table(stock, patched)))
-    found = regressions(stock, patched)
-    for r in found:
+    lost = regressions(stock, patched)
+    for r in lost:
         print(f"regression: {r.test}: {r.outcome}" + f": {r.why}" * bool(r.why))
-    print(f"{release}: {len(found)} of upstream's tests pass on stock and not with the series")
+    print(f"{release}: {len(lost)} of upstream's tests pass on stock and not with the series")
     if args.out:
         data = {"release": release, "stock": stock.tests, "series": patched.tests}
-        args.out.write_text(json.dumps(data | {"regressions": [asdict(r) for r in found]}, indent=1) + "\n")
-    if found:
+        args.out.write_text(json.dumps(data | {"regressions": [asdict(r) for r in lost]}, indent=1) + "\n")
+    if lost:
         return 1
     if SOUGHT in files and (not stock.tests[SOUGHT] or SOUGHT in stock.tests[SOUGHT]):
         raise QuarkError(f"{SOUGHT} cannot be imported on stock: {home}/stock.logs")

@@ -90,7 +90,7 @@ def make_requests(count: int, seed: int = 0) -> list[Request]:
     lengths = [1 + (LONGEST - 1) * i // max(1, count - 1) for i in range(count)]
     chance.shuffle(lengths)
     cancelled = set(chance.sample(range(count), count // 10))
-    requests = []
+    workload = []
     for i, length in enumerate(lengths):
         start = chance.randrange(len(text) - LONGEST)
         chat = length > AROUND and i % 4 >= 2
@@ -98,8 +98,8 @@ def make_requests(count: int, seed: int = 0) -> list[Request]:
         if not chat and (length == 1 or i % 8 < 4):
             prompt = [BOS, *prompt.encode()]
         tokens = 64 if i in cancelled else chance.randint(4, 48)
-        requests.append(Request(chat, i % 2 == 1, i in cancelled, prompt, tokens))
-    return requests
+        workload.append(Request(chat, i % 2 == 1, i in cancelled, prompt, tokens))
+    return workload
 
 
 # The client

@@ -189,18 +189,18 @@ def test_help_has_an_example():
 @pytest.mark.parametrize("below", ["mlp", "mlp.experts"])
 def test_entries_that_name_stacks(tmp_path, below):
     """As exporters that keep experts stacked write them, beside their layer or below it."""
-    made = Checkpoint(stacked=True)
+    ckpt = Checkpoint(stacked=True)
     other = {"weight": {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}, "input_tensors": None}
-    made.quant["layer_quant_config"] = {"*experts.1.*": copy.deepcopy(made.quant["global_quant_config"])}
+    ckpt.quant["layer_quant_config"] = {"*experts.1.*": copy.deepcopy(ckpt.quant["global_quant_config"])}
     for last in ("gate_proj", "up_proj", "down_proj"):
-        weight = made.tensors[f"model.layers.0.mlp.{last}.weight"][1]
-        made.tensors[f"model.layers.0.mlp.{last}.weight"] = bf16(*weight.shape)
-        del made.tensors[f"model.layers.0.mlp.{last}.weight_scale"]
-        made.quant["exclude"].append(f"model.layers.0.{below}.{last}")
-    sound(made.write(tmp_path / "ckpt"))
-    made.quant["layer_quant_config"] = {"model.layers.1.mlp.experts.2.up_proj": other}
+        weight = ckpt.tensors[f"model.layers.0.mlp.{last}.weight"][1]
+        ckpt.tensors[f"model.layers.0.mlp.{last}.weight"] = bf16(*weight.shape)
+        del ckpt.tensors[f"model.layers.0.mlp.{last}.weight_scale"]
+        ckpt.quant["exclude"].append(f"model.layers.0.{below}.{last}")
+    sound(ckpt.write(tmp_path / "ckpt"))
+    ckpt.quant["layer_quant_config"] = {"model.layers.1.mlp.experts.2.up_proj": other}
     problem(
-        made.write(tmp_path / "ckpt"), "says of model.layers.1.mlp.experts.2.up_proj what it does not say of others"
+        ckpt.write(tmp_path / "ckpt"), "says of model.layers.1.mlp.experts.2.up_proj what it does not say of others"
     )
 
 
@@ -269,393 +269,393 @@ BAD_VALUES = {
 @pytest.mark.parametrize("what", BAD_VALUES)
 def test_values(tmp_path, what):
     inputs, name, tensor, said = BAD_VALUES[what]
-    made = Checkpoint(inputs)
-    made.tensors[name] = tensor
-    folder = made.write(tmp_path / "ckpt")
+    ckpt = Checkpoint(inputs)
+    ckpt.tensors[name] = tensor
+    folder = ckpt.write(tmp_path / "ckpt")
     assert problem(folder, said).startswith(f"{name} (model.safetensors) is ")
     if DYNAMIC in said:
-        made.make_dynamic()
-        sound(made.write(folder))
+        ckpt.make_dynamic()
+        sound(ckpt.write(folder))
 
 
 @pytest.mark.parametrize("shape", [(EXPERTS, N), (EXPERTS, N, 1)])
 def test_values_of_stacked_experts(tmp_path, shape):
-    made = Checkpoint(stacked=True)
+    ckpt = Checkpoint(stacked=True)
     name = "model.layers.0.mlp.up_proj"
     values = np.ones(shape, np.float32)
     values[1, 4] = 0
-    made.tensors[f"{name}.weight_scale"] = "F32", values
-    problem(made.write(tmp_path / "ckpt"), f"{name}.weight_scale", "is 0 at [1, 4], but its weight is not")
-    made.tensors[f"{name}.weight"][1][1, 4] = 0
-    sound(made.write(tmp_path / "ckpt"))
+    ckpt.tensors[f"{name}.weight_scale"] = "F32", values
+    problem(ckpt.write(tmp_path / "ckpt"), f"{name}.weight_scale", "is 0 at [1, 4], but its weight is not")
+    ckpt.tensors[f"{name}.weight"][1][1, 4] = 0
+    sound(ckpt.write(tmp_path / "ckpt"))
 
 
 @pytest.mark.parametrize("value", [np.nan, 0])
 def test_one_scale_an_expert(tmp_path, value):
-    made = Checkpoint(stacked=True, qscheme="per_tensor")
-    made.tensors["model.layers.0.mlp.up_proj.weight_scale"] = f32(1, 1, value)
+    ckpt = Checkpoint(stacked=True, qscheme="per_tensor")
+    ckpt.tensors["model.layers.0.mlp.up_proj.weight_scale"] = f32(1, 1, value)
     where = "is nan at [2]" if value else "is 0 at [2, 0], but its weight is not"
-    problem(made.write(tmp_path / "ckpt"), "mlp.up_proj.weight_scale", where)
+    problem(ckpt.write(tmp_path / "ckpt"), "mlp.up_proj.weight_scale", where)
 
 
 def test_rows_of_zeros_may_have_a_scale_of_zero(tmp_path):
-    made = Checkpoint()
-    made.tensors[SCALE] = scaled(3, 0)
-    made.tensors[SCALE.replace("_scale", "")][1][3] = 0
-    sound(made.write(tmp_path / "ckpt"))
+    ckpt = Checkpoint()
+    ckpt.tensors[SCALE] = scaled(3, 0)
+    ckpt.tensors[SCALE.replace("_scale", "")][1][3] = 0
+    sound(ckpt.write(tmp_path / "ckpt"))
 
 
 def test_values_that_vllm_does_not_read(tmp_path):
     """Static scales of experts, which are served per token, and of dynamic layers."""
-    made = Checkpoint("static")
-    made.tensors["model.layers.0.mlp.experts.0.up_proj.input_scale"] = f32(np.nan)
-    del made.tensors["model.layers.1.mlp.experts.0.up_proj.input_scale"]
-    sound(made.write(tmp_path / "ckpt"))
-    made = Checkpoint()
-    made.tensors["model.layers.0.self_attn.q_proj.input_scale"] = f32(np.nan)
-    sound(made.write(tmp_path / "ckpt"))
+    ckpt = Checkpoint("static")
+    ckpt.tensors["model.layers.0.mlp.experts.0.up_proj.input_scale"] = f32(np.nan)
+    del ckpt.tensors["model.layers.1.mlp.experts.0.up_proj.input_scale"]
+    sound(ckpt.write(tmp_path / "ckpt"))
+    ckpt = Checkpoint()
+    ckpt.tensors["model.layers.0.self_attn.q_proj.input_scale"] = f32(np.nan)
+    sound(ckpt.write(tmp_path / "ckpt"))
 
 
 @pytest.mark.parametrize("kind", ["input_scale", "input_zero_point"])
 @pytest.mark.parametrize("fused", ["self_attn.{}_proj", "mlp.shared_expert.{}_proj"])
 def test_static_inputs_of_a_fused_layer_differ(tmp_path, fused, kind):
-    made = Checkpoint("static_asym")
+    ckpt = Checkpoint("static_asym")
     first, other = ("q", "v") if "attn" in fused else ("gate", "up")
     name, tensor = f"model.layers.1.{fused.format(other)}.{kind}", ("I32", np.array([5]))
-    made.tensors[name] = f32(0.03) if kind == "input_scale" else tensor
-    line = problem(made.write(tmp_path / "ckpt"), name, "vLLM quantizes their input once", DYNAMIC)
+    ckpt.tensors[name] = f32(0.03) if kind == "input_scale" else tensor
+    line = problem(ckpt.write(tmp_path / "ckpt"), name, "vLLM quantizes their input once", DYNAMIC)
     assert f"model.layers.1.{fused.format(first)}.{kind}" in line or "k_proj" in line
     assert ("0.02" in line and "0.03" in line) if kind == "input_scale" else ("-3" in line and "5" in line)
-    made.make_dynamic()
-    sound(made.write(tmp_path / "ckpt"))
+    ckpt.make_dynamic()
+    sound(ckpt.write(tmp_path / "ckpt"))
 
 
 @pytest.mark.parametrize("inputs, kind", [("static", "input_scale"), ("static_asym", "input_zero_point")])
 def test_static_input_missing(tmp_path, inputs, kind):
-    made = Checkpoint(inputs)
+    ckpt = Checkpoint(inputs)
     name = f"model.layers.1.self_attn.o_proj.{kind}"
-    del made.tensors[name]
+    del ckpt.tensors[name]
     # What its layer lacks is seen in the headers, too.
-    code, lines = check(made.write(tmp_path / "ckpt"))
+    code, lines = check(ckpt.write(tmp_path / "ckpt"))
     assert code == 1 and any(line.startswith(name) and DYNAMIC in line for line in lines), lines
     for layer in (0, 1):
-        made.tensors.pop(f"model.layers.{layer}.self_attn.o_proj.{kind}", None)
-    made.make_dynamic()
-    sound(made.write(tmp_path / "ckpt"))
+        ckpt.tensors.pop(f"model.layers.{layer}.self_attn.o_proj.{kind}", None)
+    ckpt.make_dynamic()
+    sound(ckpt.write(tmp_path / "ckpt"))
 
 
 # What headers and config say.
 
 
 def test_rows_where_the_config_says_one_value(tmp_path):
-    made = Checkpoint(qscheme="per_tensor")
-    made.tensors[SCALE] = scaled(0, 1)
+    ckpt = Checkpoint(qscheme="per_tensor")
+    ckpt.tensors[SCALE] = scaled(0, 1)
     way_out = "set qscheme to per_channel and ch_axis to 0 in the weight part"
-    problem(made.write(tmp_path / "ckpt"), SCALE, "is F32 [6], but config.json says one value a matrix", way_out)
-    made.quant["global_quant_config"]["weight"].update(qscheme="per_channel", ch_axis=0)
-    sound(made.write(tmp_path / "ckpt"))
+    problem(ckpt.write(tmp_path / "ckpt"), SCALE, "is F32 [6], but config.json says one value a matrix", way_out)
+    ckpt.quant["global_quant_config"]["weight"].update(qscheme="per_channel", ch_axis=0)
+    sound(ckpt.write(tmp_path / "ckpt"))
 
 
 def test_one_part_with_rows_is_enough(tmp_path):
-    made = Checkpoint(qscheme="per_tensor")
-    special = copy.deepcopy(made.quant["global_quant_config"])
+    ckpt = Checkpoint(qscheme="per_tensor")
+    special = copy.deepcopy(ckpt.quant["global_quant_config"])
     special["weight"].update(qscheme="per_channel", ch_axis=0)
-    made.quant["layer_quant_config"]["*.k_proj"] = special
+    ckpt.quant["layer_quant_config"]["*.k_proj"] = special
     for layer in (0, 1):
         for part in ("q_proj", "k_proj"):
-            made.tensors[f"model.layers.{layer}.self_attn.{part}.weight_scale"] = scaled(0, 1)
-    lines = sound(made.write(tmp_path / "ckpt"))
+            ckpt.tensors[f"model.layers.{layer}.self_attn.{part}.weight_scale"] = scaled(0, 1)
+    lines = sound(ckpt.write(tmp_path / "ckpt"))
     assert lines[2].startswith("  2 modules: per-channel")
 
 
 def test_scale_missing(tmp_path):
-    made = Checkpoint()
-    scale = made.tensors.pop(f"{EXPERT}.weight_scale")
-    problem(made.write(tmp_path / "ckpt"), f"{EXPERT}.weight (model.safetensors) is int8", f"no {EXPERT}.weight_scale")
-    made.tensors[f"{EXPERT}.weight_scale"] = scale
-    sound(made.write(tmp_path / "ckpt"))
+    ckpt = Checkpoint()
+    scale = ckpt.tensors.pop(f"{EXPERT}.weight_scale")
+    problem(ckpt.write(tmp_path / "ckpt"), f"{EXPERT}.weight (model.safetensors) is int8", f"no {EXPERT}.weight_scale")
+    ckpt.tensors[f"{EXPERT}.weight_scale"] = scale
+    sound(ckpt.write(tmp_path / "ckpt"))
 
 
 def test_weight_missing(tmp_path):
-    made = Checkpoint()
-    del made.tensors[f"{EXPERT}.weight"]
-    problem(made.write(tmp_path / "ckpt"), f"{EXPERT}.weight_scale", f"has no {EXPERT}.weight", "incomplete")
+    ckpt = Checkpoint()
+    del ckpt.tensors[f"{EXPERT}.weight"]
+    problem(ckpt.write(tmp_path / "ckpt"), f"{EXPERT}.weight_scale", f"has no {EXPERT}.weight", "incomplete")
 
 
 def test_scale_of_another_shape(tmp_path):
-    made = Checkpoint()
-    made.tensors[SCALE] = f32(1, 1, 1)
-    problem(made.write(tmp_path / "ckpt"), SCALE, "is F32 [3], expected one value or one a row", AGAIN)
+    ckpt = Checkpoint()
+    ckpt.tensors[SCALE] = f32(1, 1, 1)
+    problem(ckpt.write(tmp_path / "ckpt"), SCALE, "is F32 [3], expected one value or one a row", AGAIN)
 
 
 @pytest.mark.parametrize("kind", ["input_rotation", "weight_scale_2"])
 def test_tensors_that_nobody_takes(tmp_path, kind):
-    made = Checkpoint()
+    ckpt = Checkpoint()
     name = f"model.layers.0.self_attn.o_proj.{kind}"
-    made.tensors[name] = f32(*range(K))
-    folder = made.write(tmp_path / "ckpt")
+    ckpt.tensors[name] = f32(*range(K))
+    folder = ckpt.write(tmp_path / "ckpt")
     code, lines = check(folder)
     assert code == 1 and any(line.startswith(f"{name} (model.safetensors) lies beside") for line in lines), lines
-    del made.tensors[name]
-    sound(made.write(folder))
+    del ckpt.tensors[name]
+    sound(ckpt.write(folder))
 
 
 def test_scales_of_caches_are_nothing(tmp_path):
-    made = Checkpoint()
+    ckpt = Checkpoint()
     for layer in (0, 1):
         for name in ("k_proj.output_scale", "v_proj.output_scale", "k_scale", "v_scale"):
-            made.tensors[f"model.layers.{layer}.self_attn.{name}"] = f32(0.1)
-    lines = sound(made.write(tmp_path / "ckpt"))
+            ckpt.tensors[f"model.layers.{layer}.self_attn.{name}"] = f32(0.1)
+    lines = sound(ckpt.write(tmp_path / "ckpt"))
     assert len(lines) == 4
 
 
 def test_int8_under_exclude(tmp_path):
-    made = Checkpoint()
-    made.quant["exclude"].append("model.layers.1.self_attn.o_proj")
-    folder = made.write(tmp_path / "ckpt")
+    ckpt = Checkpoint()
+    ckpt.quant["exclude"].append("model.layers.1.self_attn.o_proj")
+    folder = ckpt.write(tmp_path / "ckpt")
     problem(folder, "layers.1.self_attn.o_proj.weight (model.safetensors) is int8, but", "`exclude`", "restore config")
-    made.quant["exclude"].pop()
-    sound(made.write(folder))
+    ckpt.quant["exclude"].pop()
+    sound(ckpt.write(folder))
 
 
 @pytest.mark.parametrize("entry", ["model.layers.0.mlp.experts", "*layers.0.mlp.experts.*.up_proj"])
 def test_int8_stacks_under_exclude(tmp_path, entry):
-    made = Checkpoint(stacked=True)
-    made.quant["exclude"].append(entry)
-    code, lines = check(made.write(tmp_path / "ckpt"))
+    ckpt = Checkpoint(stacked=True)
+    ckpt.quant["exclude"].append(entry)
+    code, lines = check(ckpt.write(tmp_path / "ckpt"))
     assert code == 1 and not any("nothing matches" in line for line in lines)
     line = "model.layers.0.mlp.up_proj.weight (model.safetensors) is int8, but its layer is in `exclude`: restore"
     assert any(found.startswith(line) for found in lines), lines
 
 
 def test_int8_where_the_config_says_something_else(tmp_path):
-    made = Checkpoint()
-    made.quant["layer_quant_config"]["*.o_proj"] = {"weight": {"dtype": "fp8_e4m3"}, "input_tensors": None}
-    problem(made.write(tmp_path / "ckpt"), "layers.0.self_attn.o_proj.weight", "quantizes it to fp8_e4m3", of=2)
-    made.quant["layer_quant_config"]["*.o_proj"] = {"weight": None, "input_tensors": None}
-    problem(made.write(tmp_path / "ckpt"), "layers.0.self_attn.o_proj.weight", "does not quantize it", of=2)
+    ckpt = Checkpoint()
+    ckpt.quant["layer_quant_config"]["*.o_proj"] = {"weight": {"dtype": "fp8_e4m3"}, "input_tensors": None}
+    problem(ckpt.write(tmp_path / "ckpt"), "layers.0.self_attn.o_proj.weight", "quantizes it to fp8_e4m3", of=2)
+    ckpt.quant["layer_quant_config"]["*.o_proj"] = {"weight": None, "input_tensors": None}
+    problem(ckpt.write(tmp_path / "ckpt"), "layers.0.self_attn.o_proj.weight", "does not quantize it", of=2)
 
 
 def test_floats_where_others_are_int8(tmp_path):
-    made = Checkpoint()
+    ckpt = Checkpoint()
     name = "model.layers.1.self_attn.o_proj"
-    del made.tensors[f"{name}.weight_scale"]
-    made.tensors[f"{name}.weight"] = bf16(N, K)
-    folder = made.write(tmp_path / "ckpt")
+    del ckpt.tensors[f"{name}.weight_scale"]
+    ckpt.tensors[f"{name}.weight"] = bf16(N, K)
+    folder = ckpt.write(tmp_path / "ckpt")
     said = "is BF16, but config.json says int8, and other o_proj are: add its layer to `exclude`"
     problem(folder, f"{name}.weight (model.safetensors) {said}")
-    made.quant["exclude"].append(name)
-    sound(made.write(folder))
+    ckpt.quant["exclude"].append(name)
+    sound(ckpt.write(folder))
 
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_float_experts(tmp_path, stacked):
-    made = Checkpoint(stacked=stacked)
-    experts = [n for n in made.tensors if re.search(r"mlp\.(experts\.|\w+_proj)", n) and n.endswith("weight")]
+    ckpt = Checkpoint(stacked=stacked)
+    experts = [n for n in ckpt.tensors if re.search(r"mlp\.(experts\.|\w+_proj)", n) and n.endswith("weight")]
     for name in experts:
-        del made.tensors[f"{name}_scale"]
-        made.tensors[name] = bf16(*(EXPERTS, 16, 16) if stacked else (16, 16))
-    code, lines = check(made.write(tmp_path / "ckpt"))
+        del ckpt.tensors[f"{name}_scale"]
+        ckpt.tensors[name] = bf16(*(EXPERTS, 16, 16) if stacked else (16, 16))
+    code, lines = check(ckpt.write(tmp_path / "ckpt"))
     assert code == 1 and lines[-1] == f"problems: {len(experts)}"
-    made.quant["exclude"].append("re:.*mlp.experts")
-    sound(made.write(tmp_path / "ckpt"))
+    ckpt.quant["exclude"].append("re:.*mlp.experts")
+    sound(ckpt.write(tmp_path / "ckpt"))
 
 
 def test_float_experts_without_modules(tmp_path):
-    made = Checkpoint(stacked=True)
+    ckpt = Checkpoint(stacked=True)
     name = "model.layers.0.mlp2.experts.gate_up_proj"
-    made.tensors[name] = bf16(EXPERTS, 32, 16)
-    folder = made.write(tmp_path / "ckpt")
+    ckpt.tensors[name] = bf16(EXPERTS, 32, 16)
+    folder = ckpt.write(tmp_path / "ckpt")
     problem(folder, f"{name} (model.safetensors) is BF16", "add its layer to `exclude`")
-    made.quant["exclude"].append("model.layers.0.mlp2.experts")
-    assert not any("nothing matches" in line for line in sound(made.write(folder)))
+    ckpt.quant["exclude"].append("model.layers.0.mlp2.experts")
+    assert not any("nothing matches" in line for line in sound(ckpt.write(folder)))
 
 
 def test_floats_that_vllm_builds_unquantized_are_a_note(tmp_path):
-    made = Checkpoint()
-    made.quant["exclude"].clear()
-    lines = sound(made.write(tmp_path / "ckpt"))
+    ckpt = Checkpoint()
+    ckpt.quant["exclude"].clear()
+    lines = sound(ckpt.write(tmp_path / "ckpt"))
     (note,) = [line for line in lines if line.startswith("note: ")]
     assert "nowhere INT8: BF16 gate (2)." in note and "embed" not in note and "lm_head" not in note
 
 
 def test_parts_of_one_layer(tmp_path):
-    made = Checkpoint()
+    ckpt = Checkpoint()
     name = "model.layers.1.self_attn.v_proj"
-    del made.tensors[f"{name}.weight_scale"]
-    made.tensors[f"{name}.weight"] = bf16(N, K)
-    folder = made.write(tmp_path / "ckpt")
+    del ckpt.tensors[f"{name}.weight_scale"]
+    ckpt.tensors[f"{name}.weight"] = bf16(N, K)
+    folder = ckpt.write(tmp_path / "ckpt")
     problem(folder, f"{name}.weight", "other parts of its layer are: export them again, all alike")
     # Listed, it is not what its layer is either.
-    made.quant["exclude"].append(name)
-    line = problem(made.write(folder), "vLLM runs them as one layer: export them again, all alike")
+    ckpt.quant["exclude"].append(name)
+    line = problem(ckpt.write(folder), "vLLM runs them as one layer: export them again, all alike")
     assert line.startswith(f"{name} is in `exclude`, but model.layers.1.self_attn.")
     for part in ("q_proj", "k_proj"):
         module = name.replace("v_proj", part)
-        del made.tensors[f"{module}.weight_scale"]
-        made.tensors[f"{module}.weight"] = bf16(N, K)
+        del ckpt.tensors[f"{module}.weight_scale"]
+        ckpt.tensors[f"{module}.weight"] = bf16(N, K)
     # By the name of vLLM's layer for all three.
-    made.quant["exclude"][-1] = "model.layers.1.self_attn.qkv_proj"
-    lines = sound(made.write(folder))
+    ckpt.quant["exclude"][-1] = "model.layers.1.self_attn.qkv_proj"
+    lines = sound(ckpt.write(folder))
     assert "  6 modules in `exclude`" in lines and not any("nothing matches" in line for line in lines)
 
 
 def test_floats_beside_excluded_parts(tmp_path):
-    made = Checkpoint()
-    for name in [n for n in made.tensors if ".self_attn." in n]:
+    ckpt = Checkpoint()
+    for name in [n for n in ckpt.tensors if ".self_attn." in n]:
         if name.endswith("scale"):
-            del made.tensors[name]
+            del ckpt.tensors[name]
         else:
-            made.tensors[name] = bf16(N, K)
-    made.quant["exclude"] += ["*k_proj", "*v_proj", "*o_proj"]
+            ckpt.tensors[name] = bf16(N, K)
+    ckpt.quant["exclude"] += ["*k_proj", "*v_proj", "*o_proj"]
     said = "is BF16, but config.json says int8, and not of other parts of its layer: add its layer to `exclude`"
-    problem(made.write(tmp_path / "ckpt"), f"model.layers.1.self_attn.q_proj.weight (model.safetensors) {said}", of=2)
-    made.quant["exclude"].append("*q_proj")
-    sound(made.write(tmp_path / "ckpt"))
+    problem(ckpt.write(tmp_path / "ckpt"), f"model.layers.1.self_attn.q_proj.weight (model.safetensors) {said}", of=2)
+    ckpt.quant["exclude"].append("*q_proj")
+    sound(ckpt.write(tmp_path / "ckpt"))
 
 
 def test_one_expert_that_is_not_like_the_others(tmp_path):
-    made = Checkpoint()
-    made.tensors[f"{EXPERT}.weight"] = bf16(N, K)
-    del made.tensors[f"{EXPERT}.weight_scale"]
-    made.quant["exclude"].append(EXPERT)
-    problem(made.write(tmp_path / "ckpt"), f"{EXPERT} is in `exclude`, but", "is INT8, and vLLM runs them as one layer")
+    ckpt = Checkpoint()
+    ckpt.tensors[f"{EXPERT}.weight"] = bf16(N, K)
+    del ckpt.tensors[f"{EXPERT}.weight_scale"]
+    ckpt.quant["exclude"].append(EXPERT)
+    problem(ckpt.write(tmp_path / "ckpt"), f"{EXPERT} is in `exclude`, but", "is INT8, and vLLM runs them as one layer")
 
 
 @pytest.mark.parametrize("entry", ["model.layers.1.mlp.experts.1.up_proj", "*experts.1.*", "*experts.0.up_proj"])
 def test_entries_of_one_expert_in_a_stack(tmp_path, entry):
-    made = Checkpoint(stacked=True)
+    ckpt = Checkpoint(stacked=True)
     # INT8 experts are served alike.
-    made.quant["layer_quant_config"][entry] = made.quant["global_quant_config"] | {"input_tensors": INPUTS["static"]}
-    sound(made.write(tmp_path / "ckpt"))
-    made.quant["layer_quant_config"][entry] = {"weight": {"dtype": "fp8_e4m3"}, "input_tensors": None}
-    code, lines = check(made.write(tmp_path / "ckpt"))
+    ckpt.quant["layer_quant_config"][entry] = ckpt.quant["global_quant_config"] | {"input_tensors": INPUTS["static"]}
+    sound(ckpt.write(tmp_path / "ckpt"))
+    ckpt.quant["layer_quant_config"][entry] = {"weight": {"dtype": "fp8_e4m3"}, "input_tensors": None}
+    code, lines = check(ckpt.write(tmp_path / "ckpt"))
     assert code == 1 and any("holds all experts, but config.json says of" in line for line in lines), lines
-    del made.quant["layer_quant_config"][entry]
-    sound(made.write(tmp_path / "ckpt"))
+    del ckpt.quant["layer_quant_config"][entry]
+    sound(ckpt.write(tmp_path / "ckpt"))
 
 
 def test_experts_that_are_not_there(tmp_path):
-    made = Checkpoint()
-    for name in [n for n in made.tensors if n.startswith(f"{EXPERT}.")]:
-        del made.tensors[name]
+    ckpt = Checkpoint()
+    for name in [n for n in ckpt.tensors if n.startswith(f"{EXPERT}.")]:
+        del ckpt.tensors[name]
     said = "is not in the checkpoint, and those of other experts are: the checkpoint is incomplete"
-    problem(made.write(tmp_path / "ckpt"), f"{EXPERT}.weight {said}")
-    for name in [n for n in made.tensors if ".1.mlp.experts.1." in n]:
-        del made.tensors[name]
-    problem(made.write(tmp_path / "ckpt"), "model.layers.1.mlp.experts.1.gate_proj.weight is not in", of=4)
+    problem(ckpt.write(tmp_path / "ckpt"), f"{EXPERT}.weight {said}")
+    for name in [n for n in ckpt.tensors if ".1.mlp.experts.1." in n]:
+        del ckpt.tensors[name]
+    problem(ckpt.write(tmp_path / "ckpt"), "model.layers.1.mlp.experts.1.gate_proj.weight is not in", of=4)
 
 
 @pytest.mark.parametrize("stacked, left, gone", [(True, "up", "down"), (True, "gate", "up"), (False, "gate", "up")])
 def test_projections_that_are_not_there(tmp_path, stacked, left, gone):
-    made = Checkpoint(stacked=stacked)
+    ckpt = Checkpoint(stacked=stacked)
     where = "mlp" if stacked else "mlp.shared_expert"
-    for name in [n for n in made.tensors if f".{where}.{gone}_proj." in n]:
-        del made.tensors[name]
+    for name in [n for n in ckpt.tensors if f".{where}.{gone}_proj." in n]:
+        del ckpt.tensors[name]
     said = f"{where}.{gone}_proj.weight is not in the checkpoint, but {left}_proj is"
-    code, lines = check(made.write(tmp_path / "ckpt"))
+    code, lines = check(ckpt.write(tmp_path / "ckpt"))
     assert code == 1 and sum(said in line for line in lines) == 2, lines
 
 
 def test_an_expert_of_another_shape(tmp_path):
     for name, shape in ((EXPERT, (2 * N, K)), (EXPERT.replace("up_proj", "down_proj"), (N, K))):
-        made = Checkpoint()
-        made.tensors[f"{name}.weight"] = "I8", np.ones(shape, np.int8)
-        made.tensors[f"{name}.weight_scale"] = f32(0.1)
+        ckpt = Checkpoint()
+        ckpt.tensors[f"{name}.weight"] = "I8", np.ones(shape, np.int8)
+        ckpt.tensors[f"{name}.weight_scale"] = f32(0.1)
         expected = [K, N] if "down" in name else [N, K]
         said = f"{name}.weight (model.safetensors) is I8 {list(shape)}, expected {expected} by the others of its layer"
-        problem(made.write(tmp_path / "ckpt"), said, AGAIN)
+        problem(ckpt.write(tmp_path / "ckpt"), said, AGAIN)
 
 
 def test_a_stack_of_another_shape(tmp_path):
-    made = Checkpoint(stacked=True)
-    made.tensors["model.layers.0.mlp.down_proj.weight"] = "I8", np.ones((EXPERTS, N, K), np.int8)
-    made.tensors["model.layers.0.mlp.down_proj.weight_scale"] = "F32", np.ones((EXPERTS, N))
+    ckpt = Checkpoint(stacked=True)
+    ckpt.tensors["model.layers.0.mlp.down_proj.weight"] = "I8", np.ones((EXPERTS, N, K), np.int8)
+    ckpt.tensors["model.layers.0.mlp.down_proj.weight_scale"] = "F32", np.ones((EXPERTS, N))
     expected = f"expected [{EXPERTS}, {K}, {N}] by the others of its layer"
-    problem(made.write(tmp_path / "ckpt"), "layers.0.mlp.down_proj.weight", f"is I8 [{EXPERTS}, {N}, {K}]", expected)
+    problem(ckpt.write(tmp_path / "ckpt"), "layers.0.mlp.down_proj.weight", f"is I8 [{EXPERTS}, {N}, {K}]", expected)
 
 
 @pytest.mark.parametrize("part, shape", [("mlp.shared_expert.up_proj", (2, K)), ("self_attn.v_proj", (N, 2))])
 def test_parts_of_other_shapes(tmp_path, part, shape):
-    made = Checkpoint()
-    made.tensors[f"model.layers.0.{part}.weight"] = "I8", np.ones(shape, np.int8)
-    made.tensors[f"model.layers.0.{part}.weight_scale"] = f32(0.1)
-    problem(made.write(tmp_path / "ckpt"), f"{part}.weight", f"is I8 {list(shape)}, but", "as one layer", AGAIN)
+    ckpt = Checkpoint()
+    ckpt.tensors[f"model.layers.0.{part}.weight"] = "I8", np.ones(shape, np.int8)
+    ckpt.tensors[f"model.layers.0.{part}.weight_scale"] = f32(0.1)
+    problem(ckpt.write(tmp_path / "ckpt"), f"{part}.weight", f"is I8 {list(shape)}, but", "as one layer", AGAIN)
     # Fewer key and value heads than query heads are as usual.
-    made = Checkpoint()
+    ckpt = Checkpoint()
     for last in ("k_proj", "v_proj"):
         for layer in (0, 1):
-            made.tensors[f"model.layers.{layer}.self_attn.{last}.weight"] = "I8", np.ones((2, K), np.int8)
-            made.tensors[f"model.layers.{layer}.self_attn.{last}.weight_scale"] = f32(0.1, 0.1)
-    sound(made.write(tmp_path / "ckpt"))
+            ckpt.tensors[f"model.layers.{layer}.self_attn.{last}.weight"] = "I8", np.ones((2, K), np.int8)
+            ckpt.tensors[f"model.layers.{layer}.self_attn.{last}.weight_scale"] = f32(0.1, 0.1)
+    sound(ckpt.write(tmp_path / "ckpt"))
 
 
 def test_excluded_experts_by_their_layers_name(tmp_path):
-    made = Checkpoint()
-    for name in [n for n in made.tensors if ".experts." in n]:
+    ckpt = Checkpoint()
+    for name in [n for n in ckpt.tensors if ".experts." in n]:
         if name.endswith("scale"):
-            del made.tensors[name]
+            del ckpt.tensors[name]
         else:
-            made.tensors[name] = bf16(*made.tensors[name][1].shape)
-    made.quant["exclude"] += ["layers.0.mlp.experts", "model.layers.1.mlp.experts"]
-    lines = sound(made.write(tmp_path / "ckpt"))
+            ckpt.tensors[name] = bf16(*ckpt.tensors[name][1].shape)
+    ckpt.quant["exclude"] += ["layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    lines = sound(ckpt.write(tmp_path / "ckpt"))
     assert f"  {3 + 2 * 3 * EXPERTS} modules in `exclude`" in lines and len(lines) == 4
 
 
 @pytest.mark.parametrize("entry", ["re:.*mlp.gate", "*.mlp.gate*", "re:.*gate$"])
 def test_a_routers_pattern_is_no_gates(tmp_path, entry):
     """Of a stack's name `mlp.gate_proj`, which this checkpoint does not have."""
-    made = Checkpoint()
-    made.quant["exclude"] = ["lm_head", entry]
-    assert "  3 modules in `exclude`" in sound(made.write(tmp_path / "ckpt"))
+    ckpt = Checkpoint()
+    ckpt.quant["exclude"] = ["lm_head", entry]
+    assert "  3 modules in `exclude`" in sound(ckpt.write(tmp_path / "ckpt"))
 
 
 def test_zero_points_of_one_value(tmp_path):
-    made = Checkpoint(qscheme="per_tensor")
+    ckpt = Checkpoint(qscheme="per_tensor")
     name = "model.layers.1.self_attn.o_proj.weight_zero_point"
-    made.tensors[name] = "I8", np.zeros(N, np.int8)
-    problem(made.write(tmp_path / "ckpt"), name, "is I8 [6], but expected are 1 integers", AGAIN)
-    made.tensors[name] = "I8", np.zeros(1, np.int8)
-    sound(made.write(tmp_path / "ckpt"))
+    ckpt.tensors[name] = "I8", np.zeros(N, np.int8)
+    problem(ckpt.write(tmp_path / "ckpt"), name, "is I8 [6], but expected are 1 integers", AGAIN)
+    ckpt.tensors[name] = "I8", np.zeros(1, np.int8)
+    sound(ckpt.write(tmp_path / "ckpt"))
 
 
 def test_schemes_that_no_kernel_runs(tmp_path):
-    made = Checkpoint()
-    special = copy.deepcopy(made.quant["global_quant_config"])
+    ckpt = Checkpoint()
+    special = copy.deepcopy(ckpt.quant["global_quant_config"])
     special["weight"]["symmetric"] = False
-    made.quant["layer_quant_config"]["*.o_proj"] = special
-    line = problem(made.write(tmp_path / "ckpt"), "INT8 weights with symmetric=False", f"{AGAIN} with symmetric=True")
+    ckpt.quant["layer_quant_config"]["*.o_proj"] = special
+    line = problem(ckpt.write(tmp_path / "ckpt"), "INT8 weights with symmetric=False", f"{AGAIN} with symmetric=True")
     assert line.startswith("model.layers.0.self_attn.o_proj has a scheme that no kernel runs, and so have 1 more (")
     assert "model.layers.1.self_attn.o_proj" in line
     special["weight"] = None
     for layer in (0, 1):
         name = f"model.layers.{layer}.self_attn.o_proj.weight"
-        made.tensors[name] = bf16(N, K)
-        del made.tensors[f"{name}_scale"]
-    problem(made.write(tmp_path / "ckpt"), "its input is quantized, its weight is not")
+        ckpt.tensors[name] = bf16(N, K)
+        del ckpt.tensors[f"{name}_scale"]
+    problem(ckpt.write(tmp_path / "ckpt"), "its input is quantized, its weight is not")
 
 
 def test_an_int8_head(tmp_path):
-    made = Checkpoint()
-    made.quant["exclude"].remove("lm_head")
-    made.tensors["lm_head.weight"] = "I8", np.ones((N, K), np.int8)
-    made.tensors["lm_head.weight_scale"] = scaled(0, 1)
-    folder = made.write(tmp_path / "ckpt")
+    ckpt = Checkpoint()
+    ckpt.quant["exclude"].remove("lm_head")
+    ckpt.tensors["lm_head.weight"] = "I8", np.ones((N, K), np.int8)
+    ckpt.tensors["lm_head.weight_scale"] = scaled(0, 1)
+    folder = ckpt.write(tmp_path / "ckpt")
     problem(folder, "lm_head.weight (model.safetensors) is int8", "add it to `exclude` and export it unquantized")
     sound(Checkpoint().write(folder))
 
 
 def test_another_dtype(tmp_path):
-    made = Checkpoint()
-    made.tensors["model.layers.1.self_attn.o_proj.weight"] = "U8", np.ones((N, K), np.uint8)
-    code, lines = check(made.write(tmp_path / "ckpt"))
+    ckpt = Checkpoint()
+    ckpt.tensors["model.layers.1.self_attn.o_proj.weight"] = "U8", np.ones((N, K), np.uint8)
+    code, lines = check(ckpt.write(tmp_path / "ckpt"))
     assert code == 1 and any("o_proj.weight (model.safetensors) is U8, but config.json says int8" in x for x in lines)
 
 
 def test_twice(tmp_path):
-    made = Checkpoint()
-    made.files["other.safetensors"] = {f"{EXPERT}.weight": made.tensors[f"{EXPERT}.weight"]}
-    folder = made.write(tmp_path / "ckpt")
+    ckpt = Checkpoint()
+    ckpt.files["other.safetensors"] = {f"{EXPERT}.weight": ckpt.tensors[f"{EXPERT}.weight"]}
+    folder = ckpt.write(tmp_path / "ckpt")
     line = problem(folder, "is in the checkpoint twice, in model.safetensors and other.safetensors")
     assert line.startswith(f"{EXPERT}.weight (other.safetensors)") and "keep the files of one export" in line
     (folder / "other.safetensors").unlink()
@@ -663,33 +663,33 @@ def test_twice(tmp_path):
 
 
 def test_what_matches_nothing(tmp_path):
-    made = Checkpoint(stacked=True)
-    made.quant["exclude"] += [
+    ckpt = Checkpoint(stacked=True)
+    ckpt.quant["exclude"] += [
         "model.layers.9.mlp.gate",
         "re:.*nothing",
         "re:.*embed",
         "model.layers.0.mlp.shared_experts",
     ]
-    made.quant["layer_quant_config"] = {
-        "*layers.7.*": made.quant["global_quant_config"],
+    ckpt.quant["layer_quant_config"] = {
+        "*layers.7.*": ckpt.quant["global_quant_config"],
         # Names of layers that vLLM makes, and of what a stacked tensor holds.
-        "model.layers.1.mlp.experts": made.quant["global_quant_config"],
-        "layers.1.self_attn.qkv_proj": made.quant["global_quant_config"],
-        "model.layers.1.mlp.experts.2.up_proj": made.quant["global_quant_config"],
-        "*.experts.2.down_proj": made.quant["global_quant_config"],
+        "model.layers.1.mlp.experts": ckpt.quant["global_quant_config"],
+        "layers.1.self_attn.qkv_proj": ckpt.quant["global_quant_config"],
+        "model.layers.1.mlp.experts.2.up_proj": ckpt.quant["global_quant_config"],
+        "*.experts.2.down_proj": ckpt.quant["global_quant_config"],
     }
     unmatched = ["model.layers.9.mlp.gate", "re:.*nothing", "model.layers.0.mlp.shared_experts", "*layers.7.*"]
-    folder = made.write(tmp_path / "ckpt")
+    folder = ckpt.write(tmp_path / "ckpt")
     assert f"  nothing matches 4 of `exclude` and `layer_quant_config`: {', '.join(unmatched)}" in sound(folder)
     code, lines = check(folder, "--json")
     assert code == 0 and json.loads("".join(lines))["unmatched"] == unmatched
 
 
 def test_a_tied_head_may_be_listed(tmp_path):
-    made = Checkpoint()
-    made.config["tie_word_embeddings"] = True
-    del made.tensors["lm_head.weight"]
-    assert len(sound(made.write(tmp_path / "ckpt"))) == 4
+    ckpt = Checkpoint()
+    ckpt.config["tie_word_embeddings"] = True
+    del ckpt.tensors["lm_head.weight"]
+    assert len(sound(ckpt.write(tmp_path / "ckpt"))) == 4
 
 
 def test_language_models_inside_others(tmp_path):
@@ -698,27 +698,27 @@ def test_language_models_inside_others(tmp_path):
         ("model.language_model", "language_model.model"),
         ("language_model.model", "model.language_model"),
     ):
-        made = Checkpoint()
-        made.files["model.safetensors"] = {n.replace("model.", f"{here}.", 1): t for n, t in made.tensors.items()}
-        made.quant["exclude"] = ["lm_head", *(f"{there}.layers.{i}.mlp.gate" for i in (0, 1))]
-        assert "  3 modules in `exclude`" in sound(made.write(tmp_path / "ckpt"))
+        ckpt = Checkpoint()
+        ckpt.files["model.safetensors"] = {n.replace("model.", f"{here}.", 1): t for n, t in ckpt.tensors.items()}
+        ckpt.quant["exclude"] = ["lm_head", *(f"{there}.layers.{i}.mlp.gate" for i in (0, 1))]
+        assert "  3 modules in `exclude`" in sound(ckpt.write(tmp_path / "ckpt"))
         assert len(sound(tmp_path / "ckpt")) == 4
 
 
 def test_configs_of_a_text_model(tmp_path):
-    made = Checkpoint()
-    made.config = {"text_config": {"quantization_config": made.quant}}
-    sound(made.write(tmp_path / "ckpt"))
+    ckpt = Checkpoint()
+    ckpt.config = {"text_config": {"quantization_config": ckpt.quant}}
+    sound(ckpt.write(tmp_path / "ckpt"))
 
 
 # Files and configs that are none.
 
 
 def test_files_cut_short(tmp_path):
-    made = Checkpoint()
-    made.files["other.safetensors"] = {"model.extra.weight": bf16(K)}
-    folder = made.write(tmp_path / "ckpt")
-    whole = {name: (folder / name).read_bytes() for name in made.files}
+    ckpt = Checkpoint()
+    ckpt.files["other.safetensors"] = {"model.extra.weight": bf16(K)}
+    folder = ckpt.write(tmp_path / "ckpt")
+    whole = {name: (folder / name).read_bytes() for name in ckpt.files}
     (folder / "model.safetensors").write_bytes(whole["model.safetensors"][:-1])
     (folder / "other.safetensors").write_bytes(b"PK")
     problem(folder, "model.safetensors is no whole safetensors file (it is cut short)", "copy or export it again", of=2)
@@ -855,39 +855,39 @@ OTHERS: dict[str, tuple[Callable[[Checkpoint], object], str]] = {
 
 @pytest.mark.parametrize("what", OTHERS)
 def test_not_an_int8_checkpoint_of_quark(tmp_path, what):
-    made = Checkpoint()
+    ckpt = Checkpoint()
     change, said = OTHERS[what]
-    change(made)
-    one_line(cli(ROOT, "check", made.write(tmp_path / "ckpt")), "ckpt/config.json", said)
+    change(ckpt)
+    one_line(cli(ROOT, "check", ckpt.write(tmp_path / "ckpt")), "ckpt/config.json", said)
 
 
 def test_int8_files_whose_config_does_not_say_so(tmp_path):
-    made = Checkpoint()
-    folder = made.write(tmp_path / "ckpt")
-    del made.quant["quant_method"]
-    line = problem(made.write(folder), "config.json has no quant_method")
+    ckpt = Checkpoint()
+    folder = ckpt.write(tmp_path / "ckpt")
+    del ckpt.quant["quant_method"]
+    line = problem(ckpt.write(folder), "config.json has no quant_method")
     assert 'add "quant_method": "quark"' in line
-    made.quant["quant_method"] = "quark"
-    sound(made.write(folder))
-    special, made.quant["global_quant_config"] = made.quant["global_quant_config"], None
+    ckpt.quant["quant_method"] = "quark"
+    sound(ckpt.write(folder))
+    special, ckpt.quant["global_quant_config"] = ckpt.quant["global_quant_config"], None
     problem(
-        made.write(folder), "config.json quantizes no layer to INT8, but 32 weights are int8", "restore config.json"
+        ckpt.write(folder), "config.json quantizes no layer to INT8, but 32 weights are int8", "restore config.json"
     )
-    made.quant["global_quant_config"] = special
-    del made.config["quantization_config"]
+    ckpt.quant["global_quant_config"] = special
+    del ckpt.config["quantization_config"]
     line = problem(
-        made.write(folder), "config.json has no quantization_config, but 32 weights are int8, model.layers.0."
+        ckpt.write(folder), "config.json has no quantization_config, but 32 weights are int8, model.layers.0."
     )
     assert line.endswith("restore config.json from the export")
-    made.config["quantization_config"] = made.quant
-    sound(made.write(folder))
+    ckpt.config["quantization_config"] = ckpt.quant
+    sound(ckpt.write(folder))
 
 
 def test_quark_without_int8(tmp_path):
-    made = Checkpoint()
-    made.quant["global_quant_config"] = {"weight": {"dtype": "fp8_e4m3"}, "input_tensors": {"dtype": "fp8_e4m3"}}
-    made.files["model.safetensors"] = {"model.layers.0.mlp.up_proj.weight": ("U8", np.ones((2, 2)))}
-    lines = sound(made.write(tmp_path / "ckpt"))
+    ckpt = Checkpoint()
+    ckpt.quant["global_quant_config"] = {"weight": {"dtype": "fp8_e4m3"}, "input_tensors": {"dtype": "fp8_e4m3"}}
+    ckpt.files["model.safetensors"] = {"model.layers.0.mlp.up_proj.weight": ("U8", np.ones((2, 2)))}
+    lines = sound(ckpt.write(tmp_path / "ckpt"))
     assert lines[1] == "note: no layer is INT8: nothing was judged but that the files are whole"
 
 
@@ -901,16 +901,16 @@ BROKEN_CONFIGS = {
 
 @pytest.mark.parametrize("key", BROKEN_CONFIGS)
 def test_broken_quantization_config(tmp_path, key):
-    made = Checkpoint()
+    ckpt = Checkpoint()
     value, *said = BROKEN_CONFIGS[key]
-    made.quant[key] = value
-    problem(made.write(tmp_path / "ckpt"), "config.json is wrong, ", *said)
+    ckpt.quant[key] = value
+    problem(ckpt.write(tmp_path / "ckpt"), "config.json is wrong, ", *said)
 
 
 def test_broken_pattern(tmp_path):
-    made = Checkpoint()
-    made.quant["exclude"].append("re:(")
-    code, lines = check(made.write(tmp_path / "ckpt"))
+    ckpt = Checkpoint()
+    ckpt.quant["exclude"].append("re:(")
+    code, lines = check(ckpt.write(tmp_path / "ckpt"))
     assert code == 1 and "config.json is wrong" in lines[1] and "re:(" in lines[1]
 
 
@@ -918,9 +918,9 @@ def test_broken_pattern(tmp_path):
 
 
 def test_json(tmp_path):
-    made = Checkpoint()
-    made.tensors[SCALE] = scaled(4, np.nan)
-    done = cli(ROOT, "check", made.write(tmp_path / "ckpt"), "--json")
+    ckpt = Checkpoint()
+    ckpt.tensors[SCALE] = scaled(4, np.nan)
+    done = cli(ROOT, "check", ckpt.write(tmp_path / "ckpt"), "--json")
     assert done.returncode == 1 and not done.stderr
     data = json.loads(done.stdout)
     assert {k: data[k] for k in ("checkpoint", "sound", "excluded", "unmatched", "notes")} == {
@@ -943,10 +943,10 @@ def test_json(tmp_path):
 
 
 def test_many_problems_of_a_kind(tmp_path):
-    made = Checkpoint()
-    for name in [n for n in made.tensors if n.endswith("scale")][:20]:
-        made.tensors[name] = scaled(0, np.nan)
-    folder = made.write(tmp_path / "ckpt")
+    ckpt = Checkpoint()
+    for name in [n for n in ckpt.tensors if n.endswith("scale")][:20]:
+        ckpt.tensors[name] = scaled(0, np.nan)
+    folder = ckpt.write(tmp_path / "ckpt")
     code, lines = check(folder)
     assert code == 1 and lines[-1] == "problems: 20" and len(problem_lines(lines)) == 11
     assert lines[-2] == f"… and 10 more (--json has them all): {AGAIN}"
@@ -954,9 +954,9 @@ def test_many_problems_of_a_kind(tmp_path):
 
 
 def test_names_that_are_no_text(tmp_path):
-    made = Checkpoint()
-    made.tensors["model.layers.0.self_attn.o_proj.\ud800\n\x1b[31m"] = f32(1)
-    done = cli(ROOT, "check", made.write(tmp_path / "ckpt"))
+    ckpt = Checkpoint()
+    ckpt.tensors["model.layers.0.self_attn.o_proj.\ud800\n\x1b[31m"] = f32(1)
+    done = cli(ROOT, "check", ckpt.write(tmp_path / "ckpt"))
     assert done.returncode == 1 and not done.stderr
     assert any("o_proj.\\ud800\\n\\x1b[31m (model.safetensors) lies beside" in x for x in done.stdout.splitlines())
 
@@ -991,18 +991,18 @@ def test_names_that_are_of_no_hub(name):
 def test_hub_headers(tmp_path, monkeypatch):
     import huggingface_hub
 
-    made = Checkpoint()
-    made.tensors[SCALE] = scaled(4, np.nan)
-    made.quant["exclude"].append("model.layers.0.self_attn.o_proj")
-    folder = made.write(tmp_path / "ckpt")
+    ckpt = Checkpoint()
+    ckpt.tensors[SCALE] = scaled(4, np.nan)
+    ckpt.quant["exclude"].append("model.layers.0.self_attn.o_proj")
+    folder = ckpt.write(tmp_path / "ckpt")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(folder / file))
     monkeypatch.setattr(headers, "contents_of_hub", lambda name, revision: headers.read_contents(str(folder)))
     line = problem("somebody/something", "is int8, but", "`exclude`")
     assert "layers.0.self_attn.o_proj" in line
-    made.quant["exclude"].pop()
-    made.write(folder)
+    ckpt.quant["exclude"].pop()
+    ckpt.write(folder)
     lines = sound("somebody/something")
-    assert lines[0] == f"somebody/something: {len(made.tensors)} tensors in 1 file"
+    assert lines[0] == f"somebody/something: {len(ckpt.tensors)} tensors in 1 file"
     assert lines[-2].startswith("note: values of scales and zero points were not looked at")
     monkeypatch.setattr(headers, "contents_of_hub", lambda name, revision: None)
     with pytest.raises(checkpoint.NoCheckpointError, match="has no safetensors files on the Hugging Face hub"):

@@ -123,7 +123,7 @@ def drift_page(results: dict) -> str:
         page += [
             "## Layer tests on drifted trees",
             "",
-            "`tests/quantization` with the series, without the mutants.",
+            "`tests/quantization` with the series, without mutants and reloads.",
             "",
             *_table(["drift", "number", "result"], [[kind, str(n), said] for kind, n, said in results["tests"]]),
             "",

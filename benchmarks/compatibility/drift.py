@@ -136,7 +136,8 @@ class Drifter:
                     and isinstance(n.value, str)
                     and n.value.count(" ") > 2
                     and n.lineno == n.end_lineno
-                    and rows[n.lineno - 1].encode()[n.col_offset : n.col_offset + 1] in (b'"', b"'")
+                    and (quotes := rows[n.lineno - 1].encode()[n.col_offset : n.col_offset + 3])[:1] in (b'"', b"'")
+                    and quotes not in (b'"""', b"'''")
                 ]
                 if words:
                     n = self.rng.choice(words)
@@ -598,8 +599,8 @@ def layer_tests(patched: Path, folder: Path) -> str:
             "-p",
             "no:cacheprovider",
             "tests/quantization",
-            "--deselect",
-            "tests/quantization/quark/test_int8_mutants.py",
+            *("--ignore", "tests/quantization/quark/test_int8_mutants.py"),
+            *("--ignore", "tests/quantization/quark/test_reload.py"),
         ],
         cwd=ROOT,
         capture_output=True,

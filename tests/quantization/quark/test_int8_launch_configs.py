@@ -71,6 +71,18 @@ def test_without_a_file_of_their_own_they_take_what_they_took(folder):
     assert taken(int8_config()) == BF16
 
 
+def test_no_default_is_told_of_where_there_is_a_file(folder, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        fused_moe.logger, "warning_once", lambda text, *args, **more: told.append(text)
+    )
+    monkeypatch.setattr(
+        fused_moe.logger, "warning", lambda text, *args, **more: told.append(text)
+    )
+    folder(None, BF16)
+    assert taken(int8_config()) == BF16 and not told
+
+
 def test_without_any_file_they_take_the_default(folder):
     default = taken(moe_config.FUSED_MOE_UNQUANTIZED_CONFIG)
     assert taken(int8_config()) == default

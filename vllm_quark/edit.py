@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -255,7 +256,8 @@ def edit(source: str, rules: FileEdit) -> Edited:
     result = raw.decode()
     try:
         if not rules.is_cmake:
-            ast.parse(result)
+            with warnings.catch_warnings(action="ignore"):
+                compile(result, rules.file, "exec", dont_inherit=True)  # ast.parse takes a keyword given twice
         for statement in rules.imports:
             result = add_import(result, statement, rules.file.split("/")[0])
         present = _found(result, rules).get("present")

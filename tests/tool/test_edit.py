@@ -157,11 +157,12 @@ def test_text_beyond_ascii():
     ("rewrites", "said"),
     [
         ([({"pattern": "old($X)"}, "new(")], "no valid Python"),
+        ([({"pattern": "old($X)"}, "new(a=1, a=$X)")], "no valid Python.*repeated"),
         ([({"pattern": "old($X)"}, "other($X)")], "'present' does not match"),
         ([OLD, ({"pattern": "return old($X)"}, "return new($X)")], "overlap"),
         ([({"patern": "old($X)"}, "new($X)")], "refuses a rule"),
     ],
-    ids=["syntax", "not recognised", "overlap", "bad rule"],
+    ids=["syntax", "a keyword twice", "not recognised", "overlap", "bad rule"],
 )
 def test_broken_patches_are_refused(rewrites, said):
     with pytest.raises(PatchError, match=said):

@@ -7,6 +7,7 @@ Run `pytest tests/quantization/quark/test_int8_launch_configs.py`.
 
 import inspect
 import json
+import os
 import re
 from pathlib import Path
 
@@ -71,21 +72,55 @@ def test_without_a_file_of_their_own_they_take_what_they_took(folder):
     assert taken(int8_config()) == BF16
 
 
-def test_no_default_is_told_of_where_there_is_a_file(folder, monkeypatch):
-    told = []
-    monkeypatch.setattr(
-        fused_moe.logger, "warning_once", lambda text, *args, **more: told.append(text)
-    )
-    monkeypatch.setattr(
-        fused_moe.logger, "warning", lambda text, *args, **more: told.append(text)
-    )
+@pytest.fixture
+def warned(monkeypatch):
+    """Texts of warnings, with what is filled in."""
+    texts = []
+    for name in ("warning", "warning_once"):
+        monkeypatch.setattr(
+            fused_moe.logger, name, lambda text, *args, **_: texts.append(text % args)
+        )
+    return texts
+
+
+def test_no_default_is_told_of_where_there_is_a_file(folder, warned):
     folder(None, BF16)
-    assert taken(int8_config()) == BF16 and not told
+    assert taken(int8_config()) == BF16 and not warned
 
 
-def test_without_any_file_they_take_the_default(folder):
+def test_without_any_file_they_take_the_default(folder, warned):
     default = taken(moe_config.FUSED_MOE_UNQUANTIZED_CONFIG)
+    warned.clear()
     assert taken(int8_config()) == default
+    name = fused_moe.get_config_file_name(E, N, "int8_w8a8")
+    assert len(warned) == 1 and name in warned[0], warned
+
+
+def test_a_users_folder_goes_before_vllms(folder, monkeypatch):
+    """Also with the name that INT8 experts had before they had one of their own."""
+    experts, width, device = SHIPPED[0]
+    monkeypatch.setattr(
+        fused_moe.current_platform, "get_device_name", lambda *_: device
+    )
+    assert fused_moe.get_moe_configs(experts, width, "int8_w8a8") not in (
+        None,
+        {1: BF16},
+    )
+    user = Path(os.environ["VLLM_TUNED_CONFIG_FOLDER"])
+    (user / fused_moe.get_config_file_name(experts, width, None)).write_text(
+        json.dumps({"1": BF16})
+    )
+    fused_moe.get_moe_configs.cache_clear()
+    assert fused_moe.get_moe_configs(experts, width, "int8_w8a8") == {1: BF16}
+
+
+def test_block_shapes_stay_in_the_name(folder):
+    user = Path(os.environ["VLLM_TUNED_CONFIG_FOLDER"])
+    (user / fused_moe.get_config_file_name(E, N, None, [128, 128])).write_text(
+        json.dumps({"1": BF16})
+    )
+    folder(None, INT8)
+    assert fused_moe.get_moe_configs(E, N, "int8_w8a8", 128, 128) == {1: BF16}
 
 
 @pytest.mark.parametrize("is_int8", [True, False])

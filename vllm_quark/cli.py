@@ -11,6 +11,7 @@ import functools
 import importlib.metadata
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -84,9 +85,21 @@ STYLE = {
 }
 DIFF_STYLE = {"diff ": "bold", "--- ": "bold", "+++ ": "bold", "@@ ": "cyan", "+": "green", "-": "red"}
 
+
+def _read_folder(text: str) -> Path:
+    """A folder's path; an empty variable of a script must not stand for the current folder."""
+    if not text.strip():
+        raise typer.BadParameter(f"'{text}' names no folder")
+    return Path(text)
+
+
 TreeArgument = Annotated[
     Path | None,
-    typer.Argument(metavar="[TREE]", help="site-packages, source checkout or unpacked sdist; default: installed vLLM"),
+    typer.Argument(
+        metavar="[TREE]",
+        parser=_read_folder,
+        help="site-packages, source checkout or unpacked sdist; default: installed vLLM",
+    ),
 ]
 Only = Annotated[
     list[str] | None, typer.Option("--only", metavar="NAME", help="this patch only: 1, 0001 or its name; 1,2 for two")
@@ -95,7 +108,7 @@ Until = Annotated[str | None, typer.Option("--until", metavar="NAME", help="the 
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 # Problems with the same way out are many at times; JSON has them all.
 FEW = 10
-OutFolder = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="folder to write")]
+OutFolder = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", parser=_read_folder, help="folder to write")]
 
 
 def _version(wanted: bool) -> None:
@@ -236,14 +249,14 @@ def revert(
 @app.command("run", context_settings={"allow_interspersed_args": False})
 @_guard
 def run_on_shadow(
-    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND…", help="a program and its arguments")],
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="a program and its arguments")],
     only: Only = None,
     until: Until = None,
 ) -> int:
     """Run COMMAND on the installed vLLM with the patches; nothing that is installed changes.
 
     What COMMAND starts sees the patched vLLM, too: workers, scripts, python -m. A Ray cluster has to be started so
-    as well, on each node: vllm-quark run -- ray start …
+    as well, on each node: vllm-quark run -- ray start ...
 
     Example: vllm-quark run -- vllm serve CKPT
     """
@@ -280,7 +293,7 @@ def diff_command(tree: TreeArgument = None, only: Only = None, until: Until = No
 @app.command("format-patch")
 @_guard
 def format_patch(
-    tree: Annotated[Path, typer.Argument(metavar="TREE", help="the tree that the series is for")],
+    tree: Annotated[Path, typer.Argument(metavar="TREE", parser=_read_folder, help="the tree that the series is for")],
     out: OutFolder,
     only: Only = None,
     until: Until = None,
@@ -306,7 +319,8 @@ def format_patch(
         print(json.dumps({"tree": str(where.root), "version": where.version, "files": [str(f) for f in files]}))
     elif files:
         print("\n".join(map(str, files)))
-        print(f"In {where.root}: git am --keep-non-patch{' --empty=drop' if cover else ''} {out.absolute()}/*.patch")
+        mails = f"{shlex.quote(str(out.absolute()))}/*.patch"
+        print(f"In {where.root}: git am --keep-non-patch{' --empty=drop' if cover else ''} {mails}")
     else:
         print("nothing to write: no patch applies to this tree")
     return 0
@@ -365,6 +379,8 @@ def shadow_command(
 
     Example: vllm-quark shadow -o DIR --only 0002
     """
+    if stock and only:
+        raise QuarkError("--stock and --only exclude each other")
     if out.exists():
         raise QuarkError(f"{out}: exists already: delete it to make it anew")
     series = load_series()

@@ -37,5 +37,5 @@ def write_configs(series: Series, out: Path, stock: bool = False) -> list[Path]:
             finally:
                 new.unlink(missing_ok=True)
     except OSError as e:
-        raise QuarkError(f"{e.filename or out}: cannot be written: {e.strerror}") from e
+        raise QuarkError(f"{e.filename or out}: cannot be written: {e.strerror}: name another folder") from e
     return list(contents)

@@ -53,10 +53,10 @@ def _ast_grep() -> str:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         installed = importlib.metadata.files("ast-grep-cli") or []
         folders += [Path(str(f.locate())).resolve().parent for f in installed if f.name in ("ast-grep", "ast-grep.exe")]
+    # Its short name, sg, is another program of Debian's.
     for folder in folders:
-        for name in ("ast-grep", "sg"):
-            if program := shutil.which(name, path=folder):
-                return program
+        if program := shutil.which("ast-grep", path=folder):
+            return program
     if program := shutil.which("ast-grep"):
         return program
     raise QuarkError("ast-grep is not installed: pip install ast-grep-cli")

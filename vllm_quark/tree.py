@@ -7,7 +7,9 @@ import functools
 import importlib.util
 import os
 import re
+import shlex
 import sys
+import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -268,7 +270,10 @@ class Tree:
         if (self.root / ".git").exists():
             return f"git checkout -- {' '.join(files)}"
         if self.installation is not None:
-            python = f"{sys.executable} -m pip install --force-reinstall --no-deps"
+            # Another Python's packages: this one's pip would install beside them.
+            own = self.root.resolve() in {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
+            where = "" if own else f"--target {shlex.quote(str(self.root))} --upgrade "
+            python = f"{sys.executable} -m pip install {where}--force-reinstall --no-deps"
             return f"{python} {self.installation.name}=={self.installation.version}"
         return f"put back what vLLM {self.version} has there"
 

@@ -235,6 +235,20 @@ def test_a_choice_of_nothing_is_not_all(home, tree, words):
     assert snapshot(tree) == before
 
 
+def test_an_empty_folder_name_is_not_the_current_one(home, tree):
+    """An empty variable of a script: `configs -o "$OUT"`."""
+    before, at_home = snapshot(tree), snapshot(home)
+    for words in (["apply", ""], ["format-patch", "", "-o", "x"], ["configs", "-o", ""], ["shadow", "-o", " "]):
+        done = cli(home, *words, cwd=tree)
+        assert done.returncode == 2 and "names no folder" in done.stderr, (words, done.stdout, done.stderr)
+    assert snapshot(tree) == before and snapshot(home) == at_home
+
+
+def test_spaces_between_names(home, tree):
+    done = cli(home, "status", tree, "--only", "1, 0002", "--json")
+    assert [p["name"][:4] for p in json.loads(done.stdout)["patches"]] == ["0001", "0002"], done.stdout
+
+
 @pytest.mark.parametrize("linked", [".vllm-quark", ".vllm-quark/lock"])
 def test_record_that_leads_nowhere(home, tree, tmp_path, linked):
     (tree / linked).parent.mkdir(exist_ok=True)

@@ -174,6 +174,9 @@ def test_ast_grep_is_found_where_pip_install_user_puts_it(tmp_path, monkeypatch)
     from vllm_quark import edit as module
 
     module._ast_grep.cache_clear()
+    other = tmp_path / "sg"  # Debian has another program of this name
+    other.write_text("#!/bin/sh\nexit 1\n")
+    other.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))

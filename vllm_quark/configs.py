@@ -2,11 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """The launch configs of INT8 experts as files for VLLM_TUNED_CONFIG_FOLDER."""
 
-import os
 from pathlib import Path, PurePosixPath
 
 from vllm_quark.patches import QuarkError
 from vllm_quark.series import Series
+from vllm_quark.transaction import make_folder, replace_file
 
 PATCH = "0013"
 DTYPE = ",dtype=int8_w8a8"
@@ -28,14 +28,9 @@ def write_configs(series: Series, out: Path, stock: bool = False) -> list[Path]:
         for path, content in contents.items():
             if path.exists() and path.read_bytes() != content:
                 raise QuarkError(f"{path}: there already, with other content: move it away, or name another folder")
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         for path, content in contents.items():
-            new = path.with_name(f".{path.name}.{os.getpid()}")
-            try:
-                new.write_bytes(content)
-                new.replace(path)
-            finally:
-                new.unlink(missing_ok=True)
+            replace_file(path, content)
     except OSError as e:
         raise QuarkError(f"{e.filename or out}: cannot be written: {e.strerror}: name another folder") from e
     return list(contents)

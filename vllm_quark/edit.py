@@ -8,6 +8,7 @@ import enum
 import functools
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -54,10 +55,8 @@ def _ast_grep() -> str:
         installed = importlib.metadata.files("ast-grep-cli") or []
         folders += [Path(str(f.locate())).resolve().parent for f in installed if f.name in ("ast-grep", "ast-grep.exe")]
     # Its short name, sg, is another program of Debian's.
-    for folder in folders:
-        if program := shutil.which("ast-grep", path=folder):
-            return program
-    if program := shutil.which("ast-grep"):
+    beside = os.pathsep.join(map(str, folders))
+    if program := shutil.which("ast-grep", path=beside) or shutil.which("ast-grep"):
         return program
     raise QuarkError("ast-grep is not installed: pip install ast-grep-cli")
 
@@ -256,7 +255,8 @@ def edit(source: str, rules: FileEdit) -> Edited:
     result = raw.decode()
     try:
         if not rules.is_cmake:
-            with warnings.catch_warnings(action="ignore"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 compile(result, rules.file, "exec", dont_inherit=True)  # ast.parse takes a keyword given twice
         for statement in rules.imports:
             result = add_import(result, statement, rules.file.split("/")[0])

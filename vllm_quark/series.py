@@ -42,7 +42,7 @@ class Series:
         for option, words in [*(("--only", words) for words in only), ("--until", until)]:
             if words is not None and not words.strip(", "):
                 raise QuarkError(f"{option} '{words}': names no patch: leave {option} out for all of them")
-        names = [name.strip() for words in only for name in words.split(",") if name.strip()]
+        names = [name for words in only for name in map(str.strip, words.split(",")) if name]
         if names and until:
             raise QuarkError("--only and --until exclude each other")
         if names:

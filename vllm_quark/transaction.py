@@ -66,7 +66,8 @@ def _give_to_owner(path: Path, like: Path) -> None:
             os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make `folder` and those around it; one that root makes belongs to the owner of the folder around it."""
     for path in [*reversed(folder.parents), folder]:
         if not path.is_dir():
             path.mkdir(exist_ok=True)
@@ -106,13 +107,14 @@ def _stage_known(path: Path, data: bytes, known: FileRecord) -> None:
     _give_to_owner(_temp(path), path.parent)
 
 
-def _write(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all; root gives it to the owner of what was there, or of its folder."""
     _stage(path, data)
     os.replace(_temp(path), path)
 
 
 def _store(root: Path, record: Record) -> None:
-    _write(record_path(root), record.to_json().encode())
+    replace_file(record_path(root), record.to_json().encode())
 
 
 @contextlib.contextmanager
@@ -121,7 +123,7 @@ def lock_tree(root: Path) -> Iterator[None]:
     folder = root / RECORD_DIR
     while True:
         try:
-            _make_folder(folder)
+            make_folder(folder)
             lock = open(folder / "lock", "a")  # noqa: SIM115
         except (FileNotFoundError, FileExistsError) as e:
             for path in (folder, folder / "lock"):
@@ -143,7 +145,7 @@ def lock_tree(root: Path) -> Iterator[None]:
             try:
                 _give_to_owner(folder / "lock", folder)
                 if not (folder / ".gitignore").exists():
-                    _write(folder / ".gitignore", b"*\n")
+                    replace_file(folder / ".gitignore", b"*\n")
                 yield
             except OSError as e:
                 raise _explain(e, e.filename or folder, "write") from e
@@ -167,8 +169,8 @@ def _keep_original(root: Path, file: str, data: bytes | None) -> FileRecord:
     if data is None:
         return FileRecord(None, [])
     keep = original_path(root, file)
-    _make_folder(keep.parent)
-    _write(keep, data)
+    make_folder(keep.parent)
+    replace_file(keep, data)
     stat = path.stat()
     link = os.readlink(path) if path.is_symlink() else None
     return FileRecord(digest_of(data), [], stat.st_mode & 0o7777, link, stat.st_mtime_ns)
@@ -204,7 +206,7 @@ def change_files(root: Path, record: Record, wanted: Mapping[str, bytes | None],
         for file, (_, new) in changes.items():
             path = root / file
             if new is not None:
-                _make_folder(path.parent)
+                make_folder(path.parent)
                 _stage_known(path, new, begun.files[file])
     except OSError as e:
         _finish(root, record, given_up=begun)

@@ -26,7 +26,6 @@ import ast
 import collections
 import functools
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -567,18 +566,6 @@ def one(bench: Bench, number: int, seed: int, keep: Path | None) -> dict:
     return row
 
 
-_bench: Bench  # of a worker process
-
-
-def _keep_bench(bench: Bench) -> None:
-    global _bench
-    _bench = bench
-
-
-def _run_one(number: int, seed: int, keep: Path) -> dict:
-    return one(_bench, number, seed, keep)
-
-
 def layer_tests(patched: Path, folder: Path) -> str:
     """Last line of the layer tests' report with the drifted and patched files of `patched`."""
     site = make_shadow(folder / "site", load_series(ROOT), [])
@@ -623,9 +610,8 @@ def main() -> int:
         bench = prepare(Path(folder))
         keep = args.keep or Path(folder) / "kept"
         keep.mkdir(parents=True, exist_ok=True)
-        fork = multiprocessing.get_context("fork")  # a child has the bench without a copy
-        with ProcessPoolExecutor(args.jobs, fork, _keep_bench, (bench,)) as pool:
-            rows = list(pool.map(functools.partial(_run_one, seed=args.seed, keep=keep), range(args.drifts)))
+        with ProcessPoolExecutor(args.jobs) as pool:
+            rows = list(pool.map(functools.partial(one, bench, seed=args.seed, keep=keep), range(args.drifts)))
         table: dict[str, dict] = {}
         for kind in (*KINDS, "all"):
             of_kind = [r for r in rows if kind in (r["kind"], "all")]

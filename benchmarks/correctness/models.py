@@ -100,8 +100,7 @@ def judge_cells(folder: Path, out: Path) -> None:
         for earlier in [s for s in stored if told.items() <= s.items()]:
             stored.remove(earlier)
             days += earlier["date"].split(" to ")
-            verdicts = {name: earlier["cells"].get(name, {}) | verdicts.get(name, {}) for name in ARCHITECTURES}
-        verdicts = {name: row for name, row in verdicts.items() if row}
+            verdicts |= {name: row | verdicts.get(name, {}) for name, row in earlier["cells"].items()}
         runs.append(told | {"date": " to ".join(sorted({min(days), max(days)})), "cells": verdicts})
     write_file(out, json.dumps(runs + stored, indent=1) + "\n")
 

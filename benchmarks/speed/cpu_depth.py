@@ -83,13 +83,13 @@ def experts_of(llm) -> list[str]:
     """Names of the classes that the routed experts run on."""
 
     def names(model) -> list[str]:
-        names_of = set()
+        kernels = set()
         for module in model.modules():
             method = getattr(module, "quant_method", None)
             for name in ("moe_kernel", "cpu_experts", "cpu_fused_moe"):
                 if (kernel := getattr(method, name, None)) is not None:
-                    names_of.add(type(getattr(kernel, "fused_experts", kernel)).__name__)
-        return sorted(names_of)
+                    kernels.add(type(getattr(kernel, "fused_experts", kernel)).__name__)
+        return sorted(kernels)
 
     return llm.apply_model(names)[0]
 

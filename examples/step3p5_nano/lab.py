@@ -65,6 +65,11 @@ def call_module(log: Path, python: str | Path, name: str, *words: str | Path, **
     call(log, python, "-m", f"examples.step3p5_nano.{name}", *words, cwd=ROOT, **env)
 
 
+def _is_current(file: Path, sources: list[Path]) -> bool:
+    """Whether `file` is there and no older than its `sources`."""
+    return file.exists() and file.stat().st_mtime >= max(s.stat().st_mtime for s in sources)
+
+
 def export(out: Path, *flags: str) -> Path:
     """The nano model as AMD Quark exports it (made once for each source); `flags` of export.py."""
     if not QUARK_PYTHON.exists():
@@ -72,7 +77,7 @@ def export(out: Path, *flags: str) -> Path:
     files = ("model.safetensors", "export.py", "config.json", "tokenizer_config.json")
     sources = [*(HERE / name for name in files), QUARK_PYTHON]
     config_file = out / "config.json"
-    if not config_file.exists() or config_file.stat().st_mtime < max(s.stat().st_mtime for s in sources):
+    if not _is_current(config_file, sources):
         # Quark compiles an extension when first imported, with the ninja of its own environment.
         path = os.pathsep.join([str(QUARK_PYTHON.parent), os.environ["PATH"]])
         call_module(out.with_suffix(".log"), QUARK_PYTHON, "export", HERE, out.absolute(), *flags, PATH=path)
@@ -82,9 +87,7 @@ def export(out: Path, *flags: str) -> Path:
 
 def convert(layout: str, src: Path, out: Path) -> Path:
     """Another layout of an export: "stacked" or "compressed-tensors" (made once for each source)."""
-    config_file = out / "config.json"
-    sources = [src / "config.json", HERE / "convert.py"]
-    if not config_file.exists() or config_file.stat().st_mtime < max(s.stat().st_mtime for s in sources):
+    if not _is_current(out / "config.json", [src / "config.json", HERE / "convert.py"]):
         call_module(out.with_suffix(".log"), sys.executable, "convert", layout, src.absolute(), out.absolute())
     return out
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
-"""Speculative decoding with the MTP layers, and tensor, expert and pipeline parallelism, of the nano model:
+"""Speculative decoding with the MTP layers, and tensor, expert, pipeline and data parallelism, of the nano model:
 the tables in docs/results.md.
 
     PYTHONPATH=SITE python -m benchmarks.correctness.gpu_parallel --ckpts DIR [--stdlib DIR] [--out DIR]
@@ -10,6 +10,8 @@ Compares greedy continuations, of the halves of the held-out windows, with one G
 
 import argparse
 import json
+import math
+import socket
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +30,15 @@ PARALLEL = {
     "pipeline 2": ["--pp", "2"],
     "tensor parallel 4": ["--tp", "4"],
 }
+# Two processes, each with requests of its own; experts are parted over both, by width or by number.
+DATA_PARALLEL: dict[str, list[str]] = {"data parallel 2": [], "data and expert parallel 2": ["--ep"]}
+
+
+def find_port() -> int:
+    """A free port of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def main() -> int:
@@ -46,14 +57,24 @@ def main() -> int:
     series = shadow(Path(tempfile.mkdtemp(prefix="vllm-quark-")) / "series", None)
     judge = Judge(stdlib=args.stdlib)
 
-    def run(name: str, ckpt: str, *flags: str) -> dict:
+    def run(name: str, ckpt: str, *flags: str, **env: str) -> dict:
         folder = NANO if ckpt == "bf16" else args.ckpts.absolute() / ckpt
         out = args.out / f"{ckpt}-{name.replace(' ', '-')}.json"
         try:
-            judge.run(folder, series, out, *flags)
+            judge.run(folder, series, out, *flags, **env)
         except LabError as e:
             return {"error": str(e).splitlines()[-1][:160]}
         return json.loads(out.read_text())
+
+    def run_ranks(name: str, ckpt: str, *flags: str) -> dict:
+        """The worse of two data-parallel ranks that serve the same prompts."""
+        shared = {"VLLM_DP_SIZE": "2", "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": str(find_port())}
+        ranks = [shared | {"VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)} for rank in range(2)]
+        with ThreadPoolExecutor(2) as both:
+            jobs = [both.submit(run, f"{name} {r['VLLM_DP_RANK']}", ckpt, *flags, **r) for r in ranks]
+            results = [job.result() for job in jobs]
+        failed = next((r for r in results if "error" in r), None)
+        return failed or max(results, key=lambda r: r["perplexity"] or math.inf)
 
     windows = torch.tensor(judge.windows)
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -62,6 +83,12 @@ def main() -> int:
             (c, name): pool.submit(run, name, c, *flags)
             for name, flags in PARALLEL.items()
             if int(flags[1]) <= gpus
+            for c in ("quark", "stacked", "quark-all")
+        }
+        wide |= {
+            (c, name): pool.submit(run_ranks, name, c, *flags)
+            for name, flags in DATA_PARALLEL.items()
+            if gpus > 1
             for c in ("quark", "stacked", "quark-all")
         }
         wide |= {(c, "one GPU"): pool.submit(run, "one", c) for c in ("stacked",) if wide}

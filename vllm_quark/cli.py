@@ -242,7 +242,10 @@ def revert(
         return 0
     if note:
         _print_error(note)
-    print("\n".join(f"reverted {name}" for name in gone) or "nothing to revert: no patch was applied by vllm-quark")
+    nothing = "no patch was applied by vllm-quark"
+    if only or until:
+        nothing = f"{', '.join(p.name for p in patches)}: not applied by vllm-quark"
+    print("\n".join(f"reverted {name}" for name in gone) or f"nothing to revert: {nothing}")
     return 0
 
 

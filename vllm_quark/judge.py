@@ -139,7 +139,7 @@ def _lf(data: bytes) -> bytes:
     return data.replace(b"\r\n", b"\n")
 
 
-def _is_fixed_upstream(patch: Patch, version: str) -> bool:
+def is_fixed_upstream(patch: Patch, version: str) -> bool:
     """Whether upstream is known to have the same fix in `version`."""
     return patch.upstream is not None and not (
         patch.upstream.since is not None and _is_before(version, patch.upstream.since)
@@ -186,7 +186,7 @@ def judge_patch(series: Series, patch: Patch, view: View) -> Verdict:
         new |= {file: data for file in edited if (data := after.changed[file]) is not None}
         detail = "a part of it is there already" if Outcome.PRESENT in details else ""
         return replace(verdict, status=Status.APPLIES, detail=detail, changed=new)
-    needed = [f for f in missing if f.startswith(f"{series.package}/") or not _is_fixed_upstream(patch, view.version)]
+    needed = [f for f in missing if f.startswith(f"{series.package}/") or not is_fixed_upstream(patch, view.version)]
     if needed:
         detail = f"{needed[0]} is missing: apply brings it"
         return replace(verdict, status=Status.APPLIES, detail=detail, changed=new, incomplete=True)

@@ -156,6 +156,13 @@ def find_installation(root: Path, package: str) -> Installation | None:
     return None
 
 
+def has_commits(root: Path) -> bool:
+    """Whether the tree is a git checkout with commits that git may read: not another owner's, not a broken one."""
+    with contextlib.suppress(QuarkError):
+        return (root / ".git").exists() and bool(git(root, "rev-parse", "HEAD"))
+    return False
+
+
 def find_committed(root: Path, files: Iterable[str]) -> set[str]:
     """Those of `files` that are in the tree's git as they lie there, or neither there nor here."""
     files = list(files)
@@ -168,6 +175,27 @@ def find_committed(root: Path, files: Iterable[str]) -> set[str]:
         return set()
     gone = {file for file in files if file not in there and not (root / file).exists()}
     return gone | {file for file in files if file in there and file not in differing}
+
+
+def read_committed(root: Path, file: str) -> bytes | None:
+    """Content of `file` in the tree's last commit, line ends as git's text has them; None where it has no such file."""
+    try:
+        return git(root, "show", f"HEAD:./{file}").encode("utf-8", "surrogateescape")
+    except QuarkError:
+        return None
+
+
+def find_commit(root: Path, file: str, text: str = "") -> str:
+    """The last commit that changed `file`, or that brought `text` into it; "" where git knows none."""
+    words = [f"-S{text}"] if text else []
+    with contextlib.suppress(QuarkError):
+        return git(root, "log", "-1", "--format=%h", *words, "--", file).strip()
+    return ""
+
+
+def sort_commits(root: Path, commits: Iterable[str]) -> list[str]:
+    """`commits`, newest first."""
+    return sorted(filter(None, commits), key=lambda c: -int(git(root, "rev-list", "--count", c)))
 
 
 def settle(
@@ -203,4 +231,7 @@ def settle(
         what = f"replaced since vllm-quark patched it ({len(replaced)} of {len(record.files)} files)"
     kept = {file: known for file, known in record.files.items() if file not in replaced}
     note = f"{root}: vLLM was {what}: what no longer stands is off the record"
+    if replaced and replaced <= committed:
+        few = " and ".join(sorted(replaced)[:2]) + (" and more" if len(replaced) > 2 else "")
+        note = f"{root}: commits changed {few} since vllm-quark patched them: they are off the record"
     return Record(list(record.applied), kept, list(record.folders), record.version, record.installation), note

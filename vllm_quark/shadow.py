@@ -33,14 +33,23 @@ def make_shadow(out: Path, series: Series, only: list[str], site: Path | None = 
 
 def _fill(out: Path, tree: Tree, contents: dict[str, bytes | None]) -> None:
     for folder, _, files in os.walk(tree.root / tree.package):
-        to = out / Path(folder).relative_to(tree.root)
-        to.mkdir(parents=True)
-        for name in files:
-            if (Path(folder) / name).relative_to(tree.root).as_posix() not in contents:
-                os.symlink(os.path.join(folder, name), to / name)
+        inside = Path(folder).relative_to(tree.root)
+        linked = [name for name in files if _source_of(inside / name) not in contents]
+        # A folder that we brought is none of a shadow without us.
+        if linked:
+            (out / inside).mkdir(parents=True)
+        for name in linked:
+            os.symlink(os.path.join(folder, name), out / inside / name)
     for file, data in contents.items():
         if data is not None:
             (out / file).parent.mkdir(parents=True, exist_ok=True)
             (out / file).write_bytes(data)
             if (tree.root / file).exists():
                 (out / file).chmod((tree.root / file).stat().st_mode & 0o7777)
+
+
+def _source_of(file: Path) -> str:
+    """The source that `file` was compiled from, else the file itself."""
+    if file.parent.name == "__pycache__":
+        file = file.parents[1] / f"{file.name.partition('.')[0]}.py"
+    return file.as_posix()

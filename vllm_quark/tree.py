@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from vllm_quark.edit import matches
 from vllm_quark.git import git
-from vllm_quark.judge import Status, Verdict, View, judge_patch, judge_series
+from vllm_quark.judge import Status, Verdict, View, is_fixed_upstream, judge_patch, judge_series
 from vllm_quark.patches import Patch, QuarkError
 from vllm_quark.record import (
     Installation,
@@ -25,10 +25,15 @@ from vllm_quark.record import (
     State,
     TreeError,
     digest_of,
+    find_commit,
+    find_committed,
     find_installation,
+    has_commits,
+    read_committed,
     read_original,
     read_record,
     settle,
+    sort_commits,
 )
 from vllm_quark.series import Series
 from vllm_quark.text import decode
@@ -105,6 +110,16 @@ def _applying(verdicts: Iterable[Verdict]) -> list[Verdict]:
         if verdict.status is Status.APPLIES:
             applying.append(verdict)
     return applying
+
+
+def _join(words: list[str]) -> str:
+    """The first of `words` as a text, and how many more there are."""
+    first = words if len(words) < 4 else [*words[:3], f"{len(words) - 3} more"]
+    return " and ".join([", ".join(first[:-1]), first[-1]] if len(first) > 1 else first)
+
+
+def _module_of(file: str) -> str:
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
 @dataclass(frozen=True)
@@ -190,36 +205,75 @@ class Tree:
 
     def status(self, series: Series, patches: Iterable[Patch] | None = None) -> list[Verdict]:
         """The verdict on each patch for the current files of this tree, in series order."""
-        record, replaced = self._settled()
+        record, _ = self._settled()
         outdated = self._outdated(series, record)
-        brought = {file for patch in series.patches for file in patch.files}
+        brought = {file for patch in series.patches for file in patch.files if file in record.files}
         # A file that an older version of us brought is no conflict.
-        changed: dict[str, bytes | None] = {file: series.content(file) for file in outdated & brought}
-        if replaced:
-            with contextlib.suppress(QuarkError):
-                changed = self._contents_without_us(series, record)
+        changed: dict[str, bytes | None] = {
+            file: series.content(file) for file in brought if self._state(record, file) is State.OURS
+        }
         view = self.view(self._leftovers(series, record) | changed)
-        verdicts = judge_series(series, patches if patches is not None else series.patches, view)
-        return [self._by_whom(verdict, record, outdated) for verdict in verdicts]
+        verdicts = list(judge_series(series, patches if patches is not None else series.patches, view))
+        committed = find_committed(self.root, {file for v in verdicts for file in (*v.edited, *v.brought)})
+        return [self._by_whom(series, verdict, record, outdated, committed) for verdict in verdicts]
 
-    def _by_whom(self, verdict: Verdict, record: Record, outdated: set[str]) -> Verdict:
+    def _state(self, record: Record, file: str) -> State:
+        return record.files[file].state(self.read(file))
+
+    def _by_whom(
+        self, series: Series, verdict: Verdict, record: Record, outdated: set[str], committed: set[str]
+    ) -> Verdict:
         """`verdict`, with our own edits told apart from those of others."""
         patch, touched = verdict.patch, (*verdict.edited, *verdict.brought)
+        on_record = [file for file in touched if file in record.files]
+        if verdict.status is Status.ABSENT and patch.name in record.applied:
+            deleted = [f for f in on_record if self.read(f) is None and self._state(record, f) is State.CHANGED]
+            if deleted:
+                detail = f"{deleted[0]} is missing: apply brings it back"
+                return replace(verdict, status=Status.APPLIES, detail=detail)
         if verdict.status is not Status.UPSTREAM:
             return verdict
-        on_record = [file for file in touched if file in record.files]
         if patch.name in record.applied and on_record:
             if outdated.intersection(touched):
                 detail = "from another version of vllm-quark, apply renews it"
                 return replace(verdict, status=Status.APPLIES, detail=detail)
-            odd = [f for f in on_record if record.files[f].state(self.read(f)) is State.CHANGED]
+            odd = [f for f in on_record if self._state(record, f) is State.CHANGED]
             return replace(verdict, status=Status.APPLIED, detail=f"{odd[0]}: changed since" if odd else "")
         if patch.name in self.by_wheel():
             return replace(verdict, status=Status.APPLIED, detail="by wheel")
-        if verdict.brought and not verdict.missing:
-            detail = "by commit" if self.is_source else "not on record: only reinstalling vLLM takes it out"
+        if on_record or is_fixed_upstream(patch, self.version) and not verdict.brought:
+            return verdict
+        if detail := self._unrecorded(series, verdict, committed):
             return replace(verdict, status=Status.APPLIED, detail=detail)
-        return verdict
+        return replace(verdict, detail="in the tree's commits" if patch.name in record.applied else "")
+
+    def _unrecorded(self, series: Series, verdict: Verdict, committed: set[str]) -> str:
+        """The place that a patch came from that is there and not on record; "" where it may be upstream's own."""
+        touched = (*verdict.edited, *verdict.brought)
+        is_whole = bool(verdict.brought) and not verdict.missing
+        if not self.is_source:
+            ours = is_whole
+            if self.installation is not None:
+                ours = any(not self.installation.wrote(file, self.read(file)) for file in touched)
+            return "not on record: only reinstalling vLLM takes it out" if ours else ""
+        if self._is_uncommitted(series, verdict, committed):
+            return "neither on record nor committed: revert names the way back"
+        return "by commit" if is_whole else ""
+
+    def _is_uncommitted(self, series: Series, verdict: Verdict, committed: set[str]) -> bool:
+        """Whether git's last commit of this tree lacks a patch that is there."""
+        if committed.issuperset((*verdict.edited, *verdict.brought)) or not has_commits(self.root):
+            return False
+        last = replace(self.view({}), read=lambda file: read_committed(self.root, file))
+        return judge_patch(series, verdict.patch, last).status is not Status.UPSTREAM
+
+    def _take_out(self, files: Iterable[str]) -> str:
+        """The command that brings `files` back to the last commit, whether it has them or not."""
+        known = [file for file in files if read_committed(self.root, file) is not None]
+        new = [file for file in files if file not in known and self.read(file) is not None]
+        words = [["git", "checkout", "HEAD", "--", *known]] if known else []
+        words += [["git", "clean", "-f", "-x", "--", *new]] if new else []
+        return " && ".join(map(shlex.join, words))
 
     def by_wheel(self) -> set[str]:
         """Patches that came with an installed wheel (see repack)."""
@@ -265,10 +319,17 @@ class Tree:
             if (git_folder / mark).exists():
                 raise TreeError(f"{self.root}: in the middle of a git {what}: finish or abort it and run again")
 
-    def way_back(self, files: Iterable[str]) -> str:
-        """The command that restores the originals of `files`."""
-        if (self.root / ".git").exists():
-            return f"git checkout -- {' '.join(files)}"
+    def way_back(self, files: Iterable[str], texts: Iterable[str] = ()) -> str:
+        """The command that restores the originals of `files`; texts: of each, what a patch put into it."""
+        files = list(dict.fromkeys(files))
+        if has_commits(self.root):
+            committed = find_committed(self.root, files)
+            uncommitted = [file for file in files if file not in committed]
+            if uncommitted:
+                return self._take_out(uncommitted)
+            text_of = dict(zip(files, texts, strict=False))
+            commits = sort_commits(self.root, {find_commit(self.root, file, text_of.get(file, "")) for file in files})
+            return f"git has them in commits: git revert {' '.join(commits)}"
         if self.installation is not None:
             # Another Python's packages: this one's pip would install beside them.
             own = self.root.resolve() in {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
@@ -380,7 +441,7 @@ class Tree:
             gone = [p for p in patches if p.name in record.applied]
             dependents = [p for p in series.dependents(gone) if p.name in record.applied]
             if dependents and not with_dependents:
-                names = " and ".join(p.name for p in dependents)
+                names = _join([p.name for p in dependents])
                 raise TreeError(f"{gone[0].name}: {names} build on it: --with-dependents takes them out, too")
             gone = [p for p in series.patches if p in gone or p in dependents]
             for file, known in record.files.items():
@@ -397,25 +458,41 @@ class Tree:
             return [p.name for p in gone]
 
     def not_on_record(self, series: Series, patches: list[Patch]) -> str:
-        """Which of `patches` are in an installed package without a record of it, and the way back; "" if none."""
-        if self.is_source:
-            return ""
+        """Which of `patches` are in the tree without a record of it, and the way back; "" if none."""
         by_wheel = self.by_wheel()
         there = [v for v in self.status(series, patches) if v.status is Status.APPLIED or v.incomplete]
         unrecorded = [v for v in there if v.patch.name not in by_wheel]
         if not unrecorded:
             return ""
-        return f"{self.root}: {unrecorded[0].patch.name} is not on record, the originals are gone: {self.way_back(())}"
+        names = _join([v.patch.name for v in unrecorded])
+        if not self.is_source:
+            return f"{self.root}: {names}: not on record, the originals are gone: {self.way_back(())}"
+        files = [file for v in unrecorded for file in (*v.edited, *v.brought) if self.read(file) is not None]
+        return f"{self.root}: {names}: not on record: {self.way_back(files)}"
 
     def _refuse_broken_imports(self, series: Series, gone: list[Patch], plan: Plan) -> None:
         """Raises TreeError where edits that we have no original of would stay without the files that they import."""
+        removed = {_module_of(f): f for f, data in plan.wanted.items() if data is None and self.read(f) is not None}
+        staying: dict[str, str] = {}
+        names = []
         for patch in gone:
-            verdict = judge_patch(series, patch, self.view(dict(plan.wanted)))
-            if verdict.incomplete:
-                raise TreeError(
-                    f"{patch.name}: its edits of {verdict.edited[0]} were there before vllm-quark's record, and the "
-                    f"files they import would go: {self.way_back(verdict.edited)}; then revert again"
-                )
+            view = self.view(dict(plan.wanted))
+            verdict = judge_patch(series, patch, view)
+            # Of all its edits, or of some where others came back.
+            stays = {file: "" for file in verdict.edited} if verdict.incomplete else {}
+            for file in verdict.edited:
+                source = (view.content(file) or b"").decode("utf-8", "replace")
+                imported = [m for m in removed if re.search(rf"\b{re.escape(m)}\b", source)]
+                if imported:
+                    stays[file] = imported[0]
+            if stays:
+                names.append(patch.name)
+                staying |= stays
+        if staying:
+            raise TreeError(
+                f"{self.root}: {_join(names)}: edits of {_join(list(staying))} are not on record, and the files they "
+                f"import would go: {self.way_back(staying, list(staying.values()))}; then revert again"
+            )
 
     def steps(self, series: Series, patches: list[Patch]) -> list[Verdict]:
         """Those of `patches` that apply to the tree as it is, with the new content of their files, one on top of the

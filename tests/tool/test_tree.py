@@ -149,6 +149,21 @@ def test_deleted_file_comes_back(home, tree):
     assert statuses(home, tree) == AFTER
 
 
+def test_deleted_patched_file_comes_back(home, tree):
+    assert cli(home, "apply", tree).returncode == 0
+    (tree / "vllm/model_executor/beta.py").unlink()
+    done = cli(home, "status", tree)
+    assert done.returncode == 1 and "vllm/model_executor/beta.py is missing: apply brings it back" in done.stdout
+    assert cli(home, "apply", tree).returncode == 0
+    assert statuses(home, tree) == AFTER
+
+
+def test_revert_of_a_patch_that_is_out(home, tree):
+    assert cli(home, "apply", tree, "--only", "1").returncode == 0
+    done = cli(home, "revert", tree, "--only", "3")
+    assert (done.returncode, done.stdout) == (0, "nothing to revert: 0003-only-files: not applied by vllm-quark\n")
+
+
 def test_folders_made_go_unless_used(home, tree):
     assert cli(home, "apply", tree).returncode == 0
     (tree / "vllm/new/deep/__pycache__").mkdir()
@@ -463,13 +478,14 @@ def test_shadow_of_an_applied_tree_starts_from_its_originals(home, tmp_path, wor
     plain = cli(home, "shadow", site, "-o", tmp_path / "plain", *words)
     assert plain.returncode == 0, plain.stderr
     assert cli(home, "apply", site).returncode == 0
+    write(site, {"vllm/new/deep/__pycache__/gamma.cpython-311.pyc": ""})
     before = snapshot(site)
     assert cli(home, "shadow", site, "-o", tmp_path / "applied", *words).returncode == 0
     assert snapshot(site) == before
 
     def contents(name: str) -> dict:
         root = tmp_path / name / "vllm"
-        return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        return {p.relative_to(root): p.read_bytes() if p.is_file() else None for p in root.rglob("*")}
 
     shadow = contents("applied")
     assert cli(home, "revert", site).returncode == 0

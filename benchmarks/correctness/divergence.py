@@ -34,7 +34,7 @@ def main() -> None:
         one = json.loads(base.read_text())["continuations"]
         for other in sorted(args.results.glob(f"{name}-*.json")):
             kind = other.stem.removeprefix(f"{name}-")
-            if other == base or not re.match(r"mtp-\d|tensor|expert|pipeline", kind):
+            if other == base or not re.match(r"mtp-\d|tensor|expert|pipeline|data", kind):
                 continue
             gaps = judge.gaps(ckpt, one, json.loads(other.read_text())["continuations"])
             shown = ", ".join(f"{g:.3f}" for g in gaps)

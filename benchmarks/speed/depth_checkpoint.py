@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Step-3.5-Flash's layers at their real widths, random weights: checkpoints whose depth is cut to fit one machine."""
+"""Step-3.5-Flash's layers at their real widths, random weights: checkpoints whose depth is cut to fit one machine.
+
+And a Qwen3-MoE of the same widths, for experts that know softmax routing only.
+"""
 
 import json
 import multiprocessing
@@ -51,15 +54,49 @@ def make_config(layers: int, vocabulary: int = VOCAB, limit: float = 0.0) -> dic
     return config
 
 
-def tensor_shapes(layer: int | None, kind: str, dense: bool, vocabulary: int = VOCAB) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of one layer's BF16 tensors, experts left out; None: what stands outside layers."""
+def make_softmax_config(layers: int, vocabulary: int = VOCAB) -> dict:
+    """config.json of Qwen3-MoE at these widths: routing by softmax, SiLU, no shared experts, full attention."""
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "torch_dtype": "bfloat16",
+        "hidden_size": HIDDEN,
+        "intermediate_size": DENSE,
+        "num_hidden_layers": layers,
+        "mlp_only_layers": [0],
+        "decoder_sparse_step": 1,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 16384,
+        "num_attention_heads": HEADS["full_attention"],
+        "num_key_value_heads": GROUPS,
+        "head_dim": HEAD,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": WIDTH,
+        "norm_topk_prob": True,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
+def tensor_shapes(
+    layer: int | None, kind: str, dense: bool, vocabulary: int = VOCAB, softmax: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of one layer's BF16 tensors, experts left out; None: what stands outside layers.
+
+    kind: of attention, for Step-3.5. softmax: of the model of `make_softmax_config`.
+    """
     if layer is None:
         return {
             "model.embed_tokens.weight": (vocabulary, HIDDEN),
             "lm_head.weight": (vocabulary, HIDDEN),
             "model.norm.weight": (HIDDEN,),
         }
-    heads = HEADS[kind]
+    heads = HEADS["full_attention" if softmax else kind]
     shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm": (HIDDEN,),
         "post_attention_layernorm": (HIDDEN,),
@@ -72,16 +109,22 @@ def tensor_shapes(layer: int | None, kind: str, dense: bool, vocabulary: int = V
         "self_attn.g_proj": (heads, HIDDEN),
     }
     part, width = ("mlp", DENSE) if dense else ("share_expert", WIDTH)
-    shapes |= {f"{part}.{p}_proj": (width, HIDDEN) for p in ("gate", "up")}
-    shapes[f"{part}.down_proj"] = (HIDDEN, width)
+    if softmax:
+        del shapes["self_attn.g_proj"]
+    if dense or not softmax:
+        shapes |= {f"{part}.{p}_proj": (width, HIDDEN) for p in ("gate", "up")}
+        shapes[f"{part}.down_proj"] = (HIDDEN, width)
     if not dense:
-        shapes["moe.gate"] = (EXPERTS, HIDDEN)
+        shapes["mlp.gate" if softmax else "moe.gate"] = (EXPERTS, HIDDEN)
     return {f"model.layers.{layer}.{name}.weight": shape for name, shape in shapes.items()}
 
 
-def write_checkpoint(folder: Path, layers: int, int8: bool, device: str = "cuda", vocabulary: int = VOCAB) -> list[str]:
+def write_checkpoint(
+    folder: Path, layers: int, int8: bool, device: str = "cuda", vocabulary: int = VOCAB, softmax: bool = False
+) -> list[str]:
     """Random weights, one file a layer, made on `device`; returns the modules that are not quantized.
 
+    softmax: the model of `make_softmax_config`, its experts one by one; else Step-3.5's, stacked.
     On a CPU a layer's experts are copies of eight: their numbers do not matter, and drawing them takes minutes.
     """
     import torch
@@ -89,7 +132,7 @@ def write_checkpoint(folder: Path, layers: int, int8: bool, device: str = "cuda"
 
     folder.mkdir(parents=True)
     generator = torch.Generator(device=device).manual_seed(0)
-    config = make_config(layers, vocabulary)
+    config = make_softmax_config(layers, vocabulary) if softmax else make_config(layers, vocabulary)
     drawn = EXPERTS if device == "cuda" else 8
     where: dict[str, str] = {}
     excluded: list[str] = []
@@ -101,8 +144,8 @@ def write_checkpoint(folder: Path, layers: int, int8: bool, device: str = "cuda"
     for layer in (None, *range(layers)):
         dense = layer in (None, 0)
         tensors = {}
-        kind = "" if layer is None else config["layer_types"][layer]
-        for name, shape in tensor_shapes(layer, kind, dense, vocabulary).items():
+        kind = "" if layer is None or softmax else config["layer_types"][layer]
+        for name, shape in tensor_shapes(layer, kind, dense, vocabulary, softmax).items():
             w = torch.zeros(shape, device=device)
             if len(shape) == 2:
                 w.normal_(generator=generator).mul_(shape[1] ** -0.5)
@@ -119,8 +162,15 @@ def write_checkpoint(folder: Path, layers: int, int8: bool, device: str = "cuda"
                 scales[f"{stem}_scale"] = scale / (73 * columns**0.5)
             else:
                 w.normal_(generator=generator).mul_(columns**-0.5)
-            tensors[stem] = w.repeat(EXPERTS // drawn, 1, 1) if drawn < EXPERTS else w
-        if not dense:
+            if softmax:
+                stems = [f"model.layers.{layer}.mlp.experts.{e}.{part}_proj.weight" for e in range(EXPERTS)]
+                tensors |= {name: w[e % drawn].clone() for e, name in enumerate(stems)}
+                if int8:
+                    stacked = scales.pop(f"{stem}_scale")
+                    scales |= {f"{name}_scale": stacked[e].clone() for e, name in enumerate(stems)}
+            else:
+                tensors[stem] = w.repeat(EXPERTS // drawn, 1, 1) if drawn < EXPERTS else w
+        if not dense and not softmax:
             tensors[f"model.layers.{layer}.moe.router_bias"] = torch.zeros(EXPERTS, device=device)
         save(f"layer-{'x' if layer is None else layer}.safetensors", tensors)
         if scales:

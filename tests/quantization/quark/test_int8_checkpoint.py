@@ -530,6 +530,19 @@ def test_an_int8_embedding_is_refused(tmp_path):
         VocabParallelEmbedding(64, 64, quant_config=config, prefix="model.embed_tokens")
 
 
+@pytest.mark.parametrize("entry", ["model.embed_tokens", "*embed*", "re:.*embed.*"])
+def test_an_embedding_may_be_in_exclude(tmp_path, entry):
+    checkpoint = made("plain")
+    checkpoint.config["exclude"] = [entry]
+    config = look(checkpoint, write(tmp_path, checkpoint.tensors))
+    tokens = VocabParallelEmbedding(
+        64, 64, quant_config=config, prefix="model.embed_tokens"
+    )
+    torch.nn.init.normal_(tokens.weight)
+    ids = torch.arange(4)
+    assert torch.equal(tokens(ids), tokens.weight[:4])
+
+
 def test_configs_that_were_not_made_from_a_file():
     """As upstream's tests make them."""
     scheme = quark_config().quant_config["global_quant_config"]

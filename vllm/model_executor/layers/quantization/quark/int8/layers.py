@@ -20,7 +20,11 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 
 from .names import Names
 from .scheme import Int8Scheme, has_int8, is_int8
@@ -263,6 +267,9 @@ class Int8Layers:
         if isinstance(layer, VocabParallelEmbedding):
             for module in self._unclaimed.intersection(self.names.of(layer_name)):
                 raise ValueError(_UNQUANTIZED.format(module))
+            if not isinstance(layer, ParallelLMHead):
+                # Older releases take one in `exclude` for a linear layer.
+                return UnquantizedEmbeddingMethod()
         if moe_config := getattr(layer, "moe_config", None):
             kinds = ("gate", "up", "down")
             names = [getattr(layer, f"ckpt_{k}_proj_name", None) for k in kinds]

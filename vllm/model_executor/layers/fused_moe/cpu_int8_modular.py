@@ -15,6 +15,7 @@ from vllm.model_executor.layers.fused_moe.config import (
 from vllm.model_executor.layers.fused_moe.cpu_int8_moe import (
     ACTIVATIONS,
     CPUInt8Experts,
+    native_experts,
 )
 from vllm.model_executor.layers.fused_moe.cpu_int8_native import native
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
@@ -126,3 +127,11 @@ class PortableCPUExpertsInt8(mk.FusedMoEExpertsModular):
         output.copy_(
             self.experts(hidden_states, topk_weights, topk_ids, w1, expert_map)
         )
+
+
+def choose_experts(chosen: type[mk.FusedMoEExperts]) -> type[mk.FusedMoEExperts]:
+    """The class that Quark's method builds where the oracle chose `chosen`."""
+    is_amx = chosen.__name__ == "CPUExpertsInt8"
+    if chosen.is_monolithic() or (is_amx and native_experts() is not None):
+        return PortableCPUExpertsInt8
+    return chosen

@@ -102,6 +102,10 @@ def test_a_users_folder_goes_before_vllms(folder, monkeypatch):
     monkeypatch.setattr(
         fused_moe.current_platform, "get_device_name", lambda *_: device
     )
+    # Newer releases keep the name from call to call.
+    monkeypatch.setattr(
+        fused_moe, "get_device_name_as_file_name", lambda: device, raising=False
+    )
     assert fused_moe.get_moe_configs(experts, width, "int8_w8a8") not in (
         None,
         {1: BF16},

@@ -235,18 +235,22 @@ def revert(
     where, series, patches = _open(tree, only, until, alone=True)
     note = where.note()
     gone = where.revert(series, patches, with_dependents)
-    if not gone and (left := where.not_on_record(series, patches)):
+    left = where.not_on_record(series, patches)
+    if left and not gone:
         raise QuarkError(left)
     if as_json:
-        print(json.dumps({"tree": str(where.root), "version": where.version, "note": note, "reverted": gone}, indent=1))
-        return 0
+        data = {"tree": str(where.root), "version": where.version, "note": note, "reverted": gone}
+        print(json.dumps(data | ({"error": left} if left else {}), indent=1))
+        return int(bool(left))
     if note:
         _print_error(note)
     nothing = "no patch was applied by vllm-quark"
     if only or until:
         nothing = f"{', '.join(p.name for p in patches)}: not applied by vllm-quark"
     print("\n".join(f"reverted {name}" for name in gone) or f"nothing to revert: {nothing}")
-    return 0
+    if left:
+        _print_error(left)
+    return int(bool(left))
 
 
 @app.command("run", context_settings={"allow_interspersed_args": False})

@@ -35,7 +35,8 @@ class Verdict:
 
     detail: file and anchor, for people. harmless: absent, and nothing is amiss without it.
     changed: new content of the files that it changes; edited, brought: the files that it is about here; missing:
-    those of `brought` that the tree lacks; incomplete: its edits are there, of its files some are not.
+    those of `brought` that the tree lacks; incomplete: its edits are there, of its files some are not; present: files
+    that have an edit of it already.
     """
 
     patch: Patch
@@ -47,6 +48,7 @@ class Verdict:
     brought: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     incomplete: bool = False
+    present: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,15 +152,20 @@ def judge_patch(series: Series, patch: Patch, view: View) -> Verdict:
     """The verdict on `patch` in `view`. An edit that is already there counts as UPSTREAM, whoever made it."""
     after = view.copy()
     edited: list[str] = []
+    present: list[str] = []
     details: dict[Outcome, str] = {}
     for rules in patch.edits:
         if view.belongs(rules.file):
             file, result = _edit_where_it_stands(rules, after)
             edited.append(file)
+            if result.outcome is Outcome.PRESENT:
+                present.append(file)
             details.setdefault(result.outcome, result.detail)
     brought = tuple(file for file in patch.files if view.belongs(file))
     missing = tuple(file for file in brought if view.content(file) is None)
-    verdict = Verdict(patch, Status.UPSTREAM, edited=tuple(edited), brought=brought, missing=missing)
+    verdict = Verdict(
+        patch, Status.UPSTREAM, edited=tuple(edited), brought=brought, missing=missing, present=tuple(present)
+    )
 
     too_old = f"vLLM {view.version} is older than {OLDEST}, the first that this series knows: use a newer one"
     if not _is_before(view.version, OLDEST):

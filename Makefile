@@ -159,7 +159,7 @@ test-gpu:  ## the layer tests with the active Python's vLLM
 	@rm -rf build/shadow-gpu && python3 -m vllm_quark shadow -o build/shadow-gpu
 	PYTHONPATH=$(CURDIR)/build/shadow-gpu:$$PYTHONPATH python3 -m pytest -q tests/quantization tests/entrypoints
 	python3 tests/upstream/run.py $$(python3 -c "import importlib.metadata as m; print(m.version('vllm').split('+')[0])") \
-	  --site $$(python3 -c "from vllm_quark.tree import find_installed as f; print(f())") --python python3 --jobs 4 \
+	  --site $$(python3 -c "from vllm_quark.locate import find_installed as f; print(f())") --python python3 --jobs 4 \
 	  $(if $(UPSTREAM),--source $(UPSTREAM))
 
 ckpts: env quark-env  ## AMD Quark's exports of the nano model in build/ckpts

@@ -31,13 +31,14 @@ from vllm_quark.configs import write_configs
 from vllm_quark.convert.command import convert
 from vllm_quark.diff import format_diff
 from vllm_quark.judge import Status, Verdict
+from vllm_quark.locate import find_installed
 from vllm_quark.patches import Patch, QuarkError
 from vllm_quark.release import make_tree
 from vllm_quark.run import find_shadow, run_command
 from vllm_quark.series import Series, load_series
 from vllm_quark.shadow import make_shadow
 from vllm_quark.topics import find_topic
-from vllm_quark.tree import Tree, find_installed
+from vllm_quark.tree import Tree
 from vllm_quark.verify.command import verify
 
 if TYPE_CHECKING:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
-"""Run git so that it sees only the folder it runs in."""
+"""Run git so that it sees only the folder it runs in; what a tree's last commit has."""
 
+import contextlib
 import functools
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 from vllm_quark.patches import QuarkError
@@ -87,3 +89,32 @@ def identity(folder: Path) -> Identity:
         if m := _IDENT.match(said):
             identity |= {f"GIT_{role}_NAME": m["name"], f"GIT_{role}_EMAIL": m["mail"]}
     return identity
+
+
+def has_commits(root: Path) -> bool:
+    """Whether the tree is a git checkout with commits that git may read: not another owner's, not a broken one."""
+    with contextlib.suppress(QuarkError):
+        return (root / ".git").exists() and bool(git(root, "rev-parse", "HEAD"))
+    return False
+
+
+def find_committed(root: Path, files: Iterable[str]) -> set[str]:
+    """Those of `files` that are in the tree's git as they lie there, or neither there nor here."""
+    files = list(files)
+    if not files or not (root / ".git").exists():
+        return set()
+    try:
+        there = git(root, "ls-tree", "-r", "--name-only", "-z", "HEAD", "--", *files).split("\0")
+        differing = git(root, "diff", "--name-only", "-z", "HEAD", "--", *files).split("\0")
+    except QuarkError:
+        return set()
+    gone = {file for file in files if file not in there and not (root / file).exists()}
+    return gone | {file for file in files if file in there and file not in differing}
+
+
+def read_committed(root: Path, file: str) -> bytes | None:
+    """Content of `file` in the tree's last commit, line ends as git's text has them; None where it has no such file."""
+    try:
+        return git(root, "show", f"HEAD:./{file}").encode("utf-8", "surrogateescape")
+    except QuarkError:
+        return None

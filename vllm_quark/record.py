@@ -12,11 +12,10 @@ import contextlib
 import enum
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vllm_quark.git import git
+from vllm_quark.git import find_committed
 from vllm_quark.patches import QuarkError
 
 RECORD_DIR = ".vllm-quark"
@@ -159,35 +158,6 @@ def find_installation(root: Path, package: str) -> Installation | None:
     return None
 
 
-def has_commits(root: Path) -> bool:
-    """Whether the tree is a git checkout with commits that git may read: not another owner's, not a broken one."""
-    with contextlib.suppress(QuarkError):
-        return (root / ".git").exists() and bool(git(root, "rev-parse", "HEAD"))
-    return False
-
-
-def find_committed(root: Path, files: Iterable[str]) -> set[str]:
-    """Those of `files` that are in the tree's git as they lie there, or neither there nor here."""
-    files = list(files)
-    if not files or not (root / ".git").exists():
-        return set()
-    try:
-        there = git(root, "ls-tree", "-r", "--name-only", "-z", "HEAD", "--", *files).split("\0")
-        differing = git(root, "diff", "--name-only", "-z", "HEAD", "--", *files).split("\0")
-    except QuarkError:
-        return set()
-    gone = {file for file in files if file not in there and not (root / file).exists()}
-    return gone | {file for file in files if file in there and file not in differing}
-
-
-def read_committed(root: Path, file: str) -> bytes | None:
-    """Content of `file` in the tree's last commit, line ends as git's text has them; None where it has no such file."""
-    try:
-        return git(root, "show", f"HEAD:./{file}").encode("utf-8", "surrogateescape")
-    except QuarkError:
-        return None
-
-
 def settle(
     record: Record, root: Path, contents: dict[str, bytes | None], installation: Installation | None, version: str
 ) -> tuple[Record, str]:
@@ -223,6 +193,6 @@ def settle(
     note = f"{root}: vLLM was {what}: what no longer stands is off the record"
     if replaced and replaced <= committed:
         few = " and ".join(sorted(replaced)[:2]) + (" and more" if len(replaced) > 2 else "")
-        note = f"{root}: commits changed {few} since vllm-quark patched them: they are off the record"
+        note = f"{root}: commits changed {few} since vllm-quark did: what they changed is off the record"
     in_commits = sorted({*record.in_commits, *(replaced & committed)})
     return replace(record, files=kept, in_commits=in_commits), note

@@ -10,11 +10,12 @@ import tempfile
 from pathlib import Path
 
 from vllm_quark import CACHE, SERIES
+from vllm_quark.locate import SHADOW_NOTE, find_installed
 from vllm_quark.patches import QuarkError
 from vllm_quark.record import record_path
 from vllm_quark.series import home, load_series
 from vllm_quark.shadow import make_shadow
-from vllm_quark.tree import SHADOW_NOTE, Tree, find_installed
+from vllm_quark.tree import Tree
 
 
 def _shadow_key(tree: Tree, choice: str) -> str:

@@ -6,9 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
+from vllm_quark.locate import find_installed
 from vllm_quark.record import TreeError
 from vllm_quark.series import Series
-from vllm_quark.tree import Tree, find_installed
+from vllm_quark.tree import Tree
 
 
 def make_shadow(out: Path, series: Series, only: list[str], site: Path | None = None) -> Path:

@@ -4,7 +4,6 @@
 
 import contextlib
 import functools
-import importlib.util
 import os
 import re
 import shlex
@@ -15,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from vllm_quark.edit import matches
-from vllm_quark.git import git
+from vllm_quark.git import find_committed, git, has_commits, read_committed
 from vllm_quark.judge import Status, Verdict, View, is_fixed_upstream, judge_patch, judge_series
+from vllm_quark.locate import SHADOW_NOTE, find_package
 from vllm_quark.patches import Patch, QuarkError
 from vllm_quark.record import (
     Installation,
@@ -25,10 +25,7 @@ from vllm_quark.record import (
     State,
     TreeError,
     digest_of,
-    find_committed,
     find_installation,
-    has_commits,
-    read_committed,
     read_original,
     read_record,
     settle,
@@ -38,8 +35,6 @@ from vllm_quark.text import decode
 from vllm_quark.transaction import change_files, lock_tree, read_file, remove_files
 
 WHEEL_NOTE = "vllm-quark.txt"
-SHADOW_NOTE = "vllm-quark-shadow-of.txt"
-_IMPORTED = re.compile(rb"^\s*(?:from|import) (\w+)", re.M)
 _UNFINISHED = {
     "rebase-merge": "rebase",
     "rebase-apply": "rebase or am",
@@ -48,56 +43,6 @@ _UNFINISHED = {
     "REVERT_HEAD": "revert",
     "sequencer": "cherry-pick or revert of several commits",
 }
-
-
-def find_installed() -> Path:
-    """Folder that holds the `vllm` package of this Python, found without importing it.
-
-    Under `vllm-quark run` that is the installation that the command's shadow was made of.
-    """
-    try:
-        spec = importlib.util.find_spec("vllm")
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.origin:
-        raise TreeError("no vLLM is installed in this Python: name a TREE (site-packages or a source checkout)")
-    folder = Path(spec.origin).parents[1]
-    note = folder / SHADOW_NOTE
-    return Path(note.read_text().strip()) if note.is_file() else folder
-
-
-def _subfolders(root: Path) -> list[Path]:
-    try:
-        return sorted(p for p in root.iterdir() if p.name != "vllm" and p.name.isidentifier())
-    except OSError as e:
-        raise TreeError(f"{root}: cannot be read: {e.strerror}: name a folder that holds a vLLM tree") from e
-
-
-def _is_package(folder: Path) -> bool:
-    return (folder / "__init__.py").is_file() and (folder / "model_executor").is_dir()
-
-
-def _depends_on_vllm(folder: Path) -> bool:
-    """Whether a package under another name is no fork of vLLM, but imports it, and not by a slip here and there."""
-    sources = (path.read_bytes() for path in folder.rglob("*.py") if path.is_file())
-    imported = [name for source in sources for name in _IMPORTED.findall(source)]
-    return 10 * imported.count(b"vllm") > imported.count(folder.name.encode())
-
-
-def _find_package(root: Path) -> str:
-    """Name of the folder in `root` that holds vLLM's code. Raises TreeError."""
-    if _is_package(root / "vllm"):
-        return "vllm"
-    alike = [p for p in _subfolders(root) if _is_package(p)]
-    packages = [p.name for p in alike if not _depends_on_vllm(p)]
-    if len(packages) > 1:
-        raise TreeError(f"{root}: {' and '.join(packages)} both look like vLLM: name a tree that holds one of them")
-    if packages:
-        return packages[0]
-    if alike:
-        raise TreeError(f"{root}: not a vLLM tree: {alike[0].name} only depends on vLLM: name the one that it imports")
-    hint = f": name {root.parent} instead" if _is_package(root) else ""
-    raise TreeError(f"{root}: not a vLLM tree (no vllm/__init__.py with vllm/model_executor in it){hint}")
 
 
 def _applying(verdicts: Iterable[Verdict]) -> list[Verdict]:
@@ -146,7 +91,7 @@ class Tree:
         self.root = root = Path(os.path.abspath(root))
         if not root.exists():
             raise TreeError(f"{root}: does not exist: name a site-packages folder or a vLLM source tree")
-        self.package = _find_package(root)
+        self.package = find_package(root)
         # A site-packages folder may hold anyone's setup.py.
         is_site = next(root.glob("*.dist-info"), None) is not None
         self.is_source = not is_site and ((root / "pyproject.toml").is_file() or (root / "setup.py").is_file())
@@ -272,7 +217,9 @@ class Tree:
             return False
         # A class that moved is not looked for: each of its files would be a call of git.
         last = replace(self.view({}), read=lambda file: read_committed(self.root, file), python_files=lambda: ())
-        return judge_patch(series, verdict.patch, last).status is not Status.UPSTREAM
+        there = judge_patch(series, verdict.patch, last)
+        # Files that another patch brought as well may be on record.
+        return there.status is not Status.UPSTREAM and not there.incomplete
 
     def by_wheel(self) -> set[str]:
         """Patches that came with an installed wheel (see repack)."""

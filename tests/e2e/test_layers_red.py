@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from examples.step3p5_nano.lab import ROOT, before
+from vllm_quark.locate import find_installed
 from vllm_quark.series import load_series
-from vllm_quark.tree import Tree, find_installed
+from vllm_quark.tree import Tree
 
 # What the installed release does not have is not tested on it.
 THERE = [v.patch for v in Tree(find_installed()).status(load_series(ROOT)) if v.status != "absent"]

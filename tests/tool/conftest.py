@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from trees import BROUGHT, PATCHES, RELEASE, ROOT, make_tree, write
 
+from vllm_quark.locate import find_installed
 from vllm_quark.release import fetch
 from vllm_quark.series import Series, load_series
 from vllm_quark.shadow import make_shadow
-from vllm_quark.tree import find_installed
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.tool.trees import cli, one_line
+from vllm_quark.locate import find_installed
 from vllm_quark.series import load_series
 from vllm_quark.shadow import make_shadow
-from vllm_quark.tree import find_installed
 
 ROOT = Path(__file__).resolve().parents[2]
 # What INT8 experts, per token, are launched with on an H200 that is not there.

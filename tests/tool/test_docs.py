@@ -16,7 +16,7 @@ import typer.main
 from trees import ROOT
 
 from vllm_quark.cli import app
-from vllm_quark.tree import find_installed
+from vllm_quark.locate import find_installed
 
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 from trees import NEWER, RELEASE, ROOT, cli, one_line, snapshot, visible
 
+from vllm_quark.locate import find_installed
 from vllm_quark.series import load_series
-from vllm_quark.tree import Tree, find_installed
+from vllm_quark.tree import Tree
 
 
 def test_installed_vllm_is_found_without_importing_it():
-    code = "import sys; from vllm_quark.tree import *; print(find_installed()); assert 'vllm' not in sys.modules"
+    code = "import sys; from vllm_quark.locate import *; print(find_installed()); assert 'vllm' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert Path(done.stdout.strip()) == find_installed()
     assert Tree(find_installed()).version == RELEASE

@@ -12,7 +12,7 @@ import pytest
 from test_tree import GOOD_ALPHA
 from trees import ROOT, make_tree, one_line, snapshot, visible, write
 
-from vllm_quark.tree import find_installed
+from vllm_quark.locate import find_installed
 
 # Says of itself, a spawned worker and a shell's child whether they see the patched vllm.
 PROGRAM = """

@@ -273,7 +273,10 @@ def test_committed_patches_without_a_record(home, checkout):
 
 
 def test_some_patches_on_record_and_some_in_commits(home, checkout):
+    patch = home / "patches/0001-mapping.yaml"
+    patch.write_text(patch.read_text() + "files: [tests/test_gamma.py]\n")  # which 0002 brings, too
     assert cli(home, "apply", checkout, "--only", "2").returncode == 0
+    (checkout / "tests/test_gamma.py").unlink()
     commit_all(checkout, "0002")
     shutil.rmtree(checkout / ".vllm-quark")
     assert cli(home, "apply", checkout, "--only", "1,3").returncode == 0

@@ -19,9 +19,9 @@ from test_check import Checkpoint as Small
 from trees import ROOT, cli, one_line
 
 from vllm_quark.checkpoint import read_checkpoint
+from vllm_quark.locate import find_installed
 from vllm_quark.series import load_series
 from vllm_quark.shadow import make_shadow
-from vllm_quark.tree import find_installed
 from vllm_quark.verify.layers import choose_layers, find_layers
 from vllm_quark.verify.measure import OFF, OTHER, RIGHT, STOPS, Row, deviate
 from vllm_quark.verify.report import draw_errors, make_page

@@ -36,7 +36,7 @@ inline void pause() {
 // The steps of one parallel region. Each thread has a range of a step's items, the
 // same from call to call so that what it reads stays in its cache, and helps with the
 // others' when it is through; each item writes what no other one writes. A step begins
-// when those before it are done. Whoever waits waits for items that others have begun,
+// when those before it are done. A thread waits only for items that others have begun,
 // so that threads that run one after the other, as in a nested region, wait for nothing.
 class Steps {
  public:

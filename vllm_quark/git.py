@@ -40,8 +40,15 @@ def _call(folder: Path, environment: dict[str, str], *words: str, stdin: str | N
         raise QuarkError("git is not installed: install it (Debian: apt-get install git)")
     command = ["git", *words]
     # What git says may have any bytes: file names, people's names.
-    process = subprocess.run(command, cwd=folder, env=environment, input=stdin, capture_output=True, encoding="utf-8",
-                          errors="surrogateescape")  # fmt: skip
+    process = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        input=stdin,
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",
+    )
     if process.returncode:
         said = (process.stderr.strip() or process.stdout.strip() or "failed").splitlines()[-1]
         raise QuarkError(f"git {next((w for w in words if w[0] != '-' and '=' not in w), '')}: {said}")

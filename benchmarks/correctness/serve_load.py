@@ -108,8 +108,13 @@ def make_requests(count: int, seed: int = 0) -> list[Request]:
 async def ask(client: openai.AsyncOpenAI, request: Request, patience: float) -> Answer:
     """One request; `patience`: seconds after which one that is to be cancelled is, if it is not streamed."""
     answer, started = Answer(), time.monotonic()
-    common = {"model": NAME, "max_tokens": request.max_tokens, "temperature": 0, "stream": request.stream,
-              "extra_body": {"return_token_ids": True}}  # fmt: skip
+    common = {
+        "model": NAME,
+        "max_tokens": request.max_tokens,
+        "temperature": 0,
+        "stream": request.stream,
+        "extra_body": {"return_token_ids": True},
+    }
     if request.chat:
         call = client.chat.completions.create(messages=[{"role": "user", "content": request.prompt}], **common)
     else:
@@ -151,8 +156,9 @@ async def offer(url: str, asked: list[Request], at_once: int, watch: "Memory | N
     # A client drops idle connections before the server does (5 s), or a request may meet one that is being closed:
     # openai's own answer to that, a retry, would hide other errors.
     http = openai.DefaultAsyncHttpxClient(limits=httpx.Limits(keepalive_expiry=2))
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300,
-                                  http_client=http) as client:  # fmt: skip
+    async with openai.AsyncOpenAI(
+        base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300, http_client=http
+    ) as client:
         await asyncio.gather(*(work(client) for _ in range(at_once)))
     return answers
 
@@ -199,9 +205,24 @@ class Server:
     """
 
     def __init__(self, ckpt: Path, log: Path, port: int, *flags: str, env: dict[str, str] | None = None) -> None:
-        command = [Path(sys.executable).with_name("vllm"), "serve", ckpt, "--served-model-name", NAME, "--host",
-                   "127.0.0.1", "--port", str(port), "--max-model-len", str(CONTEXT), "--max-num-seqs", "32",
-                   "--kv-cache-memory-bytes", str(CACHE), *flags]  # fmt: skip
+        command = [
+            Path(sys.executable).with_name("vllm"),
+            "serve",
+            ckpt,
+            "--served-model-name",
+            NAME,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--max-model-len",
+            str(CONTEXT),
+            "--max-num-seqs",
+            "32",
+            "--kv-cache-memory-bytes",
+            str(CACHE),
+            *flags,
+        ]
         self.url, self.log = f"http://127.0.0.1:{port}", log
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **(env or {})}
         for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
@@ -249,8 +270,14 @@ class Server:
                 break
             time.sleep(0.5)
         held = [] if found == dict.fromkeys(wanted, 0.0) else [f"without a request: {found}"]
-        return held + [line for line in self.log.read_text(errors="replace").splitlines()
-                       if re.search(r"\bERROR\b|Traceback|\b50\d\b Internal", line)][:5]  # fmt: skip
+        return (
+            held
+            + [
+                line
+                for line in self.log.read_text(errors="replace").splitlines()
+                if re.search(r"\bERROR\b|Traceback|\b50\d\b Internal", line)
+            ][:5]
+        )
 
 
 @contextlib.contextmanager
@@ -284,8 +311,15 @@ def _answer_alone(ckpt: Path, questions: Path, out: Path) -> None:
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    llm = LLM(str(ckpt), max_model_len=CONTEXT, max_num_seqs=1, enforce_eager=True, kv_cache_memory_bytes=CACHE,
-              enable_prefix_caching=False, seed=0)  # fmt: skip
+    llm = LLM(
+        str(ckpt),
+        max_model_len=CONTEXT,
+        max_num_seqs=1,
+        enforce_eager=True,
+        kv_cache_memory_bytes=CACHE,
+        enable_prefix_caching=False,
+        seed=0,
+    )
     answers = []
     for r in (Request(**r) for r in json.loads(questions.read_text())):
         params = SamplingParams(temperature=0, max_tokens=r.max_tokens)
@@ -336,18 +370,56 @@ async def kill_under_load(server: Server, asked: list[Request]) -> int:
 
 def bench(url: str, ckpt: Path, count: int, at_once: int, folder: Path) -> dict:
     """The result of `vllm bench serve`. Raises RuntimeError where it fails."""
-    words = [Path(sys.executable).with_name("vllm"), "bench", "serve", "--base-url", url, "--model", NAME,
-             "--tokenizer", ckpt, "--dataset-name", "random", "--random-input-len", "450", "--random-output-len", "32",
-             "--random-range-ratio", "0.9", "--num-prompts", str(count), "--max-concurrency", str(at_once),
-             "--temperature", "0", "--save-result", "--result-dir", folder,
-             "--result-filename", "bench.json"]  # fmt: skip
+    words = [
+        Path(sys.executable).with_name("vllm"),
+        "bench",
+        "serve",
+        "--base-url",
+        url,
+        "--model",
+        NAME,
+        "--tokenizer",
+        ckpt,
+        "--dataset-name",
+        "random",
+        "--random-input-len",
+        "450",
+        "--random-output-len",
+        "32",
+        "--random-range-ratio",
+        "0.9",
+        "--num-prompts",
+        str(count),
+        "--max-concurrency",
+        str(at_once),
+        "--temperature",
+        "0",
+        "--save-result",
+        "--result-dir",
+        folder,
+        "--result-filename",
+        "bench.json",
+    ]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         raise RuntimeError(f"vllm bench serve failed: {done.stderr[-2000:]}")
     result = json.loads((folder / "bench.json").read_text())
-    return {k: result[k] for k in ("completed", "failed", "duration", "request_throughput", "output_throughput",
-                                   "total_token_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms",
-                                   "p99_tpot_ms") if k in result}  # fmt: skip
+    return {
+        k: result[k]
+        for k in (
+            "completed",
+            "failed",
+            "duration",
+            "request_throughput",
+            "output_throughput",
+            "total_token_throughput",
+            "median_ttft_ms",
+            "p99_ttft_ms",
+            "median_tpot_ms",
+            "p99_tpot_ms",
+        )
+        if k in result
+    }
 
 
 def run(ckpt: Path, count: int, at_once: int, folder: Path, flags: list[str]) -> dict:
@@ -368,9 +440,14 @@ def run(ckpt: Path, count: int, at_once: int, folder: Path, flags: list[str]) ->
             report = compare(ckpt, asked, answers, alone)
             failed = [a.error for a in others if a.error]
             faults = [f"{name}: {f}" for f in failed + report.faults + memory.faults() + server.faults()]
-            result[name] = {**asdict(report), "seconds": round(seconds, 1), "faults": faults,
-                            "start_seconds": round(server.start_seconds, 1), "memory_before": round(before, 1),
-                            "memory": memory.quarters()}  # fmt: skip
+            result[name] = {
+                **asdict(report),
+                "seconds": round(seconds, 1),
+                "faults": faults,
+                "start_seconds": round(server.start_seconds, 1),
+                "memory_before": round(before, 1),
+                "memory": memory.quarters(),
+            }
             print(name, json.dumps(result[name]), flush=True)
             result["faults"] += faults
             if name == "first":

@@ -94,18 +94,32 @@ def experts_of(llm) -> list[str]:
 
 
 def one(checkpoint: Path, out: Path, layers: int) -> None:
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-                   "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # fmt: skip
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    }
     import torch
     from vllm import LLM
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     speed = bandwidth()
     start = time.perf_counter()
-    llm = LLM(str(checkpoint), dtype="bfloat16", skip_tokenizer_init=True, max_model_len=PREFILL + 64, max_num_seqs=8,
-              max_num_batched_tokens=PREFILL, enable_prefix_caching=False, enforce_eager=True, seed=0,
-              kv_cache_memory_bytes=256 << 20, disable_log_stats=True,
-              distributed_executor_backend=UniProcExecutor)  # fmt: skip
+    llm = LLM(
+        str(checkpoint),
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
+        max_model_len=PREFILL + 64,
+        max_num_seqs=8,
+        max_num_batched_tokens=PREFILL,
+        enable_prefix_caching=False,
+        enforce_eager=True,
+        seed=0,
+        kv_cache_memory_bytes=256 << 20,
+        disable_log_stats=True,
+        distributed_executor_backend=UniProcExecutor,
+    )
     result = {"load s": time.perf_counter() - start, "experts": experts_of(llm), "threads": torch.get_num_threads()}
     random.seed(0)
     took_for(llm, VOCABULARY, 1, PREFILL, 1)

@@ -38,8 +38,11 @@ def test_a_class_that_comes_new():
 
 def test_every_absence_says_whether_that_is_fine():
     """Each `absent` of docs/releases.md has its reason in the patch, or the patch builds on one that has."""
-    table = [line.strip("| ").split(" | ") for line in (ROOT / "docs/releases.md").read_text().splitlines()
-             if line.startswith("| 0.") or line.startswith("| release")]  # fmt: skip
+    table = [
+        line.strip("| ").split(" | ")
+        for line in (ROOT / "docs/releases.md").read_text().splitlines()
+        if line.startswith("| 0.") or line.startswith("| release")
+    ]
     numbers = table[0][1:-1]
     patches = {p.number: p for p in load_series(ROOT).patches}
     without = []

@@ -23,12 +23,34 @@ def lm_eval(tmp_path):
 
     def run(ckpt, *flags) -> float:
         args = f"pretrained={ckpt},dtype=bfloat16,max_model_len=1024,enforce_eager=True,add_bos_token=False"
-        words = [PYTHON, "-m", "vllm_quark", "run", *flags, "--", PYTHON.with_name("lm_eval"), "--model", "vllm",
-                 "--model_args", args, "--include_path", HERE, "--tasks", "nano_held_out",
-                 "--output_path", tmp_path]  # fmt: skip
-        env = {"PATH": f"{PYTHON.parent}:/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT),
-               "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
-               "VLLM_NO_USAGE_STATS": "1"}  # fmt: skip
+        words = [
+            PYTHON,
+            "-m",
+            "vllm_quark",
+            "run",
+            *flags,
+            "--",
+            PYTHON.with_name("lm_eval"),
+            "--model",
+            "vllm",
+            "--model_args",
+            args,
+            "--include_path",
+            HERE,
+            "--tasks",
+            "nano_held_out",
+            "--output_path",
+            tmp_path,
+        ]
+        env = {
+            "PATH": f"{PYTHON.parent}:/usr/bin:/bin",
+            "HOME": str(tmp_path),
+            "PYTHONPATH": str(ROOT),
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
         if OPERATOR.exists():
             env["VLLM_INT8_MOE_LIBRARY"] = str(OPERATOR)
         done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=ROOT)

@@ -84,10 +84,10 @@ class BuildOperator(build_ext):
             command = " ".join(map(str, error.cmd[:2]))
             way_out = "VLLM_QUARK_OPERATOR=0 installs without the operator"
             sys.exit(f"csrc/cpu/int8_moe: {command} failed, see above; {way_out}")
-        made = build / "csrc/cpu/int8_moe/_int8_moe_C.abi3.so"
+        library = build / "csrc/cpu/int8_moe/_int8_moe_C.abi3.so"
         out.parent.mkdir(parents=True, exist_ok=True)
         part = out.with_name(f".{out.name}.{os.getpid()}")
-        shutil.copy(made, part)
+        shutil.copy(library, part)
         part.replace(out)
 
 

@@ -81,10 +81,10 @@ def releases_page(results: dict) -> str:
             "",
         ]
     if results["engines"]:
-        ways = list(dict.fromkeys(way for found in results["engines"].values() for way in found))
+        ways = list(dict.fromkeys(way for engines in results["engines"].values() for way in engines))
         cells = [
-            [version, *(" ".join(f"{v:.3f}" if v else "NaN" for v in found.get(way, ())) for way in ways)]
-            for version, found in results["engines"].items()
+            [version, *(" ".join(f"{v:.3f}" if v else "NaN" for v in engines.get(way, ())) for way in ways)]
+            for version, engines in results["engines"].items()
         ]
         page += [
             "## Through the engine on the CPU wheels",

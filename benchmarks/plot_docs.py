@@ -122,10 +122,10 @@ def plot_engine_8() -> str:
 def plot_loading() -> str:
     ranks = _read("shards-h200.json")["ranks"]
     panels = []
-    for rank, found in ranks.items():
+    for rank, timings in ranks.items():
         names = {"INT8": "at once", "INT8, expert by expert": "expert by expert"}
-        panels.append(Bars(rank, {name: (1e3 * found[key],) * 3 for name, key in names.items()}))
-    ratios = [found["expert by expert"] / found["at once"] for found in ranks.values()]
+        panels.append(Bars(rank, {name: (1e3 * timings[key],) * 3 for name, key in names.items()}))
+    ratios = [timings["expert by expert"] / timings["at once"] for timings in ranks.values()]
     title = f"Stacked experts load {_span(ratios)} times as fast with one copy per tensor (ms for a layer of 4.5 GB)"
     said = "Milliseconds to load one rank's experts on an H200, one copy per tensor and expert by expert, six ranks."
     return draw_bars(title, said, panels)

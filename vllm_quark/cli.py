@@ -368,10 +368,10 @@ def wheel_command(
     """
     from vllm_quark.repack import repack
 
-    made, patches = repack(wheel, load_series(), only or [], until, out)
+    wheel_path, patches = repack(wheel, load_series(), only or [], until, out)
     for patch in patches:
         print(patch.subject)
-    print(made)
+    print(wheel_path)
     return 0
 
 

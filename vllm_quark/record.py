@@ -186,11 +186,11 @@ def settle(
     )
     if not replaced and not again:
         return record, ""
-    what = f"replaced since vllm-quark patched it ({record.version} then, {version} now)" if other else "reinstalled"
+    change = f"replaced since vllm-quark patched it ({record.version} then, {version} now)" if other else "reinstalled"
     if replaced and not other:
-        what = f"replaced since vllm-quark patched it ({len(replaced)} of {len(record.files)} files)"
+        change = f"replaced since vllm-quark patched it ({len(replaced)} of {len(record.files)} files)"
     kept = {file: known for file, known in record.files.items() if file not in replaced}
-    note = f"{root}: vLLM was {what}: what no longer stands is off the record"
+    note = f"{root}: vLLM was {change}: what no longer stands is off the record"
     if replaced and replaced <= committed:
         few = " and ".join(sorted(replaced)[:2]) + (" and more" if len(replaced) > 2 else "")
         note = f"{root}: commits changed {few} since vllm-quark did: what they changed is off the record"

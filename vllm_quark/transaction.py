@@ -37,9 +37,9 @@ _WAYS_OUT = {
 }
 
 
-def _explain(e: OSError, path: Path | str, what: str, state: str = "nothing was changed") -> TreeError:
+def _explain(e: OSError, path: Path | str, action: str, state: str = "nothing was changed") -> TreeError:
     way_out = _WAYS_OUT.get(e.errno or 0, "mend that and run again")
-    return TreeError(f"{path}: cannot {what}: {e.strerror}: {state}, {way_out}")
+    return TreeError(f"{path}: cannot {action}: {e.strerror}: {state}, {way_out}")
 
 
 def read_file(root: Path, file: str) -> bytes | None:

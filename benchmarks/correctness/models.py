@@ -126,7 +126,7 @@ def write_table(files: list[Path], out: Path) -> None:
                     count[verdict["what"]] += 1
                 if verdict["said"]:
                     said.setdefault(verdict["said"], []).append(f"{name} {variant}")
-        counted = ", ".join(f"{n} {what}" for what, n in sorted(count.items()))
+        counted = ", ".join(f"{n} {outcome}" for outcome, n in sorted(count.items()))
         lines += ["", f"Quantized cells where `bf16` is not wrong: {counted}.", ""]
         lines += [f"- {', '.join(names[:3])}{', …' if names[3:] else ''}: `{words}`" for words, names in said.items()]
         lines.append("")

@@ -129,8 +129,8 @@ async def ask(client: openai.AsyncOpenAI, request: Request, patience: float) -> 
                         answer.cancelled = True
                         break
         else:
-            done = await asyncio.wait_for(call, patience if request.cancel else None)
-            answer.tokens = list(done.choices[0].token_ids)
+            completion = await asyncio.wait_for(call, patience if request.cancel else None)
+            answer.tokens = list(completion.choices[0].token_ids)
     except TimeoutError:
         answer.cancelled = True
     except openai.OpenAIError as e:
@@ -265,11 +265,11 @@ class Server:
         for _ in range(40):
             text = requests.get(f"{self.url}/metrics", timeout=10).text
             values = {name: re.search(rf"^vllm:{name}{{.*}} (\S+)$", text, re.M) for name in wanted}
-            found = {name: float(m[1]) for name, m in values.items() if m}
-            if len(found) == len(wanted) and not any(found.values()):
+            figures = {name: float(m[1]) for name, m in values.items() if m}
+            if len(figures) == len(wanted) and not any(figures.values()):
                 break
             time.sleep(0.5)
-        held = [] if found == dict.fromkeys(wanted, 0.0) else [f"without a request: {found}"]
+        held = [] if figures == dict.fromkeys(wanted, 0.0) else [f"without a request: {figures}"]
         return (
             held
             + [
@@ -300,8 +300,8 @@ def answer_alone(ckpt: Path, asked: list[Request], folder: Path, **env: str) -> 
     words = [sys.executable, "-m", "benchmarks.correctness.serve_load", ckpt, "--alone", questions, out]
     env = {**os.environ, "VLLM_LOGGING_LEVEL": "WARNING", **env}
     with open(folder / "alone.log", "w") as log:
-        done = subprocess.run(words, stdout=log, stderr=log, env=env, cwd=Path(__file__).parents[2])
-    if done.returncode:
+        process = subprocess.run(words, stdout=log, stderr=log, env=env, cwd=Path(__file__).parents[2])
+    if process.returncode:
         raise RuntimeError(f"the offline engine failed: {(folder / 'alone.log').read_text()[-2000:]}")
     return json.loads(out.read_text())
 
@@ -324,11 +324,11 @@ def _answer_alone(ckpt: Path, questions: Path, out: Path) -> None:
     for r in (Request(**r) for r in json.loads(questions.read_text())):
         params = SamplingParams(temperature=0, max_tokens=r.max_tokens)
         if r.chat:
-            done = llm.chat([{"role": "user", "content": r.prompt}], params, use_tqdm=False)[0]
+            output = llm.chat([{"role": "user", "content": r.prompt}], params, use_tqdm=False)[0]
         else:
             prompt = TokensPrompt(prompt_token_ids=r.prompt) if isinstance(r.prompt, list) else r.prompt
-            done = llm.generate(prompt, params, use_tqdm=False)[0]
-        answers.append({"prompt": list(done.prompt_token_ids), "tokens": list(done.outputs[0].token_ids)})
+            output = llm.generate(prompt, params, use_tqdm=False)[0]
+        answers.append({"prompt": list(output.prompt_token_ids), "tokens": list(output.outputs[0].token_ids)})
     out.write_text(json.dumps(answers))
 
 
@@ -400,9 +400,9 @@ def bench(url: str, ckpt: Path, count: int, at_once: int, folder: Path) -> dict:
         "--result-filename",
         "bench.json",
     ]
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    if done.returncode:
-        raise RuntimeError(f"vllm bench serve failed: {done.stderr[-2000:]}")
+    process = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if process.returncode:
+        raise RuntimeError(f"vllm bench serve failed: {process.stderr[-2000:]}")
     result = json.loads((folder / "bench.json").read_text())
     return {
         k: result[k]
@@ -455,10 +455,10 @@ def run(ckpt: Path, count: int, at_once: int, folder: Path, flags: list[str]) ->
                 if not result["broken off"]:
                     result["faults"].append("killed: every request in flight was answered")
             else:
-                result["bench"] = found = bench(server.url, ckpt, count, at_once, folder)
-                print("bench", json.dumps(found), flush=True)
-                if found["completed"] != count or found.get("failed"):
-                    result["faults"].append(f"vllm bench serve: {found['completed']} of {count} completed")
+                result["bench"] = figures = bench(server.url, ckpt, count, at_once, folder)
+                print("bench", json.dumps(figures), flush=True)
+                if figures["completed"] != count or figures.get("failed"):
+                    result["faults"].append(f"vllm bench serve: {figures['completed']} of {count} completed")
                 result["faults"] += [f"after bench: {f}" for f in server.faults()]
     return result
 

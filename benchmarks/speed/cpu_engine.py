@@ -70,10 +70,10 @@ def main() -> int:
                 words = [sys.executable, "-m", "benchmarks.speed.cpu_engine", args.checkpoint, "--one", part]
                 words += ["--eager"] * args.eager
                 env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **env}  # the way it took is read from the log
-                done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(f"{way}: {done.stderr[-2000:]}")
-                said = done.stdout + done.stderr
+                process = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+                if process.returncode:
+                    sys.exit(f"{way}: {process.stderr[-2000:]}")
+                said = process.stdout + process.stderr
                 assert ("expert by expert, which is slower" in said) == (way == "oneDNN"), "not the way it should be"
                 results[way].append(json.loads(part.read_text()))
                 print(way, results[way][-1], flush=True)

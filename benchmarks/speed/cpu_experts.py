@@ -45,24 +45,24 @@ def layer(experts: int, width: int, hidden: int):
     return module
 
 
-def experts_of(made: torch.nn.Module, operators):
+def experts_of(moe: torch.nn.Module, operators):
     """The layer's experts on the native operators, or on oneDNN where `operators` is None."""
     kept = cpu_int8_moe.native_experts
     cpu_int8_moe.native_experts = lambda: operators
     try:
-        experts = cpu_int8_moe.CPUInt8Experts(made, (made.w13_weight_scale, made.w2_weight_scale))
+        experts = cpu_int8_moe.CPUInt8Experts(moe, (moe.w13_weight_scale, moe.w2_weight_scale))
     finally:
         cpu_int8_moe.native_experts = kept
-    return lambda x, w, i: experts(x, w, i, made.w13_weight)
+    return lambda x, w, i: experts(x, w, i, moe.w13_weight)
 
 
-def onednn(made: torch.nn.Module):
-    return experts_of(copy.deepcopy(made), None)
+def onednn(moe: torch.nn.Module):
+    return experts_of(copy.deepcopy(moe), None)
 
 
-def bf16(made: torch.nn.Module):
+def bf16(moe: torch.nn.Module):
     w13, w2 = (
-        (getattr(made, f"{n}_weight").float() * getattr(made, f"{n}_weight_scale")).bfloat16() for n in ("w13", "w2")
+        (getattr(moe, f"{n}_weight").float() * getattr(moe, f"{n}_weight_scale")).bfloat16() for n in ("w13", "w2")
     )
     if not hasattr(torch.ops._C, "prepack_moe_weight"):
         return "this vLLM has no BF16 CPU experts for this processor"
@@ -76,14 +76,14 @@ def bf16(made: torch.nn.Module):
     return lambda x, w, i: ops.cpu_fused_moe(x, w13, w2, None, None, w, i, "silu", isa)
 
 
-def upstream_int8(made: torch.nn.Module):
+def upstream_int8(moe: torch.nn.Module):
     if not torch.cpu._is_amx_tile_supported():
         return "upstream's fused_experts_cpu needs AMX, which this processor does not have"
     if not hasattr(ops, "CPUQuantMethod"):
         return "this vLLM's fused_experts_cpu is called in another way than 0.21.0's"
     pack = torch.ops._C.convert_weight_packed
-    w13, w2 = pack(made.w13_weight), pack(made.w2_weight)
-    s13, s2 = made.w13_weight_scale.data, made.w2_weight_scale.data
+    w13, w2 = pack(moe.w13_weight), pack(moe.w2_weight)
+    s13, s2 = moe.w13_weight_scale.data, moe.w2_weight_scale.data
     method = ops.CPUQuantMethod.INT8_W8A8
 
     def run(x, w, i):
@@ -94,13 +94,13 @@ def upstream_int8(made: torch.nn.Module):
 
 def measure(name: str, rounds: int, tokens: tuple[int, ...], without: list[str]) -> list[dict]:
     experts, width, hidden, top_k = SHAPES[name]
-    made = layer(experts, width, hidden)
+    moe = layer(experts, width, hidden)
     runs, reasons = {}, {}
     contestants = {"upstream INT8": upstream_int8, "BF16": bf16, "oneDNN": onednn}
     for kind, make in contestants.items():
-        found = "asked for" if kind in without else make(made)
-        (reasons if isinstance(found, str) else runs)[kind] = found
-    runs["native"] = experts_of(made, native())
+        outcome = "asked for" if kind in without else make(moe)
+        (reasons if isinstance(outcome, str) else runs)[kind] = outcome
+    runs["native"] = experts_of(moe, native())
     memory = torch.ones(max(64 << 20, experts * width * hidden * 3) // 8, dtype=torch.int64)
     rows = []
     for count in tokens:

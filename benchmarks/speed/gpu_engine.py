@@ -139,8 +139,10 @@ def every(args: argparse.Namespace) -> None:
         env = {**os.environ, "PYTHONPATH": f"{getattr(args, site)}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         with open(args.out.with_suffix(f".{name}.log"), "w") as log:
             words = [sys.executable, "-m", "benchmarks.speed.gpu_engine", "one", checkpoint.absolute(), part.absolute()]
-            done = subprocess.run(words, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=args.timeout)
-        result = json.loads(part.read_text()) if part.exists() else {"failed": done.returncode}
+            process = subprocess.run(
+                words, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=args.timeout
+            )
+        result = json.loads(part.read_text()) if part.exists() else {"failed": process.returncode}
         results["runs"].setdefault(name, []).append(result)
         args.out.write_text(json.dumps(results, indent=1) + "\n")
         print(name, {k: round(v, 2) if isinstance(v, float) else v for k, v in result.items()}, flush=True)

@@ -204,7 +204,7 @@ class Compiler:
         import vllm.model_executor.layers.fused_moe.fused_moe  # noqa: F401
 
         self.target = target
-        self.done: set[tuple] = set()
+        self.jobs: set[tuple] = set()
         self.failed: dict[Key, str] = {}
         context = multiprocessing.get_context("fork")
         self.pool = context.Pool(workers or os.cpu_count())
@@ -215,12 +215,12 @@ class Compiler:
             job
             for key in keys
             for source in sources(shape, tokens)
-            if (job := (key, shape.dtype, self.target, source)) not in self.done
+            if (job := (key, shape.dtype, self.target, source)) not in self.jobs
         ]
         for key, error in self.pool.imap_unordered(_compile_one, jobs, chunksize=1):
             if error:
                 self.failed[key] = error
-        self.done.update(jobs)
+        self.jobs.update(jobs)
         return [key for key in keys if key not in self.failed]
 
 

@@ -112,14 +112,14 @@ def measure(args: argparse.Namespace) -> None:
         took = together(graphs, rounds=6)
         del graphs
         work = [layers["int8"].work(one) for one in inputs]
-        moved, done = (statistics.mean(w) for w in zip(*work, strict=True))
+        moved, operations = (statistics.mean(w) for w in zip(*work, strict=True))
         row = {
             "tokens": tokens,
             "us": {name: round(t, 2) for name, t in took.items()},
             "limit": {
-                "us": round(1e6 * max(moved / limits["copy"], done / limits["int8"]), 2),
+                "us": round(1e6 * max(moved / limits["copy"], operations / limits["int8"]), 2),
                 "bytes": int(moved),
-                "operations": int(done),
+                "operations": int(operations),
             },
             "configs": configs,
         }

@@ -35,8 +35,8 @@ def tensors(count: int) -> Iterator[Tensor]:
     yield "model.embed_tokens.weight", "BF16", (VOCABULARY, HIDDEN)
     yield "model.norm.weight", "BF16", (HIDDEN,)
     yield "lm_head.weight", "BF16", (VOCABULARY, HIDDEN)
-    layer, done = 0, 3
-    while done < count:
+    layer, written = 0, 3
+    while written < count:
         stem = f"model.layers.{layer}"
         for name in ("input_layernorm", "post_attention_layernorm"):
             yield f"{stem}.{name}.weight", "BF16", (HIDDEN,)
@@ -49,7 +49,7 @@ def tensors(count: int) -> Iterator[Tensor]:
             for name, (rows, columns) in MLP.items():
                 yield f"{module}.{name}.weight", "I8", (rows, columns)
                 yield f"{module}.{name}.weight_scale", "F32", (rows,)
-        layer, done = layer + 1, done + 8 + 6 * (EXPERTS + 1)
+        layer, written = layer + 1, written + 8 + 6 * (EXPERTS + 1)
 
 
 def write(path: Path, part: list[Tensor]) -> None:
@@ -117,11 +117,11 @@ def main() -> None:
     print(f"{args.files} files, {size / 1e9:.0f} GB")
     for _ in range(args.runs):
         start = time.perf_counter()
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "vllm_quark", "check", args.out], capture_output=True, text=True, cwd=ROOT
         )
         seconds = time.perf_counter() - start
-        print(f"{seconds:.1f} s, exit {done.returncode}: {(done.stdout or done.stderr).splitlines()[0]}")
+        print(f"{seconds:.1f} s, exit {process.returncode}: {(process.stdout or process.stderr).splitlines()[0]}")
 
 
 if __name__ == "__main__":

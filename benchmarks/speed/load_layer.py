@@ -53,7 +53,7 @@ def load(folder: Path, layers: int, experts: int, tp: int) -> float:
         start = time.perf_counter()
         config.maybe_update_config(str(folder))
         headers = time.perf_counter() - start
-        made = [
+        shadows = [
             utils.make_experts(
                 num_experts=experts,
                 top_k=8,
@@ -66,11 +66,11 @@ def load(folder: Path, layers: int, experts: int, tp: int) -> float:
             )
             for layer in range(layers)
         ]
-        for layer in made:
+        for layer in shadows:
             for param in layer.parameters():
                 param.data.zero_()  # its pages
         start = time.perf_counter()
-        for number, layer in enumerate(made):
+        for number, layer in enumerate(shadows):
             params = dict(layer.named_parameters())
             with safe_open(folder / f"model-{number}.safetensors", "pt") as file:
                 for name in file.keys():  # noqa: SIM118
@@ -84,7 +84,7 @@ def load(folder: Path, layers: int, experts: int, tp: int) -> float:
         except ImportError:
             pass
         else:
-            for layer in made:
+            for layer in shadows:
                 finish_experts(layer)
         return headers + time.perf_counter() - start
 
@@ -115,11 +115,11 @@ def main() -> None:
                     command = [sys.executable, "-m", "benchmarks.speed.load_layer", "--load", folder, "--tp", str(tp)]
                     command += ["--layers", str(args.layers), "--experts", str(args.experts)]
                     env = {**os.environ, "PYTHONPATH": before(tree)}
-                    done = subprocess.run(
+                    result = subprocess.run(
                         [str(c) for c in command], cwd=ROOT, env=env, check=True, capture_output=True, text=True
                     )
                     if run:  # the first warms the page cache
-                        took[name].append(float(done.stdout.split("seconds ")[1]))
+                        took[name].append(float(result.stdout.split("seconds ")[1]))
             medians = {name: statistics.median(values) for name, values in took.items()}
             print(
                 f"{size:.1f} GB, tensor parallel {tp}:",

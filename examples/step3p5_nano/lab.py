@@ -50,9 +50,9 @@ def call(log: Path, *words: str | Path, cwd: Path = HERE, **env: str) -> None:
     command, environment = [str(w) for w in words], {**os.environ, **env}
     for _ in range(3):
         with open(log, "w") as f:
-            done = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, cwd=cwd, env=environment)
+            result = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, cwd=cwd, env=environment)
         text = log.read_text(errors="replace")
-        if not done.returncode:
+        if not result.returncode:
             return
         if "EADDRINUSE" not in text:
             break

@@ -178,8 +178,8 @@ def test_every_tile_compiles_to_int8_products(target, products, tmp_path):
         keys = list({key[:4] + key[6:]: key for key in keys}.values())
     code = COMPILE.format(target=target, products=products, keys=keys)
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path), "VLLM_LOGGING_LEVEL": "ERROR"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = dict(line.split(" -> ") for line in done.stdout.splitlines() if re.match(r"\d+ \d+ ", line))
-    assert len(found) == len(keys)
-    assert all(count.isdigit() and int(count) > 0 for count in found.values()), found
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-2000:]
+    chosen_counts = dict(line.split(" -> ") for line in process.stdout.splitlines() if re.match(r"\d+ \d+ ", line))
+    assert len(chosen_counts) == len(keys)
+    assert all(count.isdigit() and int(count) > 0 for count in chosen_counts.values()), chosen_counts

@@ -36,14 +36,14 @@ def judge() -> Judge:
 @pytest.fixture(scope="session")
 def vllm(tmp_path_factory):
     """`vllm(only)`: the installed vLLM with those patches (None: the series)."""
-    made: dict[str, Path] = {}
+    shadows: dict[str, Path] = {}
     base = tmp_path_factory.mktemp("vllm")
 
     def make(only: list[str] | None = None) -> Path:
         name = "series" if only is None else "-".join(only) or "stock"
-        if name not in made:
-            made[name] = shadow(base / name, only)
-        return made[name]
+        if name not in shadows:
+            shadows[name] = shadow(base / name, only)
+        return shadows[name]
 
     return make
 

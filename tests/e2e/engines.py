@@ -71,14 +71,14 @@ def answer(llm, ids: list[list[int]], tokens: int = 8) -> tuple[list[float], lis
 
     prompts = [TokensPrompt(prompt_token_ids=i) for i in ids]
     judge = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-    found = [
+    answers = [
         at[token].logprob
         for out in llm.generate(prompts, judge, use_tqdm=False)
         for token, at in zip(out.prompt_token_ids[1:], out.prompt_logprobs[1:], strict=True)
     ]
     greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     out = llm.generate(prompts[:1], greedy, use_tqdm=False)[0].outputs[0]
-    return found, list(out.token_ids)
+    return answers, list(out.token_ids)
 
 
 def memory() -> dict[str, float]:

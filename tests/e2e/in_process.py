@@ -25,8 +25,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 def origin(error: Exception) -> str:
     """The file that raised an error, or the one that pydantic tells of."""
-    found = [*getattr(error, "errors", list)()]
-    inner = next((e["ctx"]["error"] for e in found if "error" in e.get("ctx", {})), error)
+    entries = [*getattr(error, "errors", list)()]
+    inner = next((e["ctx"]["error"] for e in entries if "error" in e.get("ctx", {})), error)
     return traceback.extract_tb(inner.__traceback__)[-1].filename if inner.__traceback__ else ""
 
 
@@ -64,11 +64,11 @@ def serve(job: dict) -> dict:
             params = SamplingParams(temperature=0, max_tokens=1, logprobs=job["logprobs"], detokenize=False)
             each = [[TokensPrompt(prompt_token_ids=ids[:n]) for n in range(1, len(ids))] for ids in job["ids"]]
             outs = [llm.generate(prefixes, params, use_tqdm=False, **request) for prefixes in each]
-            found = [[o.outputs[0].logprobs[0] for o in prefixes] for prefixes in outs]
+            entries = [[o.outputs[0].logprobs[0] for o in prefixes] for prefixes in outs]
         else:
             params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=job["logprobs"], detokenize=False)
-            found = [o.prompt_logprobs[1:] for o in llm.generate(prompts, params, use_tqdm=False)]
-        logprobs = [[{t: p.logprob for t, p in at.items()} for at in prompt] for prompt in found]
+            entries = [o.prompt_logprobs[1:] for o in llm.generate(prompts, params, use_tqdm=False)]
+        logprobs = [[{t: p.logprob for t, p in at.items()} for at in prompt] for prompt in entries]
         params = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False)
         tokens = llm.generate(prompts[:1], params, use_tqdm=False, **request)[0].outputs[0].token_ids
         return {"logprobs": logprobs, "tokens": list(tokens)}

@@ -51,8 +51,8 @@ def other(src: Path, dst: Path) -> Path:
     return dst
 
 
-def perplexity(found: Answer) -> float | None:
-    mean = -sum(found[0]) / len(found[0])
+def perplexity(served: Answer) -> float | None:
+    mean = -sum(served[0]) / len(served[0])
     return round(math.exp(min(mean, 700)), 4) if math.isfinite(mean) else None
 
 
@@ -108,8 +108,8 @@ class Cases:
         """Dummy weights answer, and real ones take their place."""
         expected = self.of(self.b)
         with self.engine(self.a, load_format="dummy") as llm:
-            found = self.answer(llm)
-            yield found, found  # any answer
+            served = self.answer(llm)
+            yield served, served  # any answer
             llm.collective_rpc("update_config", args=({"load_config": {"load_format": "auto"}},))
             llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.b)})
             yield self.answer(llm), expected
@@ -157,13 +157,13 @@ def judge(case: Callable[[], Iterator[tuple[Answer, Answer]]], compiled: bool) -
     steps: list[dict[str, Any]] = []
     said: dict[str, Any] = {"case": case.__name__, "steps": steps}
     try:
-        for found, expected in case():
-            gaps = [abs(x - y) for x, y in zip(found[0], expected[0], strict=True)]
-            figures = perplexity(found), perplexity(expected)
+        for served, expected in case():
+            gaps = [abs(x - y) for x, y in zip(served[0], expected[0], strict=True)]
+            figures = perplexity(served), perplexity(expected)
             if compiled:
                 right = None not in figures and abs(figures[0] / figures[1] - 1) <= COMPILED_NOISE
             else:
-                right = all(gap <= NOISE for gap in gaps) and found[1] == expected[1]
+                right = all(gap <= NOISE for gap in gaps) and served[1] == expected[1]
             steps.append(
                 {
                     "right": right,

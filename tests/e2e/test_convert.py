@@ -48,18 +48,18 @@ def serve(names: list[str], folder: Path, python: str | Path, **env: str) -> dic
         )
     (folder / "jobs.json").write_text(json.dumps(jobs))
     call(folder / "log", python, Path(__file__).with_name("in_process.py"), folder / "jobs.json", **env)
-    found = {}
+    summary = {}
     for name, job in zip(names, jobs, strict=True):
         result = json.loads(Path(job["out"]).read_text())
         assert "error" not in result, result
         out = torch.tensor([[[at[str(t)] for t in range(128)] for at in prompt] for prompt in result["logprobs"]])
-        found[name] = {}
+        summary[name] = {}
         for reading in ("exact", "served", "blank"):
             reference = torch.tensor(expected[name][reading])[:, :-1]
             a, b = (y - y.mean(-1, keepdim=True) for y in (out, reference))
-            found[name][reading] = round(((a - b).norm() / b.norm()).item(), 4)
-    print(found)
-    return found
+            summary[name][reading] = round(((a - b).norm() / b.norm()).item(), 4)
+    print(summary)
+    return summary
 
 
 def test_static_dense_exports_on_stock(vllm, tmp_path):
@@ -110,9 +110,9 @@ def test_step3p5_without_a_packed_modules_mapping(ckpts, vllm, tmp_path):
         path = before(vllm([])) + os.pathsep + str(ROOT)
         call(tmp_path / "log", sys.executable, "-c", LAYERS, ckpts["quark"], out, PYTHONPATH=path)
         log = (tmp_path / "log").read_text().splitlines()
-        found = json.loads(next(line for line in log if line.startswith('{"mapping"')))
-        assert found.pop("mapping") == {}
-        return found
+        summary = json.loads(next(line for line in log if line.startswith('{"mapping"')))
+        assert summary.pop("mapping") == {}
+        return summary
 
     errors = build()
     assert len(errors) == 32 and max(errors.values()) < 0.01, errors

@@ -24,8 +24,8 @@ def run(vllm, *tests: str) -> tuple[int, str]:
     """(exit code, output) of pytest over `tests` with the vLLM in `vllm`."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     env = {**os.environ, "PYTHONPATH": before(vllm), "VLLM_QUARK_MUTANTS": "50"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
-    return done.returncode, done.stdout[-5000:]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    return result.returncode, result.stdout[-5000:]
 
 
 def brought(patch) -> list[str]:

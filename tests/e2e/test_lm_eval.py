@@ -53,24 +53,24 @@ def lm_eval(tmp_path):
         }
         if OPERATOR.exists():
             env["VLLM_INT8_MOE_LIBRARY"] = str(OPERATOR)
-        done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=ROOT)
-        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+        process = subprocess.run(words, capture_output=True, text=True, env=env, cwd=ROOT)
+        assert process.returncode == 0, process.stdout[-1000:] + process.stderr[-3000:]
         (result,) = tmp_path.rglob("results_*.json")
-        found = json.loads(result.read_text())["results"]["nano_held_out"]
+        scores = json.loads(result.read_text())["results"]["nano_held_out"]
         result.unlink()
-        return next(value for name, value in found.items() if name.startswith("byte_perplexity,"))
+        return next(value for name, value in scores.items() if name.startswith("byte_perplexity,"))
 
     return run
 
 
 def test_the_figure_is_the_one_of_docs(lm_eval, ckpts, judge):
     """Within 2 % of the float reference's, and 1 % of what the INT8 numbers say."""
-    found = lm_eval(ckpts["quark"])
-    print(f"\nlm_eval: {found:.4f} per byte, float reference {judge.reference.perplexity:.4f}")
-    assert abs(found / judge.reference.perplexity - 1) <= RIGHT
-    assert abs(found / judge.emulate(ckpts["quark"]).perplexity - 1) <= 0.01
+    scores = lm_eval(ckpts["quark"])
+    print(f"\nlm_eval: {scores:.4f} per byte, float reference {judge.reference.perplexity:.4f}")
+    assert abs(scores / judge.reference.perplexity - 1) <= RIGHT
+    assert abs(scores / judge.emulate(ckpts["quark"]).perplexity - 1) <= 0.01
 
 
 def test_garbage_without_the_fixes(lm_eval, ckpts, judge):
-    found = lm_eval(ckpts["quark"], "--only", ",".join(CPU_PATCHES))
-    assert not found < GARBAGE * judge.reference.perplexity  # NaN, too
+    scores = lm_eval(ckpts["quark"], "--only", ",".join(CPU_PATCHES))
+    assert not scores < GARBAGE * judge.reference.perplexity  # NaN, too

@@ -35,7 +35,7 @@ class Mutant:
         self.config = json.loads((self.folder / "config.json").read_text())
         self.again: dict[str, torch.Tensor] = {}
         change = self.random.choice([self.tensor] * 5 + [self.exclude] * 2 + [self.key] * 2 + [self.file])
-        self.what = f"{source.name}: {change()}"
+        self.change = f"{source.name}: {change()}"
 
     def write(self, cut: int | None = None) -> None:
         (self.folder / "model.safetensors").unlink()
@@ -157,20 +157,20 @@ def test_mutants_through_the_engine(ckpts, judge, in_process, tmp_path):
         if "error" in result:
             said = result["error"]
             ours = re.search(r"/quark/int8/\w+\.py$|/cpu_int8_\w+\.py$", result["file"])
-            assert not ours or result["type"] == "ValueError", (mutant.what, result)
+            assert not ours or result["type"] == "ValueError", (mutant.change, result)
             named = any(
                 w in said
                 for w in ("layers.", "embed_tokens", "lm_head", "norm.weight", "quantization_config", ".safetensors")
             )
             verdict = "refused" if named or "regular expression" in said else "refused without a name"
             if verdict != "refused":
-                unnamed.append(f"{mutant.what}: {result['type']}: {said.splitlines()[0][:100] if said else ''}")
+                unnamed.append(f"{mutant.change}: {result['type']}: {said.splitlines()[0][:100] if said else ''}")
         else:
             expected = reading(mutant, torch.tensor(ids))
-            assert expected is not None, f"silent: {mutant.what}"
+            assert expected is not None, f"silent: {mutant.change}"
             out = torch.tensor([[[at[str(t)] for t in range(258)] for at in p] for p in result["logprobs"]])
             gap = F.kl_div(out, expected[:, :-1], reduction="none", log_target=True).sum(-1).mean().item()
-            assert gap < 0.05, f"silent: {mutant.what}: {gap:.3f} nats from what its numbers say"
+            assert gap < 0.05, f"silent: {mutant.change}: {gap:.3f} nats from what its numbers say"
             verdict = "right"
         verdicts[verdict] += 1
     print(f"\n{COUNT} mutants through the engine: {dict(verdicts)}")

@@ -45,11 +45,11 @@ def assert_right(case: dict) -> None:
 )
 def test_weights_that_come_again(layout, cases, said):
     """Right in every way; a sharded state may be refused for what it is, with a way out: the checkpoint."""
-    found = said(layout, cases)
-    assert [*found] == cases
-    there, back = found["reload"]["steps"][1:]
+    verdicts = said(layout, cases)
+    assert [*verdicts] == cases
+    there, back = verdicts["reload"]["steps"][1:]
     assert there["expected"] > 1.02 * back["expected"], "the checkpoints hardly differ"
-    for case in found.values():
+    for case in verdicts.values():
         if case["case"] == "sharded_state" and "error" in case:
             named = r"sharded[ _]state\b.*\bcheckpoint that it was saved from"
             assert re.search(named, case["error"]), case

@@ -46,8 +46,8 @@ def test_conflict_names_file_and_anchor(home, tree):
     before = snapshot(tree)
     one_line(cli(home, "apply", tree), "0002-scale", "vllm/model_executor/beta.py", "run, comparison", "not found")
     assert snapshot(tree) == before
-    done = cli(home, "status", tree)
-    assert done.returncode == 1 and "conflict" in done.stdout and "run, comparison" in done.stdout
+    result = cli(home, "status", tree)
+    assert result.returncode == 1 and "conflict" in result.stdout and "run, comparison" in result.stdout
 
 
 def test_file_in_the_way(home, tree):
@@ -75,7 +75,7 @@ def test_lost_original(home, tree):
     assert cli(home, "apply", tree).returncode == 0
     (tree / ".vllm-quark/original/vllm/alpha.py").write_text("lost")
     before = visible(tree)
-    one_line(cli(home, "revert", tree), "original/vllm/alpha.py", "put back what vLLM 9.9 has there")
+    one_line(cli(home, "revert", tree), "original/vllm/alpha.py", "put back vllm/alpha.py as in vLLM 9.9")
     assert visible(tree) == before
     assert cli(home, "apply", tree).returncode == 0, "nothing is left to do"
     (tree / "vllm/alpha.py").write_text(ALPHA)
@@ -135,15 +135,15 @@ def small_disk(tmp_path):
 def test_full_disk(home, small_disk):
     tree = make_tree(small_disk / "tree")
     before = snapshot(tree)
-    room = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    space = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
     # From no room at all to room for all but the last page.
     for left in range(0, 60 * 1024, 4096):
-        (small_disk / "ballast").write_bytes(b"x" * max(0, room - left))
-        done = cli(home, "apply", tree)
-        if done.returncode == 0:
+        (small_disk / "ballast").write_bytes(b"x" * max(0, space - left))
+        result = cli(home, "apply", tree)
+        if result.returncode == 0:
             assert left > 0
             break
-        one_line(done, "No space left", "make room")
+        one_line(result, "No space left", "make room")
         assert snapshot(tree) == before, left
     else:
         pytest.fail("never had enough room")
@@ -163,8 +163,8 @@ def test_read_only_tree(home, small_disk):
 def test_file_size_limit(home, tree, size):
     """The full disk where nothing can be mounted: no file may grow beyond `size` bytes."""
     before = snapshot(tree)
-    done = cli(home, "apply", tree, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
-    one_line(done, "File too large", "make room")
+    result = cli(home, "apply", tree, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    one_line(result, "File too large", "make room")
     assert snapshot(tree) == before
 
 
@@ -187,8 +187,8 @@ def test_git_without_identity(home, tree, tmp_path):
     import sys
 
     command = [sys.executable, "-m", "vllm_quark", "format-patch", str(tree), "-o", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
-    one_line(done, "user.name", "git config --global")
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    one_line(result, "user.name", "git config --global")
     assert not (tmp_path / "out").exists()
 
 
@@ -239,14 +239,14 @@ def test_an_empty_folder_name_is_not_the_current_one(home, tree):
     """An empty variable of a script: `configs -o "$OUT"`."""
     before, at_home = snapshot(tree), snapshot(home)
     for words in (["apply", ""], ["format-patch", "", "-o", "x"], ["configs", "-o", ""], ["shadow", "-o", " "]):
-        done = cli(home, *words, cwd=tree)
-        assert done.returncode == 2 and "names no folder" in done.stderr, (words, done.stdout, done.stderr)
+        result = cli(home, *words, cwd=tree)
+        assert result.returncode == 2 and "names no folder" in result.stderr, (words, result.stdout, result.stderr)
     assert snapshot(tree) == before and snapshot(home) == at_home
 
 
 def test_spaces_between_names(home, tree):
-    done = cli(home, "status", tree, "--only", "1, 0002", "--json")
-    assert [p["name"][:4] for p in json.loads(done.stdout)["patches"]] == ["0001", "0002"], done.stdout
+    result = cli(home, "status", tree, "--only", "1, 0002", "--json")
+    assert [p["name"][:4] for p in json.loads(result.stdout)["patches"]] == ["0001", "0002"], result.stdout
 
 
 @pytest.mark.parametrize("linked", [".vllm-quark", ".vllm-quark/lock"])
@@ -255,8 +255,8 @@ def test_record_that_leads_nowhere(home, tree, tmp_path, linked):
     (tree / linked).symlink_to(tmp_path / "gone/there")
     before = snapshot(tree)
     for command in ("apply", "revert"):
-        done = cli(home, command, tree, timeout=20)
-        one_line(done, str(tree / linked), "is in the way of vllm-quark's record: move it away")
+        result = cli(home, command, tree, timeout=20)
+        one_line(result, str(tree / linked), "is in the way of vllm-quark's record: move it away")
     assert {k: v for k, v in snapshot(tree).items() if "gitignore" not in k} == before
 
 
@@ -268,8 +268,8 @@ def test_version_file_that_is_not_utf8(home, tree, file):
 
 
 def test_full_disk_of_a_shadow(home, tree, small_disk):
-    room = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
-    (small_disk / "ballast").write_bytes(b"x" * room)
+    space = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    (small_disk / "ballast").write_bytes(b"x" * space)
     out = small_disk / "shadow"
     one_line(cli(home, "shadow", tree, "-o", out), str(out), "No space left")
     assert not out.exists()
@@ -277,8 +277,8 @@ def test_full_disk_of_a_shadow(home, tree, small_disk):
 
 def test_shadow_inside_of_its_package(home, tree):
     before = snapshot(tree)
-    done = cli(home, "shadow", tree, "-o", tree / "vllm/model_executor/shadow")
-    one_line(done, "lies in the package that it is of: name a folder outside")
+    result = cli(home, "shadow", tree, "-o", tree / "vllm/model_executor/shadow")
+    one_line(result, "lies in the package that it is of: name a folder outside")
     assert snapshot(tree) == before
 
 
@@ -290,5 +290,5 @@ def test_error_without_words(home, tree, tmp_path):
         "c.load_series = fail\n"
         f"sys.argv = ['vllm-quark', 'status', {str(tree)!r}]; c.main()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=home)
-    assert one_line(done) == "vllm-quark: out of sorts: mend that and run again"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=home)
+    assert one_line(result) == "vllm-quark: out of sorts: mend that and run again"

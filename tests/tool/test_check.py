@@ -126,8 +126,8 @@ def save(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def check(folder: Path | str, *words: str) -> tuple[int, list[str]]:
     """Exit code and lines of stdout."""
-    done = CliRunner().invoke(app, ["check", str(folder), *words])
-    return done.exit_code, done.stdout.splitlines()
+    result = CliRunner().invoke(app, ["check", str(folder), *words])
+    return result.exit_code, result.stdout.splitlines()
 
 
 def problem_lines(lines: list[str]) -> list[str]:
@@ -145,9 +145,9 @@ def problem(folder: Path, *parts: str, of: int = 1) -> str:
     """Assert exit 1 and `of` problems, a single one of which has all `parts`; its line."""
     code, lines = check(folder)
     assert code == 1 and lines[-1] == f"problems: {of}", lines
-    found = [line for line in problem_lines(lines) if all(part in line for part in parts)]
-    assert len(found) == 1, lines
-    return found[0]
+    finding = [line for line in problem_lines(lines) if all(part in line for part in parts)]
+    assert len(finding) == 1, lines
+    return finding[0]
 
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["experts", "stacked"])
@@ -177,13 +177,13 @@ def test_neither_torch_nor_vllm_is_imported(tmp_path):
         "try: main()\n"
         "finally: assert not {'torch', 'vllm'} & sys.modules.keys()"
     )
-    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and done.stdout.endswith("sound\n") and not done.stderr, done
+    result = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and result.stdout.endswith("sound\n") and not result.stderr, result
 
 
 def test_help_has_an_example():
-    done = cli(ROOT, "check", "--help")
-    assert done.returncode == 0 and "vllm-quark check ~/models/" in done.stdout and "0 sound" in done.stdout
+    result = cli(ROOT, "check", "--help")
+    assert result.returncode == 0 and "vllm-quark check ~/models/" in result.stdout and "0 sound" in result.stdout
 
 
 @pytest.mark.parametrize("below", ["mlp", "mlp.experts"])
@@ -425,7 +425,7 @@ def test_int8_stacks_under_exclude(tmp_path, entry):
     code, lines = check(ckpt.write(tmp_path / "ckpt"))
     assert code == 1 and not any("nothing matches" in line for line in lines)
     line = "model.layers.0.mlp.up_proj.weight (model.safetensors) is int8, but its layer is in `exclude`: restore"
-    assert any(found.startswith(line) for found in lines), lines
+    assert any(finding.startswith(line) for finding in lines), lines
 
 
 def test_int8_where_the_config_says_something_else(tmp_path):
@@ -769,8 +769,8 @@ def test_broken_index(tmp_path):
     index = folder / "model.safetensors.index.json"
     index.write_text("{")
     one_line(cli(ROOT, "check", folder), str(index), "is no index", "copy or export it again")
-    (found,) = json.loads("".join(check(folder, "--json")[1]))["problems"]
-    assert found["file"] == str(index) and found["way_out"].startswith("the checkpoint is incomplete"), found
+    (finding,) = json.loads("".join(check(folder, "--json")[1]))["problems"]
+    assert finding["file"] == str(index) and finding["way_out"].startswith("the checkpoint is incomplete"), finding
     index.write_text("[" * 100_000)
     one_line(cli(ROOT, "check", folder), str(index), "is no index", "copy or export it again")
     index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
@@ -817,11 +817,11 @@ def test_not_a_checkpoint(tmp_path, what):
     change, said = NO_CHECKPOINT[what]
     change(folder)
     line = one_line(cli(ROOT, "check", folder), str(folder), *said)
-    done = cli(ROOT, "check", folder, "--json")
-    data = json.loads(done.stdout)
-    assert done.returncode == 2 and done.stderr.strip() == line and data["sound"] is False
-    (found,) = data["problems"]
-    assert line == f"vllm-quark: {found['file']}: {found['reason']}: {found['way_out']}"
+    result = cli(ROOT, "check", folder, "--json")
+    data = json.loads(result.stdout)
+    assert result.returncode == 2 and result.stderr.strip() == line and data["sound"] is False
+    (finding,) = data["problems"]
+    assert line == f"vllm-quark: {finding['file']}: {finding['reason']}: {finding['way_out']}"
 
 
 def test_a_file_instead_of_its_folder(tmp_path):
@@ -920,9 +920,9 @@ def test_broken_pattern(tmp_path):
 def test_json(tmp_path):
     ckpt = Checkpoint()
     ckpt.tensors[SCALE] = scaled(4, np.nan)
-    done = cli(ROOT, "check", ckpt.write(tmp_path / "ckpt"), "--json")
-    assert done.returncode == 1 and not done.stderr
-    data = json.loads(done.stdout)
+    result = cli(ROOT, "check", ckpt.write(tmp_path / "ckpt"), "--json")
+    assert result.returncode == 1 and not result.stderr
+    data = json.loads(result.stdout)
     assert {k: data[k] for k in ("checkpoint", "sound", "excluded", "unmatched", "notes")} == {
         "checkpoint": str(tmp_path / "ckpt"),
         "sound": False,
@@ -956,9 +956,9 @@ def test_many_problems_of_a_kind(tmp_path):
 def test_names_that_are_no_text(tmp_path):
     ckpt = Checkpoint()
     ckpt.tensors["model.layers.0.self_attn.o_proj.\ud800\n\x1b[31m"] = f32(1)
-    done = cli(ROOT, "check", ckpt.write(tmp_path / "ckpt"))
-    assert done.returncode == 1 and not done.stderr
-    assert any("o_proj.\\ud800\\n\\x1b[31m (model.safetensors) lies beside" in x for x in done.stdout.splitlines())
+    result = cli(ROOT, "check", ckpt.write(tmp_path / "ckpt"))
+    assert result.returncode == 1 and not result.stderr
+    assert any("o_proj.\\ud800\\n\\x1b[31m (model.safetensors) lies beside" in x for x in result.stdout.splitlines())
 
 
 # The hub.
@@ -968,8 +968,8 @@ def test_hub_without_network(tmp_path):
     started = time.monotonic()
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "vllm_quark", "check", "nobody/nothing-INT8"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
-    one_line(done, "nobody/nothing-INT8: is no folder", "download it first (hf download nobody/nothing-INT8)")
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    one_line(result, "nobody/nothing-INT8: is no folder", "download it first (hf download nobody/nothing-INT8)")
     assert time.monotonic() - started < 30
 
 
@@ -978,14 +978,14 @@ def test_hub_without_its_library(tmp_path):
         "import sys; sys.modules['huggingface_hub'] = None; sys.argv[1:] = ['check', 'nobody/nothing']\n"
         "from vllm_quark.cli import main; main()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    one_line(done, "nobody/nothing: is no folder, and without huggingface_hub", "download it first")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    one_line(result, "nobody/nothing: is no folder, and without huggingface_hub", "download it first")
 
 
 @pytest.mark.parametrize("name", ["../nothing", "a/b/c", "", "what is this", "-x/y/z"])
 def test_names_that_are_of_no_hub(name):
-    done = cli(ROOT, "check", "--", name)
-    one_line(done, "does not exist", "name the folder of a checkpoint")
+    result = cli(ROOT, "check", "--", name)
+    one_line(result, "does not exist", "name the folder of a checkpoint")
 
 
 def test_hub_headers(tmp_path, monkeypatch):
@@ -1018,13 +1018,13 @@ def test_installed_without_a_checkout(tmp_path):
     shutil.copytree(ROOT / "vllm_quark", site / "vllm_quark", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     inside = site / "vllm_quark/series"
     shutil.copytree(ROOT / "patches", inside / "patches")
-    done = cli(site, "check", Checkpoint().write(tmp_path / "ckpt"))
-    one_line(done, "names.py", "is not in this copy of vllm-quark", "install it again")
+    result = cli(site, "check", Checkpoint().write(tmp_path / "ckpt"))
+    one_line(result, "names.py", "is not in this copy of vllm-quark", "install it again")
     int8 = "vllm/model_executor/layers/quantization/quark/int8"
     shutil.copytree(ROOT / int8, inside / int8)
     (inside / int8 / "__init__.py").write_text("raise ImportError('vllm is not here')")
-    done = cli(site, "check", tmp_path / "ckpt")
-    assert done.returncode == 0 and done.stdout.endswith("sound\n"), done
+    result = cli(site, "check", tmp_path / "ckpt")
+    assert result.returncode == 0 and result.stdout.endswith("sound\n"), result
 
 
 # One expert stands for all only where no entry tells them apart.
@@ -1078,13 +1078,13 @@ def test_entries_say_of_each_expert_what_they_say(entry, where):
     entries, plain = Entries(config), names.Names(config)
     touched = 0
     for module in MODULES:
-        found = [module]
+        finding = [module]
         if ".experts." in module:
             # vLLM looks experts up by their layer's name, too.
-            found.append(module.partition(".experts.")[0] + ".experts")
-        found = names.both_prefixes(found)
-        assert entries.look_up(module) == (plain.excludes(found), plain.config_of(found)), module
+            finding.append(module.partition(".experts.")[0] + ".experts")
+        finding = names.both_prefixes(finding)
+        assert entries.look_up(module) == (plain.excludes(finding), plain.config_of(finding)), module
         own = names.both_prefixes([module])
         assert entries.excludes(own) == plain.excludes(own)
-        touched += names.matches(entry, found)
+        touched += names.matches(entry, finding)
     assert 0 < touched < len(MODULES)

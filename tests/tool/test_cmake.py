@@ -35,26 +35,26 @@ RULES = {
 
 
 def test_commands():
-    found = commands(SOURCE)
-    assert [c.name for c in found] == ["set", "if", "message", "endif"]
-    assert found[0].arguments == ("NAMES", "a;b (c", "[=[ ) ]] ]=]", "$<TARGET_OBJECTS:x>")
-    assert SOURCE.encode()[found[2].start : found[2].end].decode() == 'message(STATUS "é: four")'
+    calls = commands(SOURCE)
+    assert [c.name for c in calls] == ["set", "if", "message", "endif"]
+    assert calls[0].arguments == ("NAMES", "a;b (c", "[=[ ) ]] ]=]", "$<TARGET_OBJECTS:x>")
+    assert SOURCE.encode()[calls[2].start : calls[2].end].decode() == 'message(STATUS "é: four")'
 
 
 def test_edit():
     rules = FileEdit(**RULES)
-    done = edit(SOURCE, rules)
-    assert done.outcome is Outcome.APPLIES
-    assert done.text == SOURCE.replace("    message(STATUS", "    add_subdirectory(here)\n    message(STATUS")
-    assert edit(done.text, rules).outcome is Outcome.PRESENT
+    result = edit(SOURCE, rules)
+    assert result.outcome is Outcome.APPLIES
+    assert result.text == SOURCE.replace("    message(STATUS", "    add_subdirectory(here)\n    message(STATUS")
+    assert edit(result.text, rules).outcome is Outcome.PRESENT
     assert "found 2 times" in edit(SOURCE + "message(five)\n", rules).detail
     assert "not found" in edit("# message(one)\n", rules).detail
     assert edit(SOURCE, FileEdit(**RULES, needs={"command": "project"})).outcome is Outcome.ABSENT
 
 
 def test_broken_file_is_a_conflict():
-    done = edit("set(A\n", FileEdit(**RULES))
-    assert done.outcome is Outcome.CONFLICT and "cmake/a.cmake:1: not valid CMake" in done.detail
+    result = edit("set(A\n", FileEdit(**RULES))
+    assert result.outcome is Outcome.CONFLICT and "cmake/a.cmake:1: not valid CMake" in result.detail
     below = [{"anchor": "m", "rule": {"command": "message"}, "below": "add_subdirectory(here\n"}]
     with pytest.raises(PatchError, match="no valid CMake"):
         edit(SOURCE, FileEdit(**RULES | {"rewrite": below}))
@@ -109,12 +109,12 @@ def test_a_source_tree_builds_and_installs_the_operator(unpacked, tmp_path):
         ["--build", build, "--target=_int8_moe_C", "-j2"],
         ["--install", build, "--prefix", tmp_path / "site", "--component", "_int8_moe_C"],
     ):
-        done = subprocess.run([cmake, *words], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        result = subprocess.run([cmake, *words], capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
     made = tmp_path / "site/vllm/_int8_moe_C.abi3.so"
     code = f"import torch; torch.ops.load_library({str(made)!r}); print(torch.ops._int8_moe_C.isas()[-1])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "portable", done.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "portable", result.stderr
     assert RELEASE in (unpacked / "PKG-INFO").read_text()
 
 
@@ -128,8 +128,8 @@ def test_the_wheel_has_the_operator_where_it_can_be_built(tmp_path, operator):
     shutil.copytree(ROOT, copy, ignore=ignored)
     words = ["build", "-q", "--wheel", "--no-build-isolation", "--python", sys.executable, "-o", tmp_path / "out", copy]
     env = {**os.environ, "VLLM_QUARK_OPERATOR": operator}
-    done = subprocess.run([Path(sys.executable).with_name("uv"), *words], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run([Path(sys.executable).with_name("uv"), *words], capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr
     (wheel,) = (tmp_path / "out").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert ("vllm_quark/_int8_moe_C.abi3.so" in names) == (operator == "1")

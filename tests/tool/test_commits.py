@@ -46,8 +46,8 @@ def test_git_am_gives_what_apply_gives(home, tree, tmp_path, author, line_end):
     assert cli(home, "apply", applied).returncode == 0
     commit_base(tree)
     out = tmp_path / "out"
-    done = cli(home, "format-patch", tree, "-o", out)
-    assert done.returncode == 0 and "git am" in done.stdout, done.stderr
+    result = cli(home, "format-patch", tree, "-o", out)
+    assert result.returncode == 0 and "git am" in result.stdout, result.stderr
     mails = sorted(out.iterdir())
     assert [m.name[:4] for m in mails] == ["0001", "0002", "0003"]
     git(tree, "am", "-q", "--keep-non-patch", "--keep-cr", *map(str, mails))
@@ -62,8 +62,8 @@ def test_git_am_gives_what_apply_gives(home, tree, tmp_path, author, line_end):
 def test_the_real_release(unpacked, tmp_path, author):
     """On the unpacked 0.21.0: apply, revert, and git am byte for byte like apply."""
     before = visible(unpacked)
-    done = cli(ROOT, "apply", unpacked)
-    assert done.returncode == 0, done.stderr
+    result = cli(ROOT, "apply", unpacked)
+    assert result.returncode == 0, result.stderr
     assert cli(ROOT, "status", unpacked).returncode == 0
     applied = visible(unpacked)
     assert len(applied) > len(before)
@@ -79,8 +79,8 @@ def test_the_real_release(unpacked, tmp_path, author):
 def test_cover_letter(unpacked, tmp_path, author):
     """Beside the series, which git am takes as it is: a letter and a pull request with the figures of docs/."""
     out = tmp_path / "out"
-    done = cli(ROOT, "format-patch", unpacked, "-o", out, "--cover")
-    assert done.returncode == 0 and "--empty=drop" in done.stdout, done.stderr
+    result = cli(ROOT, "format-patch", unpacked, "-o", out, "--cover")
+    assert result.returncode == 0 and "--empty=drop" in result.stdout, result.stderr
     request = (out / "pull-request.md").read_text()
     letter = (out / "0000-cover-letter.patch").read_text()
     for heading in ("## Purpose", "## Test Plan", "## Test Result"):
@@ -96,14 +96,14 @@ def test_cover_letter(unpacked, tmp_path, author):
     for name in ("vllm_quark", "patches", "vllm", "csrc", "tests"):
         shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.unpack_archive(RELEASE_ARCHIVE, tmp_path / "again", filter="data")
-    done = cli(home, "format-patch", tmp_path / "again" / f"vllm-{RELEASE}", "-o", tmp_path / "none", "--cover")
-    assert done.returncode == 2 and "docs: is missing" in done.stderr and not (tmp_path / "none").exists()
+    result = cli(home, "format-patch", tmp_path / "again" / f"vllm-{RELEASE}", "-o", tmp_path / "none", "--cover")
+    assert result.returncode == 2 and "docs: is missing" in result.stderr and not (tmp_path / "none").exists()
 
 
 def test_make_tree(tmp_path, author, real_series):
     out = tmp_path / f"vllm-{RELEASE}"
-    done = cli(ROOT, "make-tree", RELEASE, "-o", out)
-    assert done.returncode == 0, done.stderr
+    result = cli(ROOT, "make-tree", RELEASE, "-o", out)
+    assert result.returncode == 0, result.stderr
     for name in ("vllm", "csrc", "tests", "setup.py", "CMakeLists.txt", "requirements"):
         assert (out / name).exists()
     subjects = git(out, "log", "--reverse", "--format=%s").splitlines()
@@ -116,8 +116,8 @@ def test_make_tree(tmp_path, author, real_series):
 
 
 def test_unknown_release(tmp_path, author):
-    done = cli(ROOT, "make-tree", "0.21.99", "-o", tmp_path / "out")
-    assert done.returncode == 2 and "no source distribution of vLLM 0.21.99" in done.stderr
+    result = cli(ROOT, "make-tree", "0.21.99", "-o", tmp_path / "out")
+    assert result.returncode == 2 and "no source distribution of vLLM 0.21.99" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -138,9 +138,9 @@ def test_the_users_repository_is_left_alone(home, tree, tmp_path, author, monkey
     }.items():
         monkeypatch.setenv(variable, str(value))
     words = ["format-patch", tree] if command == "format-patch" else ["make-tree", RELEASE]
-    done = cli(home, *words, "-o", tmp_path / "out", "--only", "0005" if command == "make-tree" else "0001")
+    result = cli(home, *words, "-o", tmp_path / "out", "--only", "0005" if command == "make-tree" else "0001")
     assert snapshot(mine) == before
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
 
 
 SETTINGS = {
@@ -161,8 +161,8 @@ SETTINGS = {
 @pytest.mark.parametrize("way", ["GIT_CONFIG_GLOBAL", "GIT_CONFIG_COUNT", "GIT_DIFF_OPTS"])
 def test_the_users_settings_do_not_change_the_series(home, tree, tmp_path, author, monkeypatch, way):
     def series(name: str) -> dict[str, str]:
-        done = cli(home, "format-patch", tree, "-o", tmp_path / name)
-        assert done.returncode == 0, done.stderr
+        result = cli(home, "format-patch", tree, "-o", tmp_path / name)
+        assert result.returncode == 0, result.stderr
         return {
             p.name: "".join(line for line in p.open() if not line.startswith("Date:"))
             for p in (tmp_path / name).iterdir()
@@ -194,8 +194,8 @@ def test_identity_from_the_environment(home, tree, tmp_path, monkeypatch):
     for who in ("AUTHOR", "COMMITTER"):
         monkeypatch.setenv(f"GIT_{who}_NAME", f"The {who.title()}")
         monkeypatch.setenv(f"GIT_{who}_EMAIL", f"{who.lower()}@example.com")
-    done = cli(home, "format-patch", tree, "-o", tmp_path / "out", "--only", "0001")
-    assert done.returncode == 0, done.stderr
+    result = cli(home, "format-patch", tree, "-o", tmp_path / "out", "--only", "0001")
+    assert result.returncode == 0, result.stderr
     mail = (tmp_path / "out/0001-Bugfix-Add-a-mapping-to-Alpha.patch").read_text()
     assert "\nFrom: The Author <author@example.com>\n" in mail
     assert "\nSigned-off-by: The Committer <committer@example.com>\n" in mail
@@ -205,8 +205,8 @@ def test_no_git(home, tree, tmp_path):
     (tmp_path / "bin").mkdir()
     env = {"HOME": str(tmp_path), "PATH": str(tmp_path / "bin"), "PYTHONPATH": str(home)}
     command = [sys.executable, "-m", "vllm_quark", "format-patch", str(tree), "-o", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
-    one_line(done, "git is not installed", "install it")
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    one_line(result, "git is not installed", "install it")
     assert not os.path.exists(tmp_path / "out")
 
 
@@ -214,8 +214,8 @@ def test_a_name_that_is_not_utf8(home, tree, tmp_path, monkeypatch):
     """git's settings may have any bytes, which git itself takes for Latin-1."""
     (tmp_path / "gitconfig").write_bytes(b"[user]\n\tname = Jos\xe9\n\temail = jose@example.com\n")
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
-    done = cli(home, "format-patch", tree, "-o", tmp_path / "out", "--only", "0001")
-    assert done.returncode == 0, done.stderr
+    result = cli(home, "format-patch", tree, "-o", tmp_path / "out", "--only", "0001")
+    assert result.returncode == 0, result.stderr
     mail = (tmp_path / "out/0001-Bugfix-Add-a-mapping-to-Alpha.patch").read_bytes()
     assert "Signed-off-by: José <jose@example.com>".encode() in mail
 
@@ -226,6 +226,6 @@ def test_damaged_download(tmp_path, author, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for data in (b"junk", RELEASE_ARCHIVE.read_bytes()[: 1 << 20] if RELEASE_ARCHIVE.exists() else b""):
         archive.write_bytes(data)
-        done = cli(ROOT, "make-tree", "9.9", "-o", tmp_path / "out")
-        one_line(done, f"{archive}: is damaged", "delete it and run again")
+        result = cli(ROOT, "make-tree", "9.9", "-o", tmp_path / "out")
+        one_line(result, f"{archive}: is damaged", "delete it and run again")
         assert not (tmp_path / "out").exists()

@@ -29,9 +29,9 @@ print(json.dumps(fused_moe.get_moe_configs(288, 1280, int8.config_name(torch.bfl
 
 def launch(vllm: Path, folder: Path) -> dict | None:
     env = {**os.environ, "PYTHONPATH": str(vllm), "VLLM_TUNED_CONFIG_FOLDER": str(folder)}
-    done = subprocess.run([sys.executable, "-c", LAUNCH], env=env, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    result = subprocess.run([sys.executable, "-c", LAUNCH], env=env, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("stock", [False, True])
@@ -42,9 +42,9 @@ def test_vllm_finds_them(stock, tmp_path):
     for file in (vllm / "vllm/model_executor/layers/fused_moe/configs").glob("*int8_w8a8*"):
         file.unlink()
     assert launch(vllm, tmp_path) is None
-    done = cli(ROOT, "configs", "-o", out, *(["--stock"] if stock else []), "--json")
-    assert done.returncode == 0, done.stderr
-    files = [Path(f) for f in json.loads(done.stdout)["files"]]
+    result = cli(ROOT, "configs", "-o", out, *(["--stock"] if stock else []), "--json")
+    assert result.returncode == 0, result.stderr
+    files = [Path(f) for f in json.loads(result.stdout)["files"]]
     assert sorted(files) == sorted(out.iterdir()) and len(files) == 14
     shipped = "vllm/model_executor/layers/fused_moe/configs/E=288,N=1280,device_name=NVIDIA_H200,dtype=int8_w8a8.json"
     expected = json.loads((ROOT / shipped).read_text())
@@ -61,8 +61,8 @@ def test_files_of_ones_own_stay(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([own, other]) and own.read_text() == "{}"
     own.unlink()
     for _ in range(2):  # again is the same
-        done = cli(ROOT, "configs", "-o", tmp_path)
-        assert done.returncode == 0 and f"VLLM_TUNED_CONFIG_FOLDER={tmp_path}" in done.stdout
+        result = cli(ROOT, "configs", "-o", tmp_path)
+        assert result.returncode == 0 and f"VLLM_TUNED_CONFIG_FOLDER={tmp_path}" in result.stdout
     assert len(list(tmp_path.iterdir())) == 15 and other.read_text() == "{}"
 
 

@@ -33,15 +33,15 @@ def convert(folder: Path, out: Path, layout: str, per_token: bool = False) -> Pa
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
     """By the safetensors library; the index names every tensor and its file."""
-    found, files = {}, {}
+    entries, files = {}, {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
-                found[name], files[name] = file.get_tensor(name), path.name
+                entries[name], files[name] = file.get_tensor(name), path.name
     index = folder / "model.safetensors.index.json"
     if index.exists():
         assert json.loads(index.read_text())["weight_map"] == files
-    return found
+    return entries
 
 
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -55,20 +55,20 @@ def quant(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
-def as_step(made: Checkpoint) -> Checkpoint:
+def as_step(checkpoint: Checkpoint) -> Checkpoint:
     """Experts below `moe`, as Step-3.5's are: the stacked ones that vLLM reads."""
-    made.files = {
-        file: {n.replace(".mlp.", ".moe."): t for n, t in tensors.items()} for file, tensors in made.files.items()
+    checkpoint.files = {
+        file: {n.replace(".mlp.", ".moe."): t for n, t in tensors.items()} for file, tensors in checkpoint.files.items()
     }
-    made.quant["exclude"] = ["lm_head", "*.moe.gate"]
-    return made
+    checkpoint.quant["exclude"] = ["lm_head", "*.moe.gate"]
+    return checkpoint
 
 
-def spread_over_files(made: Checkpoint, count: int = 3) -> Checkpoint:
+def spread_over_files(checkpoint: Checkpoint, count: int = 3) -> Checkpoint:
     """Experts of one layer in several files."""
-    tensors = list(made.tensors.items())
-    made.files = {f"model-{i + 1:05}-of-{count:05}.safetensors": dict(tensors[i::count]) for i in range(count)}
-    return made
+    tensors = list(checkpoint.tensors.items())
+    checkpoint.files = {f"model-{i + 1:05}-of-{count:05}.safetensors": dict(tensors[i::count]) for i in range(count)}
+    return checkpoint
 
 
 def nano(name: str) -> Path:
@@ -108,8 +108,8 @@ def test_every_scheme_stacked_and_back(inputs, qscheme, tmp_path):
     # One value an expert is written without a shape.
     after = {name: t.reshape(before[name].shape) if t.numel() == 1 else t for name, t in after.items()}
     assert_same(after, before)
-    for made in (stacked, again):
-        code, lines = check(made)
+    for checkpoint in (stacked, again):
+        code, lines = check(checkpoint)
         assert code == 0, lines
     names = read(stacked)
     weight, scale = names["model.layers.0.moe.up_proj.weight"], names["model.layers.0.moe.up_proj.weight_scale"]
@@ -118,9 +118,9 @@ def test_every_scheme_stacked_and_back(inputs, qscheme, tmp_path):
 
 
 def test_experts_with_one_scale_and_with_one_a_row_are_stacked(tmp_path):
-    made = as_step(Checkpoint())
-    made.tensors["model.layers.0.moe.experts.1.up_proj.weight_scale"] = f32(0.5)
-    stacked = read(convert(made.write(tmp_path / "ckpt"), tmp_path / "out", "stacked"))
+    checkpoint = as_step(Checkpoint())
+    checkpoint.tensors["model.layers.0.moe.experts.1.up_proj.weight_scale"] = f32(0.5)
+    stacked = read(convert(checkpoint.write(tmp_path / "ckpt"), tmp_path / "out", "stacked"))
     scale = stacked["model.layers.0.moe.up_proj.weight_scale"]
     assert torch.equal(scale, torch.tensor([0.01, 0.5, 0.01]).unsqueeze(1).expand(EXPERTS, N))
 
@@ -132,10 +132,10 @@ def test_experts_with_one_scale_and_with_one_a_row_are_stacked(tmp_path):
 )
 def test_compressed_tensors_says_every_scheme(qscheme, inputs, strategy, symmetric, tmp_path):
     """Experts per token where they are not; scales [N, 1]; static ones [1]; no zero points of weights."""
-    made = spread_over_files(Checkpoint(inputs, qscheme, stacked=True))
+    checkpoint = spread_over_files(Checkpoint(inputs, qscheme, stacked=True))
     proj = "model.layers.1.self_attn.o_proj"
-    next(iter(made.files.values()))[f"{proj}.weight_zero_point"] = "I32", np.zeros(1)
-    folder = made.write(tmp_path / "ckpt")
+    next(iter(checkpoint.files.values()))[f"{proj}.weight_zero_point"] = "I32", np.zeros(1)
+    folder = checkpoint.write(tmp_path / "ckpt")
     before, out = read(folder), convert(folder, tmp_path / "out", "compressed-tensors", per_token=True)
     after, said = read(out), quant(out)
     assert torch.equal(after[f"{proj}.weight"], before[f"{proj}.weight"])
@@ -177,14 +177,14 @@ def test_ignored_layers_have_every_name_that_a_vllm_looks_for(tmp_path):
 
 
 def test_floats_of_experts_are_ignored_by_their_names(tmp_path):
-    made = as_step(Checkpoint(stacked=True))
+    checkpoint = as_step(Checkpoint(stacked=True))
     for proj in ("gate_proj", "up_proj", "down_proj"):
         name = f"model.layers.1.moe.{proj}"
-        shape = made.tensors[f"{name}.weight"][1].shape
-        made.tensors[f"{name}.weight"] = "BF16", np.zeros(shape, np.uint16)
-        del made.tensors[f"{name}.weight_scale"]
-        made.quant["exclude"].append(name)
-    out = convert(made.write(tmp_path / "ckpt"), tmp_path / "out", "compressed-tensors")
+        shape = checkpoint.tensors[f"{name}.weight"][1].shape
+        checkpoint.tensors[f"{name}.weight"] = "BF16", np.zeros(shape, np.uint16)
+        del checkpoint.tensors[f"{name}.weight_scale"]
+        checkpoint.quant["exclude"].append(name)
+    out = convert(checkpoint.write(tmp_path / "ckpt"), tmp_path / "out", "compressed-tensors")
     assert "model.layers.1.moe.experts.0.gate_proj" in quant(out)["ignore"]
     assert read(out)["model.layers.1.moe.up_proj.weight"].shape == (EXPERTS, N, K)
     assert "model.layers.0.moe.experts.0.gate_proj" not in quant(out)["ignore"]
@@ -212,13 +212,13 @@ def test_activations_of_experts_that_vllm_does_not_run(inputs, tmp_path):
 
 
 def test_other_formats_and_kv_caches(tmp_path):
-    made = as_step(Checkpoint())
+    checkpoint = as_step(Checkpoint())
     proj = "model.layers.1.self_attn.o_proj"
     weight = {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}
-    made.quant["layer_quant_config"][proj] = {"weight": weight, "input_tensors": weight}
-    made.tensors[f"{proj}.weight"] = "U8", made.tensors[f"{proj}.weight"][1]
-    made.tensors["model.layers.0.self_attn.k_proj.output_scale"] = f32(0.1)
-    folder = made.write(tmp_path / "ckpt")
+    checkpoint.quant["layer_quant_config"][proj] = {"weight": weight, "input_tensors": weight}
+    checkpoint.tensors[f"{proj}.weight"] = "U8", checkpoint.tensors[f"{proj}.weight"][1]
+    checkpoint.tensors["model.layers.0.self_attn.k_proj.output_scale"] = f32(0.1)
+    folder = checkpoint.write(tmp_path / "ckpt")
     said = refused(folder, "compressed-tensors", f"{proj}: is quantized to fp8_e4m3", "quantized KV cache")
     assert len(said.splitlines()) == 2 and all("--to per-expert" in line for line in said.splitlines())
     stacked = convert(folder, tmp_path / "stacked", "stacked")
@@ -232,9 +232,9 @@ def test_stacks_that_vllm_does_not_read(tmp_path):
 
 
 def test_unsound_checkpoints(tmp_path):
-    made = Checkpoint()
-    made.tensors["model.layers.0.self_attn.o_proj.weight_scale"] = f32(*[float("nan")] * N)
-    refused(made.write(tmp_path / "ckpt"), "compressed-tensors", "o_proj.weight_scale", "is nan")
+    checkpoint = Checkpoint()
+    checkpoint.tensors["model.layers.0.self_attn.o_proj.weight_scale"] = f32(*[float("nan")] * N)
+    refused(checkpoint.write(tmp_path / "ckpt"), "compressed-tensors", "o_proj.weight_scale", "is nan")
 
 
 def test_nothing_to_convert(tmp_path):
@@ -246,20 +246,20 @@ def test_nothing_to_convert(tmp_path):
 
 
 def test_entries_that_name_stacks_name_experts_afterwards(tmp_path):
-    made = as_step(Checkpoint(stacked=True, inputs="static"))
+    checkpoint = as_step(Checkpoint(stacked=True, inputs="static"))
     token = {"weight": spec("per_channel", 0, False), "input_tensors": INPUTS["token"]}
     for proj in ("gate_proj", "up_proj", "down_proj"):
-        made.quant["layer_quant_config"][f"model.layers.1.moe.{proj}"] = token
-    folder = made.write(tmp_path / "ckpt")
+        checkpoint.quant["layer_quant_config"][f"model.layers.1.moe.{proj}"] = token
+    folder = checkpoint.write(tmp_path / "ckpt")
     out = convert(folder, tmp_path / "out", "per-expert")
     code, lines = check(out)
     assert code == 0 and f"  {3 * EXPERTS} modules: per-channel weights, dynamic per-token" in "\n".join(lines), lines
 
 
 def test_exclude_that_would_catch_experts_afterwards(tmp_path):
-    made = as_step(Checkpoint(stacked=True))
-    made.quant["exclude"].append("*.moe.experts.*")
-    folder = made.write(tmp_path / "ckpt")
+    checkpoint = as_step(Checkpoint(stacked=True))
+    checkpoint.quant["exclude"].append("*.moe.experts.*")
+    folder = checkpoint.write(tmp_path / "ckpt")
     if check(folder)[0] == 0:
         refused(folder, "per-expert", "would be in `exclude`")
 
@@ -269,10 +269,10 @@ def test_exclude_that_would_catch_experts_afterwards(tmp_path):
 
 def make_sparse(folder: Path, files: int, experts: int, rows: int, columns: int) -> Path:
     """Stacked experts of Step-3.5 in files that are holes but for their headers and scales."""
-    made = as_step(Checkpoint(stacked=True))
-    made.files = {f"model-{i:05}-of-{files:05}.safetensors": {} for i in range(files)}
-    folder = made.write(folder)
-    for i, name in enumerate(made.files):
+    checkpoint = as_step(Checkpoint(stacked=True))
+    checkpoint.files = {f"model-{i:05}-of-{files:05}.safetensors": {} for i in range(files)}
+    folder = checkpoint.write(folder)
+    for i, name in enumerate(checkpoint.files):
         end = 16 * columns
         header, start = (
             {f"model.embed.{i}.weight": {"dtype": "BF16", "shape": [8, columns], "data_offsets": [0, end]}},
@@ -321,8 +321,8 @@ def test_killed_and_run_again(tmp_path):
     first = (part / "model-00000-of-00003.safetensors").stat()
     assert not (part / "model-00002-of-00003.safetensors").exists()
 
-    done = cli(ROOT, "convert", folder, "-o", tmp_path / "out", "--to", "compressed-tensors")
-    one_line(done, "out.part", "another conversion", "delete it")
+    result = cli(ROOT, "convert", folder, "-o", tmp_path / "out", "--to", "compressed-tensors")
+    one_line(result, "out.part", "another conversion", "delete it")
     run = start(folder, tmp_path / "out")
     _, said = run.communicate()
     assert run.returncode == 0, said
@@ -345,9 +345,9 @@ def test_memory_does_not_grow_with_size(tmp_path):
     )
     words = ["convert", folder, "-o", tmp_path / "out", "--to", "per-expert"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-2]) * 1024 < 200e6, done.stdout
+    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[-2]) * 1024 < 200e6, result.stdout
     assert sum(p.stat().st_size for p in (tmp_path / "out").iterdir()) > 1.8e9
     shutil.rmtree(tmp_path / "out")
 
@@ -366,9 +366,9 @@ def test_disk_fills_up(tmp_path):
     """A limit on the size of files stands for it: one line, and the next run goes on."""
     folder = make_sparse(tmp_path / "ckpt", files=2, experts=8, rows=256, columns=1024)
     words = ("convert", folder, "-o", tmp_path / "out", "--to", "per-expert")
-    done = cli(ROOT, *words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)))
-    assert done.returncode == 2 and "File too large" in done.stderr.splitlines()[-1], done
-    assert f"{tmp_path}/out.part/model-00000-of-00002.safetensors.new: File too large" in done.stderr, done
+    result = cli(ROOT, *words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)))
+    assert result.returncode == 2 and "File too large" in result.stderr.splitlines()[-1], result
+    assert f"{tmp_path}/out.part/model-00000-of-00002.safetensors.new: File too large" in result.stderr, result
     assert not (tmp_path / "out").exists()
     assert cli(ROOT, *words).returncode == 0
 
@@ -379,10 +379,10 @@ def test_two_at_a_time(tmp_path):
     while run.poll() is None and not list(tmp_path.glob("out.part/*.new")):
         time.sleep(0.001)
     run.send_signal(signal.SIGSTOP)
-    done = cli(ROOT, "convert", folder, "-o", tmp_path / "out", "--to", "per-expert")
+    result = cli(ROOT, "convert", folder, "-o", tmp_path / "out", "--to", "per-expert")
     run.send_signal(signal.SIGCONT)
     assert run.communicate() and run.returncode == 0
-    one_line(done, "another process")
+    one_line(result, "another process")
 
 
 def test_bad_input(tmp_path):
@@ -409,11 +409,11 @@ def test_killed_before_its_record_went(tmp_path):
     shutil.rmtree(out)
     words = ["convert", folder, "-o", out, "--to", "stacked"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", write_record, *words], capture_output=True, text=True, env=env)
-    assert done.returncode == 9 and (out / "config.json").exists(), done
+    result = subprocess.run([sys.executable, "-c", write_record, *words], capture_output=True, text=True, env=env)
+    assert result.returncode == 9 and (out / "config.json").exists(), result
     one_line(cli(ROOT, "convert", folder, "-o", out, "--to", "compressed-tensors"), "out: exists already")
-    done = cli(ROOT, *words)
-    assert done.returncode == 0 and "stacked: vllm serve" in done.stdout, done
+    result = cli(ROOT, *words)
+    assert result.returncode == 0 and "stacked: vllm serve" in result.stdout, result
     whole = convert(folder, tmp_path / "whole", "stacked")
     assert {p.name for p in whole.iterdir()} == {p.name for p in out.iterdir()}
 
@@ -428,15 +428,15 @@ def test_folders_beside_the_weights(tmp_path):
         (folder / name).write_text(text)
     for out in (tmp_path / "out", folder / "out"):
         convert(folder, out, "stacked")
-        found = {
+        entries = {
             p.relative_to(out).as_posix(): p.read_text() for p in out.rglob("*") if p.parent != out and p.is_file()
         }
-        assert found == texts
+        assert entries == texts
 
 
 def test_help_has_an_example():
-    done = cli(ROOT, "convert", "--help")
-    assert done.returncode == 0 and "vllm-quark convert Step-3.5-Flash-INT8 -o" in done.stdout
+    result = cli(ROOT, "convert", "--help")
+    assert result.returncode == 0 and "vllm-quark convert Step-3.5-Flash-INT8 -o" in result.stdout
 
 
 def test_neither_torch_nor_vllm_is_imported(tmp_path):
@@ -447,5 +447,5 @@ def test_neither_torch_nor_vllm_is_imported(tmp_path):
         "finally: assert not {'torch', 'vllm'} & sys.modules.keys()"
     )
     words = ["convert", folder, "-o", tmp_path / "out", "--to", "compressed-tensors"]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "vllm serve" in done.stdout, done
+    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and "vllm serve" in result.stdout, result

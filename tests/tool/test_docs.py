@@ -55,8 +55,8 @@ def blocks_and_prose(text: str) -> tuple[str, str]:
 def headings(page: Path) -> set[str]:
     """The anchors that GitHub makes of a page's headings."""
     _, prose = blocks_and_prose(page.read_text(encoding="utf-8"))
-    found = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+    titles = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in titles}
 
 
 def broken_links(page: Path, text: str) -> list[str]:

@@ -25,9 +25,9 @@ OLD = ({"pattern": "old($X)"}, "new($X)")
 
 
 def test_applies_and_keeps_every_other_byte():
-    done = edit(SOURCE, rules(OLD))
-    assert done.outcome is Outcome.APPLIES
-    assert done.text == SOURCE.replace("old(self)", "new(self)")
+    result = edit(SOURCE, rules(OLD))
+    assert result.outcome is Outcome.APPLIES
+    assert result.text == SOURCE.replace("old(self)", "new(self)")
 
 
 def test_present_leaves_the_text():
@@ -36,37 +36,37 @@ def test_present_leaves_the_text():
 
 
 def test_absent_where_needs_is_missing():
-    done = edit(SOURCE, rules(OLD, needs={"pattern": "class B: $$$"}))
-    assert done.outcome is Outcome.ABSENT and done.text == SOURCE
+    result = edit(SOURCE, rules(OLD, needs={"pattern": "class B: $$$"}))
+    assert result.outcome is Outcome.ABSENT and result.text == SOURCE
 
 
 @pytest.mark.parametrize(
     ("source", "how"), [("y = 1\n", "not found"), ("old(1)\nold(2)\n", "found 2 times")], ids=["none", "two"]
 )
 def test_conflict_names_file_and_anchor(source, how):
-    done = edit(source, rules(OLD))
-    assert done.outcome is Outcome.CONFLICT and done.text == source
-    assert done.detail == f"vllm/a.py: anchor 0: {how}"
+    result = edit(source, rules(OLD))
+    assert result.outcome is Outcome.CONFLICT and result.text == source
+    assert result.detail == f"vllm/a.py: anchor 0: {how}"
 
 
 def test_rewrites_see_the_unedited_text():
-    done = edit("old(1)\nb(2)\n", rules(OLD, ({"pattern": "b($X)"}, "old($X)")))
-    assert done.text == "new(1)\nold(2)\n"
+    result = edit("old(1)\nb(2)\n", rules(OLD, ({"pattern": "b($X)"}, "old($X)")))
+    assert result.text == "new(1)\nold(2)\n"
 
 
 def test_inserted_lines_are_indented_and_have_no_trailing_blanks():
     rule = {"pattern": "$S", "kind": "expression_statement", "has": {"kind": "assignment"}}
-    done = edit(SOURCE, rules((rule, "$S\n\nnew = {\n    1: new(2),\n}\n")))
-    assert done.text.startswith(
+    result = edit(SOURCE, rules((rule, "$S\n\nnew = {\n    1: new(2),\n}\n")))
+    assert result.text.startswith(
         "class A:\n    x = f(\n        1\n    )\n\n    new = {\n        1: new(2),\n    }\n\n    def"
     )
-    assert not any(line != line.rstrip() for line in done.text.splitlines())
+    assert not any(line != line.rstrip() for line in result.text.splitlines())
 
 
 def test_an_empty_fix_takes_the_line_along():
     rule = {"pattern": "import os"}
-    done = edit("import os\nimport sys\n\nold(sys)\n", rules((rule, ""), OLD))
-    assert done.text == "import sys\n\nnew(sys)\n"
+    result = edit("import os\nimport sys\n\nold(sys)\n", rules((rule, ""), OLD))
+    assert result.text == "import sys\n\nnew(sys)\n"
     beside = edit("import os  # why\nold(1)\n", rules((rule, ""), OLD))
     assert beside.text == "  # why\nnew(1)\n"
 
@@ -95,9 +95,9 @@ def lines(way: str, rule: dict, text: str) -> str:
     file_edit = FileEdit(
         file="vllm/a.py", present={"pattern": "new($$$)"}, rewrite=[{"anchor": "f", "rule": rule, way: text}]
     )
-    done = edit(FUNCTION, file_edit)
-    assert done.outcome is Outcome.APPLIES
-    return done.text
+    result = edit(FUNCTION, file_edit)
+    assert result.outcome is Outcome.APPLIES
+    return result.text
 
 
 def test_lines_above_go_above_comments_and_decorators():
@@ -139,8 +139,8 @@ def test_other_quotes_match():
 
 
 def test_a_file_that_is_no_python():
-    done = edit("<<<<<<< HEAD\nold(1)\n", rules(OLD))
-    assert done.outcome is Outcome.CONFLICT and "vllm/a.py:1: not valid Python" in done.detail
+    result = edit("<<<<<<< HEAD\nold(1)\n", rules(OLD))
+    assert result.outcome is Outcome.CONFLICT and "vllm/a.py:1: not valid Python" in result.detail
 
 
 def test_imports_come_along():
@@ -199,13 +199,13 @@ def test_time_limit(tmp_path, monkeypatch):
         present={"pattern": "g(1)"},
         rewrite=[{"anchor": "f", "rule": {"pattern": "f(1)"}, "fix": "g(1)"}],
     )
-    found = edit("f(1)  # slow\n" * 3, rules)
-    assert found.outcome is Outcome.CONFLICT
-    assert "vllm/slow.py: ast-grep is not through its 3 lines after 0.2 s" in found.detail
+    edited = edit("f(1)  # slow\n" * 3, rules)
+    assert edited.outcome is Outcome.CONFLICT
+    assert "vllm/slow.py: ast-grep is not through its 3 lines after 0.2 s" in edited.detail
     # Other rules do not wait for the same text again.
     slow.write_text("#!/bin/sh\necho '[]'\n")
     other = rules.model_copy(update={"present": {"pattern": "h(1)"}})
-    assert edit("f(1)  # slow\n" * 3, other).detail == found.detail
+    assert edit("f(1)  # slow\n" * 3, other).detail == edited.detail
 
 
 PLACES = {
@@ -222,13 +222,13 @@ def test_at_is_the_rule_the_needs_and_the_words(place):
     rewrite = {"at": place, "what": "the call", "rule": {"pattern": "old($X)"}, "fix": "new($X)"}
     rules = FileEdit(file="vllm/a.py", at=place, present={"pattern": "new($$$)"}, rewrite=[rewrite])
     elsewhere = "\n\ndef other():\n    return old(2), new(2)\n"
-    found = edit(PLACES[place] + elsewhere, rules)
-    assert found.outcome is Outcome.APPLIES, found
-    assert found.text.count("new(") == 2 and found.text.endswith(elsewhere)
-    assert edit(found.text, rules).outcome is Outcome.PRESENT
+    edited = edit(PLACES[place] + elsewhere, rules)
+    assert edited.outcome is Outcome.APPLIES, edited
+    assert edited.text.count("new(") == 2 and edited.text.endswith(elsewhere)
+    assert edit(edited.text, rules).outcome is Outcome.PRESENT
     assert edit(elsewhere, rules).outcome is Outcome.ABSENT
-    found = edit(PLACES[place].replace("old(", "older("), rules)
-    assert (found.outcome, found.detail) == (Outcome.CONFLICT, f"vllm/a.py: {place}, the call: not found")
+    edited = edit(PLACES[place].replace("old(", "older("), rules)
+    assert (edited.outcome, edited.detail) == (Outcome.CONFLICT, f"vllm/a.py: {place}, the call: not found")
     assert FileEdit(**rules.model_dump()) == rules, "nothing is lost where the package has another name"
 
 
@@ -236,8 +236,8 @@ def test_at_alone_is_the_definition():
     rules = FileEdit(
         file="vllm/a.py", at="A", present={"pattern": "first()"}, rewrite=[{"at": "A.g", "top": "first()\n"}]
     )
-    found = edit(PLACES["A.g"], rules)
-    assert found.text == "class A:\n    def g(self):\n        first()\n        return old(self)\n"
+    edited = edit(PLACES["A.g"], rules)
+    assert edited.text == "class A:\n    def g(self):\n        first()\n        return old(self)\n"
     assert edit("class A:\n    pass\n", rules).detail == "vllm/a.py: A.g: not found"
 
 
@@ -245,10 +245,10 @@ def test_at_alone_is_the_definition():
 def test_directly_is_a_statement_of_the_body_itself(directly):
     rewrite = {"at": "g", "directly": directly, "rule": {"kind": "return_statement"}, "above": "new()\n"}
     rules = FileEdit(file="vllm/a.py", present={"pattern": "new()"}, rewrite=[rewrite])
-    found = edit("def g(x):\n    if x:\n        return 1\n    return 2\n", rules)
-    assert found.outcome is (Outcome.APPLIES if directly else Outcome.CONFLICT)
+    edited = edit("def g(x):\n    if x:\n        return 1\n    return 2\n", rules)
+    assert edited.outcome is (Outcome.APPLIES if directly else Outcome.CONFLICT)
     if directly:
-        assert found.text == "def g(x):\n    if x:\n        return 1\n    new()\n    return 2\n"
+        assert edited.text == "def g(x):\n    if x:\n        return 1\n    new()\n    return 2\n"
 
 
 def test_at_in_a_rule():

@@ -21,8 +21,8 @@ from vllm_quark.tree import Tree
 
 def test_installed_vllm_is_found_without_importing_it():
     code = "import sys; from vllm_quark.locate import *; print(find_installed()); assert 'vllm' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert Path(done.stdout.strip()) == find_installed()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert Path(result.stdout.strip()) == find_installed()
     assert Tree(find_installed()).version == RELEASE
 
 
@@ -44,10 +44,10 @@ def test_revert_of_what_others_build_on(installed):
     for name, dependents in (("0007", ("0008", "0014")), ("0005", ("0015",))):
         line = one_line(cli(ROOT, "revert", installed, "--only", name), f"{name}-", "--with-dependents")
         assert all(f"{d}-" in line for d in dependents)
-    done = cli(ROOT, "revert", installed, "--only", "0014")
-    assert done.returncode == 0 and done.stdout == "reverted 0014-step3p5-stacked-loading\n"
-    done = cli(ROOT, "revert", installed, "--only", "0007", "--with-dependents")
-    assert [line[9:13] for line in done.stdout.splitlines()] == ["0007", "0008"], done.stderr
+    result = cli(ROOT, "revert", installed, "--only", "0014")
+    assert result.returncode == 0 and result.stdout == "reverted 0014-step3p5-stacked-loading\n"
+    result = cli(ROOT, "revert", installed, "--only", "0007", "--with-dependents")
+    assert [line[9:13] for line in result.stdout.splitlines()] == ["0007", "0008"], result.stderr
     data = json.loads(cli(ROOT, "status", installed, "--json").stdout)
     left = {p["name"][:4] for p in data["patches"] if p["status"] == "applies"}
     assert left == {"0007", "0008", "0014"}
@@ -88,8 +88,8 @@ def test_style_is_vllms_own(unpacked, tmp_path):
     assert all(json.loads((unpacked / name).read_text()) for name in data)
     ruff = shutil.which("ruff", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     for words in (["check"], ["format", "--check"]):
-        done = subprocess.run([ruff, *words, "--no-cache", *python], cwd=unpacked, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        result = subprocess.run([ruff, *words, "--no-cache", *python], cwd=unpacked, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
     for name in touched:
         text = (unpacked / name).read_text()
         old = (stock / name).read_text().splitlines() if name in before else []
@@ -152,7 +152,7 @@ def test_shadow(tmp_path, patches):
     assert [p.name for p in real] == ([] if patches == "stock" else ["step3p5.py"])
     env = {**os.environ, "PYTHONPATH": str(out)}
     code = "import importlib.util; print(importlib.util.find_spec('vllm').origin)"
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path, check=True
     )
-    assert done.stdout.strip() == str(out / "vllm/__init__.py")
+    assert result.stdout.strip() == str(out / "vllm/__init__.py")

@@ -17,9 +17,9 @@ def older(request, tmp_path):
     """vllm-quark as it was at a commit."""
     home, packed = tmp_path / "older", tmp_path / "older.tar"
     home.mkdir()
-    done = subprocess.run(["git", "archive", "-o", packed, request.param], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no history here: {done.stderr.strip()}")
+    result = subprocess.run(["git", "archive", "-o", packed, request.param], cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip(f"no history here: {result.stderr.strip()}")
     subprocess.run(["tar", "xf", packed, "-C", home], check=True)
     return home
 
@@ -29,18 +29,18 @@ def patched(request, older):
     """A tree with the older series, and what was there before."""
     tree = request.getfixturevalue(request.param)
     before = visible(tree)
-    done = cli(older, "apply", tree)
-    assert done.returncode == 0, done.stderr
+    result = cli(older, "apply", tree)
+    assert result.returncode == 0, result.stderr
     return tree, before
 
 
 def test_apply_renews_what_an_older_series_made(patched, tmp_path):
     tree, before = patched
-    done = cli(ROOT, "status", tree)
-    assert done.returncode == 1 and "apply renews it" in done.stdout, done.stdout + done.stderr
+    result = cli(ROOT, "status", tree)
+    assert result.returncode == 1 and "apply renews it" in result.stdout, result.stdout + result.stderr
     assert cli(ROOT, "apply", tree).returncode == 0
-    found = statuses(ROOT, tree)
-    assert {name for name, status in found.items() if status != "applied"} == NEWER, found
+    verdicts = statuses(ROOT, tree)
+    assert {name for name, status in verdicts.items() if status != "applied"} == NEWER, verdicts
     assert cli(ROOT, "status", tree).returncode == 0
     renewed = visible(tree)
     assert cli(ROOT, "revert", tree).returncode == 0
@@ -51,8 +51,8 @@ def test_apply_renews_what_an_older_series_made(patched, tmp_path):
 
 def test_revert_takes_an_older_series_out(patched):
     tree, before = patched
-    done = cli(ROOT, "revert", tree)
-    assert done.returncode == 0, done.stderr
+    result = cli(ROOT, "revert", tree)
+    assert result.returncode == 0, result.stderr
     assert visible(tree) == before
 
 

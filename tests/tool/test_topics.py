@@ -47,8 +47,8 @@ def test_a_topic_holds_what_its_patches_require(real_series: Series):
 @pytest.mark.parametrize("name", TOPICS)
 def test_each_topic_is_a_series_of_its_own(name: str, unpacked: Path, tmp_path: Path):
     """On the unpacked 0.21.0, without the other topics: git am takes it, and nothing of it is left to apply."""
-    done = cli(ROOT, "format-patch", unpacked, "-o", tmp_path / "out", "--topic", name, "--cover")
-    assert done.returncode == 0, done.stderr
+    result = cli(ROOT, "format-patch", unpacked, "-o", tmp_path / "out", "--topic", name, "--cover")
+    assert result.returncode == 0, result.stderr
     git(unpacked, "init", "-q")
     git(unpacked, "add", "-A", "-f")
     git(unpacked, "commit", "-q", "-m", "base")
@@ -73,8 +73,8 @@ def test_a_pull_request_has_its_topics_tables(name: str, real_series: Series):
 
 def test_only_the_topics_patches_are_written(home, tree, tmp_path):
     (home / "patches/topics.yaml").write_text(SYNTHETIC)
-    done = cli(home, "format-patch", tree, "-o", tmp_path / "out", "--topic", "small")
-    assert done.returncode == 0, done.stderr
+    result = cli(home, "format-patch", tree, "-o", tmp_path / "out", "--topic", "small")
+    assert result.returncode == 0, result.stderr
     subjects = [
         p.read_text().partition("Subject: ")[2].partition("\n")[0] for p in sorted((tmp_path / "out").iterdir())
     ]

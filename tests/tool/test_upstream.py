@@ -126,9 +126,9 @@ def test_every_way_to_lose_a_test(
 
 def test_no_regression(tmp_path: Path, home: Path, tree: Path):
     write(src := source(tmp_path / "source"), {"tests/quantization/test_quark.py": "def test_passes(): pass"})
-    done = cli(home, tree, "--work", tmp_path / "work", "--source", src)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "0 of upstream's tests" in done.stdout
+    result = cli(home, tree, "--work", tmp_path / "work", "--source", src)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "0 of upstream's tests" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_no_regression(tmp_path: Path, home: Path, tree: Path):
 )
 def test_nothing_proved(tmp_path: Path, home: Path, tree: Path, text: str, said: str):
     write(src := source(tmp_path / "source"), {"tests/quantization/test_quark.py": text})
-    done = cli(home, tree, "--work", tmp_path / "work", "--source", src)
-    assert (done.returncode, said in done.stderr) == (2, True), done.stdout + done.stderr
+    result = cli(home, tree, "--work", tmp_path / "work", "--source", src)
+    assert (result.returncode, said in result.stderr) == (2, True), result.stdout + result.stderr
 
 
 def test_the_tree_is_tested_and_no_other(tmp_path: Path):

@@ -102,9 +102,9 @@ def run(vllm: Path | None, *words: object, **env: str) -> subprocess.CompletedPr
 
 
 def drive(vllm: Path, ckpt: Path, *faults: str) -> dict[str, list]:
-    done = run(vllm, ROOT / "tests/tool/verify_driver.py", ckpt, *faults)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    result = run(vllm, ROOT / "tests/tool/verify_driver.py", ckpt, *faults)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 QKV, OUT = "model.layers.0.self_attn.qkv_proj", "model.layers.0.self_attn.o_proj"
@@ -112,10 +112,10 @@ SHARED = "model.layers.0.mlp.shared_expert"
 ALL = {QKV, OUT, f"{SHARED}.gate_up_proj", f"{SHARED}.down_proj", "model.layers.0.mlp.experts"}
 
 
-def assert_off(found: list, *layers: str, status: str = OFF) -> None:
+def assert_off(deviations: list, *layers: str, status: str = OFF) -> None:
     """Exit code 1, these layers have `status`, and no other layer is off."""
-    code, rows = found[:2]
-    assert code == 1 and rows.keys() == ALL, found
+    code, rows = deviations[:2]
+    assert code == 1 and rows.keys() == ALL, deviations
     assert {name for name, row in rows.items() if row[0] == status} == set(layers), rows
     assert all(rows[name][0] in (RIGHT, OTHER) for name in ALL.difference(layers)), rows
 
@@ -124,27 +124,27 @@ def test_faults_of_linear_layers(series, tmp_path):
     """Static asymmetric activations. Experts are served per token, and said to be."""
     faults = ("none", "kernel config, linear", "swapped scales, linear", "one row", "no kernel", "none")
     ckpt = write(tmp_path / "ckpt", "static_asym")
-    found = drive(series, ckpt, *faults)
-    code, rows = found["none"]
+    deviations = drive(series, ckpt, *faults)
+    code, rows = deviations["none"]
     assert code == 0 and rows.keys() == ALL, rows
     assert {name: row[0] for name, row in rows.items()} == dict.fromkeys(ALL, RIGHT) | {
         "model.layers.0.mlp.experts": OTHER
     }, rows
     linear = (QKV, f"{SHARED}.gate_up_proj", f"{SHARED}.down_proj")
-    assert_off(found["kernel config, linear"], *linear, status=STOPS)
-    assert_off(found["swapped scales, linear"], f"{SHARED}.gate_up_proj")
-    assert_off(found["one row"], f"{SHARED}.gate_up_proj")
-    assert_off(found["no kernel"], *linear, status=STOPS)
-    assert "NotImplementedError: no kernel for this" in found["no kernel"][1][QKV][2]
+    assert_off(deviations["kernel config, linear"], *linear, status=STOPS)
+    assert_off(deviations["swapped scales, linear"], f"{SHARED}.gate_up_proj")
+    assert_off(deviations["one row"], f"{SHARED}.gate_up_proj")
+    assert_off(deviations["no kernel"], *linear, status=STOPS)
+    assert "NotImplementedError: no kernel for this" in deviations["no kernel"][1][QKV][2]
 
 
 def test_faults_of_experts(series, tmp_path):
     faults = ("none", "kernel config, experts", "swapped scales, experts", "stale weight")
-    found = drive(series, write(tmp_path / "ckpt"), *faults)
-    code, rows = found["none"]
+    deviations = drive(series, write(tmp_path / "ckpt"), *faults)
+    code, rows = deviations["none"]
     assert code == 0 and {row[0] for row in rows.values()} == {RIGHT} and rows.keys() == ALL, rows
     for fault in faults[1:]:
-        assert_off(found[fault], "model.layers.0.mlp.experts")
+        assert_off(deviations[fault], "model.layers.0.mlp.experts")
 
 
 def test_right(series, tmp_path):
@@ -158,10 +158,10 @@ def test_right(series, tmp_path):
     )
     ckpts = [write(tmp_path / f"{inputs}-{qscheme}", inputs, qscheme) for inputs, qscheme in kinds]
     # vLLM's log lies beside the reports, not in them.
-    done = run(series, "-c", code, *ckpts, VLLM_LOGGING_LEVEL="WARNING")
-    assert done.returncode == 0, (done.stdout, done.stderr[-2000:])
-    reports = done.stdout.split("exit 0\n")
-    assert len(reports) == len(kinds) + 1 and not reports[-1].strip(), done.stdout
+    result = run(series, "-c", code, *ckpts, VLLM_LOGGING_LEVEL="WARNING")
+    assert result.returncode == 0, (result.stdout, result.stderr[-2000:])
+    reports = result.stdout.split("exit 0\n")
+    assert len(reports) == len(kinds) + 1 and not reports[-1].strip(), result.stdout
     for (inputs, _), report in zip(kinds, reports, strict=False):
         said = json.loads(report)
         status = {row["layer"]: row["status"] for row in said["layers"]}
@@ -176,8 +176,8 @@ def test_stock_runs_excluded_layers_as_int8(tmp_path):
     if not (folder / "config.json").is_file():
         pytest.skip(f"{folder} is not there (make ckpts)")
     page = tmp_path / "r.html"
-    done = run(None, "-m", "vllm_quark", "verify", folder, "--report", page, "--layers", "10")
-    assert done.returncode == 1, done
+    result = run(None, "-m", "vllm_quark", "verify", folder, "--report", page, "--layers", "10")
+    assert result.returncode == 1, result
     text = page.read_text()
     rows = re.findall(r"<tr><td>(model\.[^<]*)</td>.*?</tr>", text)
     off = {
@@ -215,9 +215,9 @@ def test_layers(tmp_path):
 
 
 def test_stacked_experts_and_limits(tmp_path):
-    made = Small(stacked=True)
-    made.config["swiglu_limits"] = [0.0, 7.0]
-    layers = {layer.name: layer for layer in find_layers(read_checkpoint(str(made.write(tmp_path / "ckpt"))))}
+    small = Small(stacked=True)
+    small.config["swiglu_limits"] = [0.0, 7.0]
+    layers = {layer.name: layer for layer in find_layers(read_checkpoint(str(small.write(tmp_path / "ckpt"))))}
     experts = [layers[f"model.layers.{i}.mlp.experts"] for i in (0, 1)]
     assert [e.activation for e in experts] == ["silu", "swiglustep"]
     assert experts[0].parts == tuple((f"model.layers.0.mlp.{p}_proj",) for p in ("gate", "up", "down"))
@@ -291,9 +291,9 @@ def test_bad_input(tmp_path):
     one_line(cli(ROOT, "verify", ckpt, "--report", "/proc/r.html"), "/proc/r.html: cannot be written", "elsewhere")
     (tmp_path / "empty").mkdir()
     one_line(cli(ROOT, "verify", tmp_path / "empty"), "config.json: does not exist")
-    made = Small()
-    made.tensors["model.layers.0.self_attn.o_proj.weight_scale"][1][0] = math.nan
-    one_line(cli(ROOT, "verify", made.write(tmp_path / "nan")), "o_proj.weight_scale", "is nan")
+    small = Small()
+    small.tensors["model.layers.0.self_attn.o_proj.weight_scale"][1][0] = math.nan
+    one_line(cli(ROOT, "verify", small.write(tmp_path / "nan")), "o_proj.weight_scale", "is nan")
 
 
 def test_no_vllm(tmp_path):
@@ -304,8 +304,8 @@ def test_no_vllm(tmp_path):
             f"import sys; sys.modules[{missing!r}] = None; from vllm_quark.cli import main\n"
             f"sys.argv = ['vllm-quark', 'verify', {str(ckpt)!r}]; main()"
         )
-        done = run(None, "-c", code)
-        one_line(done, "this Python has no", missing, "run it in vLLM's environment")
+        result = run(None, "-c", code)
+        one_line(result, "this Python has no", missing, "run it in vLLM's environment")
 
 
 def test_memory_for_one_layer(series, tmp_path):
@@ -318,16 +318,16 @@ def test_memory_for_one_layer(series, tmp_path):
     peaks = []
     for layers in (1, 3):
         ckpt = write(tmp_path / f"ckpt{layers}", layers=layers, width=512, columns=1024, experts=24)
-        done = run(series, "-c", code, "verify", ckpt, "--layers", "all")
-        assert done.returncode == 0, done.stderr[-2000:]
-        peaks.append(int(done.stderr.split("VmHWM:")[1].split()[0]) / 1024)
+        result = run(series, "-c", code, "verify", ckpt, "--layers", "all")
+        assert result.returncode == 0, result.stderr[-2000:]
+        peaks.append(int(result.stderr.split("VmHWM:")[1].split()[0]) / 1024)
     size = 24 * 3 * 512 * 1024 / (1 << 20)
     assert peaks[1] - peaks[0] < 1.5 * size, peaks
 
 
 def test_help_has_an_example():
-    done = cli(ROOT, "verify", "--help")
-    assert done.returncode == 0 and "vllm-quark verify Step-3.5-Flash-INT8" in done.stdout
+    result = cli(ROOT, "verify", "--help")
+    assert result.returncode == 0 and "vllm-quark verify Step-3.5-Flash-INT8" in result.stdout
 
 
 def test_issue_template_asks_for_the_report():

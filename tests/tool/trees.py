@@ -117,18 +117,18 @@ def write(root: Path, files: dict[str, str]) -> None:
 
 def snapshot(root: Path) -> dict[str, tuple]:
     """Every path below `root` with kind, mode and content: two equal snapshots are equal trees."""
-    found: dict[str, tuple] = {}
+    entries: dict[str, tuple] = {}
     for folder, folders, files in os.walk(root):
         for name in [*folders, *files]:
             path = Path(folder) / name
             key = str(path.relative_to(root))
             if path.is_symlink():
-                found[key] = ("link", os.readlink(path))
+                entries[key] = ("link", os.readlink(path))
             elif path.is_dir():
-                found[key] = ("folder",)
+                entries[key] = ("folder",)
             else:
-                found[key] = ("file", path.stat().st_mode, hashlib.sha256(path.read_bytes()).hexdigest())
-    return found
+                entries[key] = ("file", path.stat().st_mode, hashlib.sha256(path.read_bytes()).hexdigest())
+    return entries
 
 
 def visible(root: Path) -> dict[str, tuple]:
@@ -157,11 +157,11 @@ def cli(home: Path, *words: object, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=env, **{"cwd": home, "timeout": 120, **options})
 
 
-def one_line(done: subprocess.CompletedProcess, *parts: str) -> str:
+def one_line(result: subprocess.CompletedProcess, *parts: str) -> str:
     """Assert exit 2 and a single line on stderr that holds `parts`; the line."""
-    assert done.returncode == 2, (done.stdout, done.stderr)
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and not done.stdout.strip(), (done.stdout, done.stderr)
+    assert result.returncode == 2, (result.stdout, result.stderr)
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and not result.stdout.strip(), (result.stdout, result.stderr)
     for part in parts:
         assert part in lines[0], lines[0]
     return lines[0]

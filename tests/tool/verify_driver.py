@@ -116,14 +116,14 @@ def run(*words: str) -> tuple[int, str]:
 
 def main() -> None:
     ckpt, *faults = sys.argv[1:]
-    found = {}
+    deviations = {}
     for fault in faults:
         with FAULTS[fault]():
             code, said = run("verify", ckpt, "--layers", "all", "--json")
         assert code < 2, code
         rows = json.loads(said)["layers"]
-        found[fault] = [code, {row["layer"]: [row["status"], row["error"], row["detail"]] for row in rows}]
-    print(json.dumps(found))
+        deviations[fault] = [code, {row["layer"]: [row["status"], row["error"], row["detail"]] for row in rows}]
+    print(json.dumps(deviations))
 
 
 if __name__ == "__main__":

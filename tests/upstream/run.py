@@ -245,7 +245,7 @@ def run(python: Path, tree: Path, source: Path, files: list[str], jobs: int) -> 
         env["VLLM_INT8_MOE_LIBRARY"] = str(operator)
     log = tree.with_suffix(".log")
     with open(log, "w") as out:
-        done = subprocess.run(
+        result = subprocess.run(
             [python, HERE / "worker.py"],
             input=json.dumps(order),
             text=True,
@@ -254,7 +254,7 @@ def run(python: Path, tree: Path, source: Path, files: list[str], jobs: int) -> 
             stdout=out,
             stderr=subprocess.STDOUT,
         )
-    if done.returncode:
+    if result.returncode:
         said = log.read_text(errors="replace").strip().splitlines() or ["no word"]
         raise QuarkError(f"upstream's tests cannot be run: {said[-1]} ({log})")
     return read_results(results)

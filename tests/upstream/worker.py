@@ -171,8 +171,8 @@ def run(order: Order) -> None:
                 late = took > order.file_seconds
                 if late:
                     kill(pid)
-                done, status = os.waitpid(pid, 0 if late else os.WNOHANG)
-                if done:
+                result, status = os.waitpid(pid, 0 if late else os.WNOHANG)
+                if result:
                     del running[pid]
                     code = os.waitstatus_to_exitcode(status)
                     ended = ""

@@ -108,17 +108,17 @@ class Entries(names.Names):
             is_alone = any(names.matches(e, spell_names(module)) for e in self.telling)
         key = is_alone, module if is_alone else _fold(module), stack
         if key not in self._looked_up:
-            found = spell_names(module)
+            spellings = spell_names(module)
             if is_stacked:
                 # Beside its layer, below it, or by an expert's name.
-                found += spell_names(f"{layer}.{last}") + spell_names(f"{layer}.0.{last}")
+                spellings += spell_names(f"{layer}.{last}") + spell_names(f"{layer}.0.{last}")
             if stack:
-                found += spell_names(stack) + spell_names(f"{layer}.{last}")
+                spellings += spell_names(stack) + spell_names(f"{layer}.{last}")
             if layer:
-                found += spell_names(layer)
+                spellings += spell_names(layer)
             elif fused and self.lists(spell_names(fused)):
-                found = spell_names(fused)
-            self._looked_up[key] = self.excludes(found), self.config_of(found)
+                spellings = spell_names(fused)
+            self._looked_up[key] = self.excludes(spellings), self.config_of(spellings)
         return self._looked_up[key]
 
     def find_unmatched(self, contents: Any) -> list[str]:

@@ -61,9 +61,9 @@ def read_folder(folder: str, report: Report) -> tuple[dict[str, Any], Any]:
         raise NoCheckpointError(folder, "has no safetensors files", "download or export the whole checkpoint")
     report.files, entries = len(files), []
     for path in files:
-        found, broken = _read_header(path)
-        entries += found
-        report.problems += broken
+        tensors, problems = _read_header(path)
+        entries += tensors
+        report.problems += problems
     report.tensors = len(entries)
     if report.problems:
         report.notes.append("nothing else was judged: the layers of the other files may go on in these")

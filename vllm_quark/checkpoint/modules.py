@@ -93,11 +93,11 @@ class Modules:
             if not is_excluded and config is not None and scheme.is_int8(config) and weight.dtype == "I8":
                 if id(config) not in parsed:
                     parsed[id(config)] = _parse(config)
-                found = self.int8[module] = parsed[id(config)]
-                if isinstance(found, Refusal):
-                    self._refused[found].append(module)
+                parsed_scheme = self.int8[module] = parsed[id(config)]
+                if isinstance(parsed_scheme, Refusal):
+                    self._refused[parsed_scheme].append(module)
                 else:
-                    self.schemes[str(found)] += 1
+                    self.schemes[str(parsed_scheme)] += 1
                 wrong: tuple[str, str] | tuple[()] = ()
                 if module.rpartition(".")[2] in VOCABULARY:
                     way_out = "add it to `exclude` and export it unquantized"
@@ -166,7 +166,7 @@ class Modules:
                         said = f"is {entry.dtype}, but config.json says int8, and experts are what it says"
                         yield Finding.of_tensor(entry.name, entry.file, said, EXCLUDE)
         if noted:
-            few = ", ".join(f"{what} ({count})" for what, count in noted.most_common())
+            few = ", ".join(f"{kind} ({count})" for kind, count in noted.most_common())
             notes.append(
                 f"not in `exclude`, and nowhere INT8: {few}. This is right of what vLLM builds unquantized, as it does "
                 "routers; if it refuses one of them, add that to `exclude`"

@@ -27,17 +27,17 @@ def judge_parts(modules: Modules) -> Iterator[Finding]:
 
 def _find_unlike(modules: Modules) -> Iterator[Finding]:
     layers: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for module, found in (*modules.int8.items(), *modules.others.items()):
+    for module, parsed_scheme in (*modules.int8.items(), *modules.others.items()):
         layer = modules.layer_of(module)
-        if layer is None or f"{module}.weight" in modules.judged or isinstance(found, Refusal):
+        if layer is None or f"{module}.weight" in modules.judged or isinstance(parsed_scheme, Refusal):
             continue
-        if isinstance(found, str):
-            how = found
+        if isinstance(parsed_scheme, str):
+            how = parsed_scheme
         elif not modules.is_linear(module):
             how = "INT8"  # served alike, however they were exported
         else:
             # One weight scale a matrix can be spread over its rows.
-            how = f"INT8 with {replace(found.for_linear(), per_channel=True).inputs()} activations"
+            how = f"INT8 with {replace(parsed_scheme.for_linear(), per_channel=True).inputs()} activations"
         layers[layer][how].append(module)
     for parts in layers.values():
         if len(parts) > 1:

@@ -35,16 +35,16 @@ def judge_scale_headers(modules: Modules, wanted: list[Wanted]) -> Iterator[Find
     """What is wrong with the headers of scales and zero points; those whose values count go into `wanted`."""
     # One scale a row counts for a layer's parts that have one a matrix.
     spread = {modules.layer_of(m) for m, s in modules.int8.items() if not isinstance(s, Refusal) and s.per_channel}
-    for module, found in modules.int8.items():
+    for module, scheme in modules.int8.items():
         kinds, is_linear = modules.contents.modules[module], modules.is_linear(module)
         weight, scale, zero = kinds["weight"], kinds.get("weight_scale"), kinds.get("weight_zero_point")
         is_sound = scale is not None and scale.name not in modules.judged
         if is_sound:
             wanted.append(Wanted(scale, AGAIN, weight=weight))
-        if isinstance(found, Refusal):
+        if isinstance(scheme, Refusal):
             continue
         # Experts are served per channel, whatever they were exported as.
-        one = is_linear and not found.per_channel and (modules.layer_of(module) or module) not in spread
+        one = is_linear and not scheme.per_channel and (modules.layer_of(module) or module) not in spread
         if one and is_sound and prod(scale.shape) > 1:
             reason = f"is {scale}, but config.json says one value a matrix"
             yield Finding.of_tensor(scale.name, scale.file, reason, SPREAD)
@@ -56,8 +56,8 @@ def judge_scale_headers(modules: Modules, wanted: list[Wanted]) -> Iterator[Find
                 expected = "or ".join(f"{count} " for count in sorted(counts))
                 reason = f"is {zero}, but expected are {expected}integers"
                 yield Finding.of_tensor(zero.name, zero.file, reason, AGAIN)
-        if is_linear and found.static:
-            yield from _judge_inputs(module, kinds, found.symmetric, wanted)
+        if is_linear and scheme.static:
+            yield from _judge_inputs(module, kinds, scheme.symmetric, wanted)
 
 
 def _is_integer(zero: Any) -> bool:

@@ -49,15 +49,15 @@ class _Progress:
     def __init__(self) -> None:
         self.said = ("", -1)
 
-    def __call__(self, file: str, done: int, total: int) -> None:
+    def __call__(self, file: str, written: int, total: int) -> None:
         is_terminal = sys.stderr.isatty()
-        percent = 100 * done // max(1, total)
+        percent = 100 * written // max(1, total)
         now = file, percent if is_terminal else percent // 10
         if now == self.said:
             return
         self.said = now
         line = f"{percent:3}% of {total / 1e9:.1f} GB  {file}"
         if is_terminal:
-            print(f"\r{line}\x1b[K", end="\n" if done == total else "", file=sys.stderr, flush=True)
+            print(f"\r{line}\x1b[K", end="\n" if written == total else "", file=sys.stderr, flush=True)
         else:
             print(line, file=sys.stderr, flush=True)

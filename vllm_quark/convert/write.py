@@ -45,17 +45,17 @@ def write(plan: Plan, out: Path, tell: Tell) -> None:
         if left > free:
             reason = f"{left / 1e9:.1f} GB are to be written, and {free / 1e9:.1f} GB are free"
             raise ConvertError(f"{folder}: {reason}: make room or name a folder on another disk")
-        done, total = 0, sum(sizes.values())
+        written, total = 0, sum(sizes.values())
         for name in sorted(files):
             if not _is_there(folder / name, sizes[name]):
                 with _replacing(folder / name) as file:
                     file.write(headers[name])
                     for size in _copy(sorted(files[name], key=_width), file):
-                        done += size
-                        tell(name, done, total)
-                    done -= sizes[name] - len(headers[name])
-            done += sizes[name]
-            tell(name, done, total)
+                        written += size
+                        tell(name, written, total)
+                    written -= sizes[name] - len(headers[name])
+            written += sizes[name]
+            tell(name, written, total)
         _write_rest(plan, folder, files)
         os.rename(folder, out)
         _sync(out.parent)

@@ -156,10 +156,10 @@ class Reference:
                 model.get_submodule(name.removesuffix(".weight")).register_forward_hook(
                     lambda _, inputs, out, down=down, up=up: out + inputs[0] @ down.t() @ up.t() * (_ALPHA / _RANK)
                 )
-        found = {p.untyped_storage().data_ptr(): self.names[name] for name, p in model.named_parameters()}
+        owners = {p.untyped_storage().data_ptr(): self.names[name] for name, p in model.named_parameters()}
 
         def by_weight(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            modules = found.get(weight.untyped_storage().data_ptr())
+            modules = owners.get(weight.untyped_storage().data_ptr())
             return look(modules, x) if modules else x
 
         with torch.no_grad(), Products(by_weight):
@@ -237,8 +237,8 @@ def export(architecture: Architecture, variant: Variant, source: Path, out: Path
         inputs[module] = (scheme, static_scale, zero)
 
     def look(modules: list[str], x: torch.Tensor) -> torch.Tensor:
-        found = {inputs.get(m) for m in modules}
-        assert len(found) == 1 or all(".experts." in m for m in modules), modules
+        tensors = {inputs.get(m) for m in modules}
+        assert len(tensors) == 1 or all(".experts." in m for m in modules), modules
         first = inputs.get(modules[0])
         return x if first is None else fake_quantize(x.float(), *first).to(x.dtype)
 

@@ -101,13 +101,13 @@ def run(checkpoints: Iterable[Path], results: Path, vllm: str, at_once: int = 12
                 job["adapter"] = str(folder / ADAPTER)
             jobs.append(job)
     while jobs:
-        some, log = results / "jobs.json", results / "log"
-        some.write_text(json.dumps(jobs[:at_once]))
+        batch, log = results / "jobs.json", results / "log"
+        batch.write_text(json.dumps(jobs[:at_once]))
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [vllm, os.environ.get("PYTHONPATH")]))}
         said = ""
         with open(log, "w") as f:
             try:
-                subprocess.run([sys.executable, IN_PROCESS, some], stdout=f, stderr=f, env=env, timeout=patience)
+                subprocess.run([sys.executable, IN_PROCESS, batch], stdout=f, stderr=f, env=env, timeout=patience)
             except subprocess.TimeoutExpired:
                 said = f"no answer within {patience} s"
         left = [job for job in jobs if not Path(job["out"]).exists()]
@@ -121,17 +121,17 @@ def run(checkpoints: Iterable[Path], results: Path, vllm: str, at_once: int = 12
 
 def judge(checkpoint: Path, result: Path) -> Verdict:
     """What came of a checkpoint."""
-    found, expected = json.loads(result.read_text()), json.loads((checkpoint / "expected.json").read_text())
-    if "error" in found:
-        said, file = found["error"], found["file"]
-        if found["type"] == "died":
+    served, expected = json.loads(result.read_text()), json.loads((checkpoint / "expected.json").read_text())
+    if "error" in served:
+        said, file = served["error"], served["file"]
+        if served["type"] == "died":
             return Verdict("dies", said=said)
         # What is said when the config is made comes out of pydantic.
         _, _, said_by_config = said.partition("Value error, ")
-        if "/quantization/quark/int8/" in found["origin"]:
+        if "/quantization/quark/int8/" in served["origin"]:
             return Verdict("refused", said=said_by_config.partition(" [type=")[0] or said)
-        return Verdict("stops", said=f"{found['type']}: {said}", file=file)
-    out = torch.tensor([[[at[str(t)] for t in range(VOCABULARY)] for at in prompt] for prompt in found["logprobs"]])
+        return Verdict("stops", said=f"{served['type']}: {said}", file=file)
+    out = torch.tensor([[[at[str(t)] for t in range(VOCABULARY)] for at in prompt] for prompt in served["logprobs"]])
     exact, bf16 = (torch.tensor(expected[reading])[:, :-1] for reading in ("exact", "bf16"))
     distance, yardstick = measure(out, exact), measure(bf16, exact)
     right = math.isfinite(distance) and distance <= FACTOR * yardstick + FLOOR

@@ -127,13 +127,13 @@ def test_right(cell, results):
 
 @pytest.mark.parametrize("cell", REFUSED, ids="-".join)
 def test_refused(cell, results):
-    found = results[cell]
-    assert found.what == "refused", found
-    assert re.search(REFUSED[cell].said, found.said), found.said
+    verdict = results[cell]
+    assert verdict.what == "refused", verdict
+    assert re.search(REFUSED[cell].said, verdict.said), verdict.said
 
 
 @pytest.mark.parametrize("cell", REFUSED, ids="-".join)
 def test_way_out_of_a_refusal(cell, results):
-    found = results[(*cell, "repaired")]
-    print(cell, found)
-    assert found.what == "right", found
+    verdict = results[(*cell, "repaired")]
+    print(cell, verdict)
+    assert verdict.what == "right", verdict

@@ -279,10 +279,8 @@ def _unquantized_experts(
 
 def needs_kernel(kind: str) -> None:
     """Skip the test where this vLLM has no kernel for layers of `kind`."""
-    found = importlib.util.find_spec(
-        "vllm.model_executor.layers.fused_moe.cpu_int8_moe"
-    )
-    if kind in EXPERTS and DEVICE == "cpu" and found is None:
+    spec = importlib.util.find_spec("vllm.model_executor.layers.fused_moe.cpu_int8_moe")
+    if kind in EXPERTS and DEVICE == "cpu" and spec is None:
         pytest.skip("this vLLM has no INT8 experts for CPU")
 
 
@@ -385,9 +383,9 @@ def activation_of(config: dict[str, Any], module: str) -> str | None:
     Raises MalformedError where it is no INT8 W8A8 scheme with symmetric weights.
     """
     names = [module]
-    if found := re.match(r"(.*\.moe)\.experts\.\d+\.(\w+)$", module):
+    if name_match := re.match(r"(.*\.moe)\.experts\.\d+\.(\w+)$", module):
         # A checkpoint with stacked experts has one name for all of them.
-        names += [f"{found[1]}.{found[2]}", f"{found[1]}.experts"]
+        names += [f"{name_match[1]}.{name_match[2]}", f"{name_match[1]}.experts"]
     try:
         if any(_listed(p, n) for p in config.get("exclude") or [] for n in names):
             return None
@@ -424,12 +422,12 @@ def activation_of(config: dict[str, Any], module: str) -> str | None:
 
 def _tensor(checkpoint: Checkpoint, module: str, kind: str) -> torch.Tensor | None:
     """A module's tensor, an expert's from its own name or from a stacked one."""
-    if found := re.match(r"(.*\.moe)\.experts\.(\d+)\.(\w+)$", module):
-        whole = checkpoint.tensors.get(f"{found[1]}.{found[3]}.{kind}")
+    if name_match := re.match(r"(.*\.moe)\.experts\.(\d+)\.(\w+)$", module):
+        whole = checkpoint.tensors.get(f"{name_match[1]}.{name_match[3]}.{kind}")
         if whole is not None:
             if whole.dim() == 0 or whole.size(0) not in (1, E):
                 raise MalformedError(f"{module}.{kind} is not stacked")
-            return whole[int(found[2]) if whole.size(0) == E else 0]
+            return whole[int(name_match[2]) if whole.size(0) == E else 0]
     return checkpoint.tensors.get(f"{module}.{kind}")
 
 

@@ -168,9 +168,9 @@ def test_more_tokens_than_are_taken_at_once():
     ids = ids.expand(7000, 2).contiguous()
     ids[:, 1] = torch.randint(-1, 2, (7000,))
     out = experts(x, weights, ids)
-    for some in torch.tensor([[0, 366, 3499], [3500, 3501, 6999]]):
-        reference = experts.emulate(x[some], weights[some], ids[some])
-        assert_close(out[some], reference)
+    for sample in torch.tensor([[0, 366, 3499], [3500, 3501, 6999]]):
+        reference = experts.emulate(x[sample], weights[sample], ids[sample])
+        assert_close(out[sample], reference)
     alone = experts(x[3499:3502], weights[3499:3502], ids[3499:3502])
     assert torch.equal(out[3499:3502], alone)
 
@@ -186,10 +186,12 @@ def test_more_rows_than_are_in_memory_at_once(isa, width):
     weights, ids = routing(tokens, 5, 3)
     ids[ids == 3] = -1
     out = experts(x, weights, ids, isa)
-    some = torch.linspace(0, tokens - 1, 9).long()
-    reference = experts.emulate(x[some], weights[some], ids[some])
-    assert_close(out[some], reference)
-    assert torch.equal(out[some], experts(x[some], weights[some], ids[some], isa))
+    sample = torch.linspace(0, tokens - 1, 9).long()
+    reference = experts.emulate(x[sample], weights[sample], ids[sample])
+    assert_close(out[sample], reference)
+    assert torch.equal(
+        out[sample], experts(x[sample], weights[sample], ids[sample], isa)
+    )
 
 
 @needs_operators
@@ -440,14 +442,14 @@ def say(code: str, library: str | None = None, *args: str, **variables: str) -> 
     if library is not None:
         environment["VLLM_INT8_MOE_LIBRARY"] = library
         environment.pop("LD_PRELOAD", None)
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, *args],
         env=environment,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+    assert process.returncode == 0, process.stderr
+    return process.stdout + process.stderr
 
 
 @pytest.mark.parametrize("library", ["", "/no/such/library.so"])

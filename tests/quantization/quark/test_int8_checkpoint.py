@@ -28,7 +28,7 @@ def environment(layer_environment):
     return layer_environment
 
 
-def made(kind: str, activation: str = "token_sym") -> ck.Checkpoint:
+def make_checkpoint(kind: str, activation: str = "token_sym") -> ck.Checkpoint:
     generator = torch.Generator().manual_seed(0)
     case = ck.Case(kind, activation=activation)
     return ck.make(case, ck.inputs_for(case, 9, generator), generator)
@@ -55,7 +55,7 @@ def look(checkpoint: ck.Checkpoint, folder: str, **kwargs) -> QuarkConfig:
 @pytest.mark.parametrize("activation", ck.ACTIVATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sound_checkpoints_pass(kind, activation, tmp_path):
-    checkpoint = made(kind, activation)
+    checkpoint = make_checkpoint(kind, activation)
     one, *more = checkpoint.tensors
     folder = write(
         tmp_path,
@@ -66,14 +66,14 @@ def test_sound_checkpoints_pass(kind, activation, tmp_path):
 
 
 def test_places_without_files_pass(tmp_path):
-    checkpoint = made("plain")
+    checkpoint = make_checkpoint("plain")
     look(checkpoint, str(tmp_path))
     look(checkpoint, "s3://bucket/model")
     look(checkpoint, str(tmp_path / "nobody" / "nothing"))
 
 
 def test_configs_without_int8_are_not_looked_at(tmp_path):
-    checkpoint = made("plain")
+    checkpoint = make_checkpoint("plain")
     for part in ("weight", "input_tensors"):
         checkpoint.config["global_quant_config"][part]["dtype"] = "fp8_e4m3"
     (tmp_path / "model.safetensors").write_text("no such file")
@@ -103,7 +103,7 @@ BROKEN = [
 
 @pytest.mark.parametrize("kind,ending,change,named", BROKEN)
 def test_broken_tensors_are_refused_by_name(kind, ending, change, named, tmp_path):
-    checkpoint = made(kind)
+    checkpoint = make_checkpoint(kind)
     name = next(n for n in checkpoint.tensors if n.endswith(ending))
     files = [checkpoint.tensors]
     tensor = checkpoint.tensors[name]
@@ -126,7 +126,7 @@ def test_broken_tensors_are_refused_by_name(kind, ending, change, named, tmp_pat
 
 def test_scales_of_another_name_are_refused_and_renamed(tmp_path):
     """As `quantize_quark.py --model_export hf_format` writes them."""
-    checkpoint = made("qkv")
+    checkpoint = make_checkpoint("qkv")
     scale = ".weight_quantizer.scale"
     tensors = {
         n.replace(".weight_scale", scale): t for n, t in checkpoint.tensors.items()
@@ -141,7 +141,7 @@ def test_scales_of_another_name_are_refused_and_renamed(tmp_path):
 def test_layers_that_are_unquantized_in_the_files(kind, tmp_path, monkeypatch):
     """Quark does not list what it cannot quantize, people forget: as it is there."""
     ck.needs_kernel(kind)
-    checkpoint = made(kind)
+    checkpoint = make_checkpoint(kind)
     weights = {
         n: torch.randn(t.shape).to(torch.bfloat16)
         for n, t in checkpoint.tensors.items()
@@ -169,7 +169,7 @@ def test_layers_that_are_unquantized_in_the_files(kind, tmp_path, monkeypatch):
 )
 def test_stacked_experts_that_are_unquantized_in_the_files(stacks, tmp_path):
     """Of Llama 4, gpt-oss, Qwen3.5 and Granite; AMD Quark leaves them as they are."""
-    checkpoint = made("moe_per_expert")
+    checkpoint = make_checkpoint("moe_per_expert")
     stem = checkpoint.prefix.removesuffix(".experts")
     tensors = {f"{stem}.{n}": torch.ones(8, 4, 4, dtype=torch.bfloat16) for n in stacks}
     config = look(checkpoint, write(tmp_path, tensors))
@@ -178,7 +178,7 @@ def test_stacked_experts_that_are_unquantized_in_the_files(stacks, tmp_path):
 
 
 def test_fused_layers_that_are_half_quantized_are_refused(tmp_path):
-    checkpoint = made("qkv")
+    checkpoint = make_checkpoint("qkv")
     name = next(n for n in checkpoint.tensors if n.endswith("k_proj.weight"))
     checkpoint.tensors[name] = checkpoint.tensors[name].to(torch.bfloat16)
     del checkpoint.tensors[f"{name}_scale"]
@@ -189,7 +189,7 @@ def test_fused_layers_that_are_half_quantized_are_refused(tmp_path):
 
 
 def test_several_problems_are_counted(tmp_path):
-    checkpoint = made("qkv")
+    checkpoint = make_checkpoint("qkv")
     for name in [n for n in checkpoint.tensors if n.endswith("scale")]:
         del checkpoint.tensors[name]
     with pytest.raises(ValueError, match=r"_proj.weight is int8.*\(and 2 more\)"):
@@ -198,7 +198,7 @@ def test_several_problems_are_counted(tmp_path):
 
 @pytest.mark.parametrize("cut", [0, 5, 40, -1])
 def test_files_that_are_cut_short_are_named(cut, tmp_path):
-    checkpoint = made("plain")
+    checkpoint = make_checkpoint("plain")
     folder = write(tmp_path, checkpoint.tensors)
     path = tmp_path / "model-0.safetensors"
     os.truncate(path, cut if cut >= 0 else path.stat().st_size + cut)
@@ -207,7 +207,7 @@ def test_files_that_are_cut_short_are_named(cut, tmp_path):
 
 
 def test_the_index_says_which_files_count(tmp_path):
-    checkpoint = made("plain")
+    checkpoint = make_checkpoint("plain")
     folder = write(tmp_path, checkpoint.tensors, index=True)
     save_file({"model.norm.weight": torch.ones(4)}, tmp_path / "more.safetensors")
     (tmp_path / "broken.safetensors").write_text("consolidated, or of another tool")
@@ -223,20 +223,20 @@ def test_the_index_says_which_files_count(tmp_path):
 
 def test_sharded_states_are_refused(tmp_path):
     """They hold layers as kernels do: stock stops at missing keys."""
-    checkpoint = made("plain")
+    checkpoint = make_checkpoint("plain")
     save_file(checkpoint.tensors, tmp_path / "model-rank-0-part-0.safetensors")
     with pytest.raises(ValueError, match="sharded state.*load the checkpoint"):
         look(checkpoint, str(tmp_path))
 
 
 def layers(count: int, kinds: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    found = {
+    headers = {
         f"model.layers.{i}.{name}": torch.ones(shape)
         for i in range(count)
         for name, shape in kinds.items()
     }
-    found["model.embed_tokens.weight"] = torch.ones(8, 4)
-    return found | {"model.norm.weight": torch.ones(4)}
+    headers["model.embed_tokens.weight"] = torch.ones(8, 4)
+    return headers | {"model.norm.weight": torch.ones(4)}
 
 
 BLOCK = {
@@ -250,7 +250,7 @@ def test_a_layer_short_of_a_tensor_is_named(tmp_path):
     tensors = layers(5, BLOCK)
     del tensors["model.layers.3.input_layernorm.weight"]
     with pytest.raises(ValueError, match="layers.3.input_layernorm.weight is not in"):
-        look(made("plain"), write(tmp_path, tensors))
+        look(make_checkpoint("plain"), write(tmp_path, tensors))
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
@@ -258,7 +258,7 @@ def test_a_model_short_of_its_ends_is_named(name, tmp_path):
     tensors = layers(5, BLOCK)
     del tensors[name]
     with pytest.raises(ValueError, match="(last norm|embedding) is not in"):
-        look(made("plain"), write(tmp_path, tensors))
+        look(make_checkpoint("plain"), write(tmp_path, tensors))
 
 
 def test_layers_of_several_kinds_pass(tmp_path):
@@ -269,10 +269,10 @@ def test_layers_of_several_kinds_pass(tmp_path):
     del tensors["model.layers.0.mlp.gate.weight"]
     tensors["model.layers.0.mlp.up_proj.weight"] = torch.ones(4, 4)
     tensors["model.layers.8.eh_proj.weight"] = torch.ones(4, 8)
-    look(made("plain"), write(tmp_path, tensors))
+    look(make_checkpoint("plain"), write(tmp_path, tensors))
     (tmp_path / "draft").mkdir()
     draft = {n: t for n, t in layers(1, BLOCK).items() if "embed" not in n}
-    look(made("plain"), write(tmp_path / "draft", draft))
+    look(make_checkpoint("plain"), write(tmp_path / "draft", draft))
 
 
 OTHERS = {
@@ -317,12 +317,12 @@ def test_models_of_another_build_pass(name, tmp_path):
         tensors[f"{module}.weight"] = (
             torch.ones(4) if "norm" in module else torch.ones(8, 4)
         )
-    look(made("plain"), write(tmp_path, tensors))
+    look(make_checkpoint("plain"), write(tmp_path, tensors))
 
 
 def test_an_index_without_its_files_passes(tmp_path):
     """As for dummy weights."""
-    checkpoint = made("plain")
+    checkpoint = make_checkpoint("plain")
     folder = write(tmp_path, checkpoint.tensors, index=True)
     os.unlink(tmp_path / "model-0.safetensors")
     look(checkpoint, folder)
@@ -339,16 +339,16 @@ def test_a_hub_that_does_not_answer_passes(monkeypatch):
         raise Exception("no route")
 
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", get)
-    look(made("plain"), "nobody/nothing", revision="abc")
+    look(make_checkpoint("plain"), "nobody/nothing", revision="abc")
     assert asked == ["abc"]
     # Releases that do not say the revision may load another.
-    look(made("plain"), "nobody/nothing", hf_config=None)
+    look(make_checkpoint("plain"), "nobody/nothing", hf_config=None)
     assert asked == ["abc"]
 
 
 def block(folder, kind: str, *extra: str) -> ck.Checkpoint:
     """A checkpoint of `kind` in files, and modules beside it that are INT8, too."""
-    checkpoint = made(kind)
+    checkpoint = make_checkpoint(kind)
     stem = checkpoint.prefix.split(".self_attn")[0].split(".mlp")[0].split(".moe")[0]
     for name in extra:
         weight = torch.ones(4, 4, dtype=torch.int8)
@@ -376,7 +376,7 @@ def test_int8_routers_are_named(kind, router, tmp_path):
 def test_int8_layers_of_other_stages_pass(kind, tmp_path):
     """Pipeline stages and drafts build some decoder layers only."""
     ck.needs_kernel(kind)
-    checkpoint = made(kind)
+    checkpoint = make_checkpoint(kind)
     other = "model.layers.9999.moe.gate"
     checkpoint.tensors[f"{other}.weight"] = torch.ones(4, 4, dtype=torch.int8)
     checkpoint.tensors[f"{other}.weight_scale"] = torch.ones(4)
@@ -411,7 +411,7 @@ def test_fused_layers_of_models_without_a_mapping_pass(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["qkv", "plain"])
 def test_scales_of_a_cache_are_dropped_where_the_model_has_no_place(kind, tmp_path):
     """As of StableLM, or beside kv_b_proj: stock stops with a KeyError."""
-    checkpoint = made(kind)
+    checkpoint = make_checkpoint(kind)
     module = next(iter(checkpoint.modules))
     scales = {f"{module}.output_scale": torch.tensor(0.02)}
     config = look(checkpoint, write(tmp_path, checkpoint.tensors, scales))
@@ -424,7 +424,7 @@ def test_scales_of_a_cache_are_dropped_where_the_model_has_no_place(kind, tmp_pa
 
 
 def test_layers_without_scales_of_a_cache_have_no_place_for_them(tmp_path):
-    checkpoint = made("plain")
+    checkpoint = make_checkpoint("plain")
     torch.set_default_dtype(torch.bfloat16)
     layer = ck.build(checkpoint, look(checkpoint, write(tmp_path, checkpoint.tensors)))
     assert not hasattr(layer, "output_scale")
@@ -432,7 +432,7 @@ def test_layers_without_scales_of_a_cache_have_no_place_for_them(tmp_path):
 
 @pytest.mark.parametrize("kind", ["stacked", "INT8", "alone"])
 def test_experts_of_gpt_oss_are_refused(kind, tmp_path):
-    checkpoint = made("plain")
+    checkpoint = make_checkpoint("plain")
     tensors = {"model.layers.0.self_attn.sinks": torch.zeros(4)}
     tensors["model.layers.0.mlp.router.weight"] = torch.zeros(2, 8)
     experts = "model.layers.0.mlp.experts"
@@ -451,7 +451,7 @@ def test_experts_of_gpt_oss_are_refused(kind, tmp_path):
 
 def test_experts_beside_the_sinks_of_other_models_pass(tmp_path):
     """As Granite's with sliding windows."""
-    checkpoint, moe = made("plain"), "model.layers.0.block_sparse_moe"
+    checkpoint, moe = make_checkpoint("plain"), "model.layers.0.block_sparse_moe"
     tensors = {"model.layers.0.self_attn.sinks": torch.zeros(4)}
     tensors[f"{moe}.experts.gate_up_proj"] = torch.zeros(2, 8, 8)
     tensors[f"{moe}.router.weight"] = torch.zeros(2, 8)
@@ -488,7 +488,7 @@ def test_an_int8_router_with_a_bias_is_refused_as_a_router(tmp_path):
 
 
 def test_scales_of_groups_are_refused(tmp_path):
-    checkpoint = made("plain")
+    checkpoint = make_checkpoint("plain")
     name = next(n for n in checkpoint.tensors if n.endswith("weight_scale"))
     scale = checkpoint.tensors[name].reshape(-1, 1).expand(-1, 4)
     checkpoint.tensors[name] = scale
@@ -503,7 +503,7 @@ ROUTERS = ["*moe.gate*", "re:.*moe.gate", "re:.*\\.moe\\.gate"]
 def test_patterns_for_a_router_spare_experts(pattern, tmp_path):
     """Which would name moe.gate_proj, too, had the files one tensor for all experts."""
     ck.needs_kernel("moe_per_expert")
-    checkpoint = made("moe_per_expert")
+    checkpoint = make_checkpoint("moe_per_expert")
     checkpoint.config["exclude"] = [pattern]
     config = look(checkpoint, write(tmp_path, checkpoint.tensors))
     torch.set_default_dtype(torch.bfloat16)
@@ -512,7 +512,7 @@ def test_patterns_for_a_router_spare_experts(pattern, tmp_path):
 
 def with_int8(tmp_path, module: str) -> tuple[ck.Checkpoint, str]:
     """A checkpoint whose `module` is INT8, too, and its folder."""
-    checkpoint = made("plain")
+    checkpoint = make_checkpoint("plain")
     checkpoint.tensors[f"{module}.weight"] = torch.ones(64, 64, dtype=torch.int8)
     checkpoint.tensors[f"{module}.weight_scale"] = torch.ones(64)
     checkpoint.config["exclude"] = []
@@ -532,7 +532,7 @@ def test_an_int8_embedding_is_refused(tmp_path):
 
 @pytest.mark.parametrize("entry", ["model.embed_tokens", "*embed*", "re:.*embed.*"])
 def test_an_embedding_may_be_in_exclude(tmp_path, entry):
-    checkpoint = made("plain")
+    checkpoint = make_checkpoint("plain")
     checkpoint.config["exclude"] = [entry]
     config = look(checkpoint, write(tmp_path, checkpoint.tensors))
     tokens = VocabParallelEmbedding(

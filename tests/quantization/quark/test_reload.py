@@ -86,8 +86,8 @@ def _load_at_once() -> Callable[..., bool] | None:
     from vllm.model_executor.models import step3p5
 
     for name in ("load_stacked", "load_stacked_experts"):
-        if found := getattr(step3p5, name, None):
-            return found
+        if attribute := getattr(step3p5, name, None):
+            return attribute
     return None
 
 

@@ -82,18 +82,22 @@ def model(layer: torch.nn.Module, experts: int = E) -> torch.nn.Module:
 
 def tensors(quantized: bool, layout: str = "N", experts: int = E):
     """Stacked tensors of the layer by name, as a checkpoint has them."""
-    made = {}
+    checkpoint = {}
     for proj, (_, shape) in SHARDS.items():
         name = f"layers.0.moe.{proj}_proj.weight"
         weight, scale = random_weight(experts, *shape)
-        made[name] = weight if quantized else torch.randn(experts, *shape).to(DTYPE)
+        checkpoint[name] = (
+            weight if quantized else torch.randn(experts, *shape).to(DTYPE)
+        )
         if quantized:
-            made[f"{name}_scale"] = scale if layout == "N" else scale.unsqueeze(-1)
-    return made
+            checkpoint[f"{name}_scale"] = (
+                scale if layout == "N" else scale.unsqueeze(-1)
+            )
+    return checkpoint
 
 
-def one_by_one(layer: torch.nn.Module, made: dict[str, torch.Tensor]) -> None:
-    for name, tensor in made.items():
+def one_by_one(layer: torch.nn.Module, checkpoint: dict[str, torch.Tensor]) -> None:
+    for name, tensor in checkpoint.items():
         shard_id, _ = SHARDS[name.split(".")[3].removesuffix("_proj")]
         kind = f"{'w2' if shard_id == 'w2' else 'w13'}_{name.rpartition('.')[2]}"
         param = getattr(layer, kind)
@@ -103,8 +107,8 @@ def one_by_one(layer: torch.nn.Module, made: dict[str, torch.Tensor]) -> None:
 
 def parameters(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     names = ("w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale")
-    found = {n: getattr(layer, n, None) for n in names}
-    return {n: p.data.clone() for n, p in found.items() if p is not None}
+    attributes = {n: getattr(layer, n, None) for n in names}
+    return {n: p.data.clone() for n, p in attributes.items() if p is not None}
 
 
 def place(layer: torch.nn.Module, expert_map: torch.Tensor) -> None:
@@ -128,13 +132,13 @@ def test_one_copy_a_tensor(counted, monkeypatch, layout, tp, chunk):
     if chunk:
         module = "vllm.model_executor.layers.quantization.quark.int8.weights"
         monkeypatch.setattr(f"{module}._CHUNK_BYTES", chunk)
-    made = tensors(True, layout)
+    checkpoint = tensors(True, layout)
     for rank in range(tp):
         with shard(rank, tp):
             fast, slow = make(True), make(True)
-            loaded = Step3p5Model.load_weights(model(fast), made.items())
+            loaded = Step3p5Model.load_weights(model(fast), checkpoint.items())
             assert not counted, "an expert was loaded by itself"
-            one_by_one(slow, made)
+            one_by_one(slow, checkpoint)
         counted.clear()
         same(fast, slow)
         assert {n.rpartition(".")[2] for n in loaded} >= {"w13_weight", "w2_weight"}
@@ -143,28 +147,28 @@ def test_one_copy_a_tensor(counted, monkeypatch, layout, tp, chunk):
 @pytest.mark.parametrize("first, step", [(0, 1), (3, 1), (1, 2)])
 def test_experts_of_an_expert_parallel_rank(counted, first, step):
     """Linear and round-robin placement of a third of the experts."""
-    made = tensors(True, experts=3 * E)
+    checkpoint = tensors(True, experts=3 * E)
     expert_map = torch.full((3 * E,), -1, dtype=torch.int32)
     expert_map[first : first + E * step : step] = torch.arange(E, dtype=torch.int32)
     fast, slow = make(True), make(True)
     for layer in (fast, slow):
         place(layer, expert_map)
-    Step3p5Model.load_weights(model(fast, 3 * E), made.items())
+    Step3p5Model.load_weights(model(fast, 3 * E), checkpoint.items())
     assert not counted
-    one_by_one(slow, made)
+    one_by_one(slow, checkpoint)
     same(fast, slow)
 
 
 def test_the_layers_checks_hold(counted):
     """What was loaded at once is known to the layer; what is missing is, too."""
-    made = tensors(True)
+    checkpoint = tensors(True)
     whole = make(True)
-    Step3p5Model.load_weights(model(whole), made.items())
+    Step3p5Model.load_weights(model(whole), checkpoint.items())
     whole.quant_method.process_weights_after_loading(whole)
     assert not counted
-    made.pop("layers.0.moe.up_proj.weight")
+    checkpoint.pop("layers.0.moe.up_proj.weight")
     part = make(True)
-    Step3p5Model.load_weights(model(part), made.items())
+    Step3p5Model.load_weights(model(part), checkpoint.items())
     with pytest.raises(ValueError, match=r"expert 0: up_proj .*not in the checkpoint"):
         part.quant_method.process_weights_after_loading(part)
 
@@ -173,10 +177,10 @@ def test_the_layers_checks_hold(counted):
 def test_other_layouts_go_expert_by_expert(counted, case):
     """Experts that are not INT8, too: they load as without the patch."""
     quantized = case != "unquantized"
-    made = tensors(quantized)
+    checkpoint = tensors(quantized)
     fast, slow = make(quantized), make(quantized)
     if case == "scalar scale":
-        made = {n: t[:, :1] if "scale" in n else t for n, t in made.items()}
+        checkpoint = {n: t[:, :1] if "scale" in n else t for n, t in checkpoint.items()}
     elif case == "placement":
         expert_map = torch.tensor([2, 1, 0, 3, 4, 5], dtype=torch.int32)
         for layer in (fast, slow):
@@ -188,9 +192,9 @@ def test_other_layouts_go_expert_by_expert(counted, case):
                 new = torch.nn.Parameter(param.data.to("meta"), requires_grad=False)
                 new.__dict__.update(param.__dict__)
                 layer.register_parameter(name, new)
-    Step3p5Model.load_weights(model(fast), made.items())
+    Step3p5Model.load_weights(model(fast), checkpoint.items())
     count = 3 if case == "scalar scale" else 6 if quantized else 3
     assert len(counted) == count * E
     if case != "meta":
-        one_by_one(slow, made)
+        one_by_one(slow, checkpoint)
         same(fast, slow)

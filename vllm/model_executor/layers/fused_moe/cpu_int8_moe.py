@@ -157,14 +157,14 @@ def native_experts() -> Any | None:
 
     Raises ValueError where VLLM_INT8_MOE_ISA names no instruction set.
     """
-    found, why = find_native()
-    if found is None:
+    namespace, why = find_native()
+    if namespace is None:
         logger.warning_once(
             "INT8 experts on CPU run on oneDNN, expert by expert, which is slower: %s",
             why,
         )
         return None
-    isa = found.isas()[0]
+    isa = namespace.isas()[0]
     if isa in BEHIND_ONEDNN and hasattr(torch.ops._C, "onednn_scaled_mm"):
         logger.info_once(
             "INT8 experts on CPU run on oneDNN, which is faster than %s with %s",
@@ -173,7 +173,7 @@ def native_experts() -> Any | None:
         )
         return None
     logger.info_once("INT8 experts on CPU run on %s, %s", why, isa)
-    return found
+    return namespace
 
 
 class CPUInt8Experts:

@@ -230,8 +230,8 @@ def _find_gpt_oss(contents: Contents) -> Iterator[Problem]:
     if not contents.with_kind("sinks"):
         return
     for name, entry in contents.tensors():
-        found = _GPT_OSS.fullmatch(name)
-        if not found or f"{found[1]}.router" not in contents.modules:
+        name_match = _GPT_OSS.fullmatch(name)
+        if not name_match or f"{name_match[1]}.router" not in contents.modules:
             continue
         if entry.dtype in ("I8", *_FLOATS):
             reason = f"is {entry.dtype}, and gpt-oss takes experts of AMD Quark as "
@@ -259,8 +259,10 @@ def _find_gaps(contents: Contents) -> Iterator[Problem]:
     layers: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for module, kinds in contents.modules.items():
         # Experts are alike but for their number, and many.
-        if (found := _BLOCK.match(f"{module}.")) and ".experts." not in module:
-            layers[found[1]][found[2]] |= {found[3] + kind for kind in kinds}
+        if (name_match := _BLOCK.match(f"{module}.")) and ".experts." not in module:
+            layers[name_match[1]][name_match[2]] |= {
+                name_match[3] + kind for kind in kinds
+            }
     for stack, by_number in layers.items():
         count = Counter(map(frozenset, by_number.values()))
         first = min(by_number, key=int)  # often without a norm before it

@@ -259,7 +259,7 @@ class Int8Layers:
         that Quark quantizes. Raises ValueError naming the layer where its parts
         disagree or no kernel runs its scheme.
         """
-        block = found[1] if (found := _BLOCK.match(layer_name)) else ""
+        block = name_match[1] if (name_match := _BLOCK.match(layer_name)) else ""
         if block != self._block:
             # Before its tensors come: loaders stop at a router's scale.
             self._check_routers(self._blocks)

@@ -243,7 +243,7 @@ def remove_files(root: Path, files: Iterable[str]) -> None:
         path = _path_inside(root, file)
         path.unlink(missing_ok=True)
         for folder in path.parents:
-            if any(inside.name != "__pycache__" for inside in folder.iterdir()):
+            if folder.is_symlink() or any(inside.name != "__pycache__" for inside in folder.iterdir()):
                 break
             shutil.rmtree(folder)
 

@@ -259,7 +259,7 @@ class Tree:
             raise TreeError(f"{self.root}: is a shadow that `vllm-quark run` made: name the tree that it is of")
         git_folder = self.root / ".git"
         with contextlib.suppress(OSError):
-            if git_folder.is_file() and (m := re.match(r"gitdir: (.+)", git_folder.read_text())):
+            if git_folder.is_file() and (m := re.match(r"gitdir: (.+)", os.fsdecode(git_folder.read_bytes()))):
                 git_folder = self.root / m[1].strip()
         for mark, subject in _UNFINISHED.items():
             if (git_folder / mark).exists():
@@ -354,7 +354,9 @@ class Tree:
         self._refuse_unfinished()
         with lock_tree(self.root):
             record, _ = self._settled()
-            names = {p.name for p in patches} | set(record.applied)
+            # Of a record none of whose files stands (git checkout, git clean) nothing is left to renew.
+            stands = any(self._state(record, file) is State.OURS for file in record.files)
+            names = {p.name for p in patches} | set(record.applied if stands else ())
             try:
                 self._carry_out(record, self._plan(series, names, record))
             except LostOriginalError:
@@ -440,11 +442,28 @@ class Tree:
         is_bare = all(v.status is Status.UPSTREAM or v.patch.name in record.applied for v in edits)
         files = {f for v in verdicts if v.patch in patches and (v.edited or is_bare) for f in v.brought}
         files = {f for f in files - in_use - record.files.keys() if self.read(f) == series.content(f)}
+        if self._is_mentioned(series, files):
+            return []
         if self.installation is not None:
             return sorted(files - self.installation.digests.keys())
         if self.is_source and has_commits(self.root):
             return sorted(f for f in files if read_committed(self.root, f) is None)
         return []
+
+    def _is_mentioned(self, series: Series, files: set[str]) -> bool:
+        """Whether a file that stays imports one of `files`, or names the folder of one."""
+        modules = {_module_of(file).encode() for file in files if file.endswith(".py")}
+        folders = {str(PurePosixPath(file).parent).encode() for file in files if not file.endswith((".py", ".json"))}
+        built = {edit.file for patch in series.patches for edit in patch.edits if not self._is_package_file(edit.file)}
+        return any(
+            any(word in (self.read(file) or b"") for word in words)
+            for names, words in ((self._python_files(), modules), (built, folders))
+            for file in names
+            if file not in files
+        )
+
+    def _is_package_file(self, file: str) -> bool:
+        return file.startswith(f"{self.package}/")
 
     def _refuse_leftovers(self, series: Series, gone: list[Patch], plan: Plan, record: Record) -> None:
         """Raises TreeError where edits that we have no original of would stay without the files that they need."""
@@ -455,10 +474,9 @@ class Tree:
             view = self.view(dict(plan.wanted))
             verdict = judge_patch(series, patch, view)
             # All of its edits, those that commits took off the record, those that import what goes.
-            stays = {
-                *(verdict.edited if verdict.incomplete else ()),
-                *set(verdict.present).intersection(record.in_commits),
-            }
+            stays = set(verdict.edited if verdict.incomplete else ())
+            if not is_fixed_upstream(patch, self.version):
+                stays.update(set(verdict.present).intersection(record.in_commits))
             for file in verdict.edited:
                 source = (view.content(file) or b"").decode("utf-8", "replace")
                 if any(re.search(rf"\b{re.escape(module)}\b", source) for module in removed):

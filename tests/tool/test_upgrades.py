@@ -355,6 +355,24 @@ def test_revert_of_a_commit_that_forgot_the_new_files(home, checkout, importing)
     assert not git(checkout, "status", "--porcelain") and not git(checkout, "diff", "v9.9")
 
 
+def test_files_that_something_still_imports_stay(home, checkout):
+    assert cli(home, "apply", checkout).returncode == 0
+    shutil.rmtree(checkout / ".vllm-quark")
+    git(checkout, "checkout", "-q", ".")
+    write(checkout, {"vllm/other.py": "from vllm.new.deep.gamma import GAMMA\n"})
+    cli(home, "revert", checkout)
+    assert (checkout / "vllm/new/deep/gamma.py").exists()
+
+
+def test_apply_of_one_patch_where_a_stale_record_names_all(home, checkout):
+    assert cli(home, "apply", checkout).returncode == 0
+    git(checkout, "checkout", "-q", ".")
+    git(checkout, "clean", "-q", "-f", "-d")
+    assert (checkout / ".vllm-quark").exists()
+    assert cli(home, "apply", checkout, "--only", "1").returncode == 0
+    assert statuses(home, checkout) == BEFORE | {"0001": "applied"}
+
+
 def test_a_sequence_of_commits_is_in_the_way(home, checkout):
     (checkout / ".git/sequencer").mkdir()
     one_line(cli(home, "apply", checkout), "in the middle of a git cherry-pick or revert of several commits")

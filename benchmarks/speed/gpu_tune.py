@@ -173,8 +173,8 @@ def search(args: argparse.Namespace) -> None:
     order = sorted(counts, key=lambda c: (c not in ANCHORS, c))
     for number, shape in enumerate(shapes):
         cells = read_cells([args.out, *args.seeds])
-        cells = read_cells([args.out])
-        todo = [c for c in order if (str(shape), c) not in cells]
+        stored = read_cells([args.out])
+        todo = [c for c in order if (str(shape), c) not in stored]
         if not todo:
             continue
         one = Search(shape, compiler, cells)

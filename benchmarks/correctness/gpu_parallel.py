@@ -11,13 +11,12 @@ Compares greedy continuations, of the halves of the held-out windows, with one G
 import argparse
 import json
 import math
-import socket
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from examples.step3p5_nano.lab import Judge, LabError, shadow
+from examples.step3p5_nano.lab import Judge, LabError, find_port, shadow
 from examples.step3p5_nano.model import acceptance, load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,13 +31,6 @@ PARALLEL = {
 }
 # Two processes, each with requests of its own; experts are parted over both, by width or by number.
 DATA_PARALLEL: dict[str, list[str]] = {"data parallel 2": [], "data and expert parallel 2": ["--ep"]}
-
-
-def find_port() -> int:
-    """A free port of this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def main() -> int:

@@ -21,7 +21,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -36,7 +35,7 @@ import openai
 import psutil
 import requests
 
-from examples.step3p5_nano.lab import gap
+from examples.step3p5_nano.lab import find_port, gap
 from examples.step3p5_nano.model import load
 from examples.step3p5_nano.text import BOS, HELD_OUT, stdlib
 
@@ -190,12 +189,6 @@ class Memory:
 
 
 # The server
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Server:
@@ -427,7 +420,7 @@ def run(ckpt: Path, count: int, at_once: int, folder: Path, flags: list[str]) ->
     asked = make_requests(count)
     alone = answer_alone(ckpt, asked, folder)
     result: dict[str, Any] = {"faults": []}
-    port = free_port()
+    port = find_port()
     for name in ("first", "again"):
         with serving(ckpt, folder / f"{name}.log", port, *flags) as server:
             # oneDNN keeps what it compiles for each number of rows, up to a limit: memory grows until that is reached.

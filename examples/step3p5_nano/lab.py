@@ -4,6 +4,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -58,6 +59,13 @@ def call(log: Path, *words: str | Path, cwd: Path = HERE, **env: str) -> None:
             break
     last = [line for line in text.splitlines() if line.strip()][-3:]
     raise LabError(f"{' '.join(str(w) for w in words[1:3])} failed ({log}):\n" + "\n".join(last))
+
+
+def find_port() -> int:
+    """A free port of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def call_module(log: Path, python: str | Path, name: str, *words: str | Path, **env: str) -> None:

@@ -184,6 +184,9 @@ def settle(
         and bool(edited)
         and all(states[file] is State.ORIGINAL for file in edited)
     )
+    if all(state is State.ORIGINAL for state in states.values()):
+        # As after git checkout and git clean: no patch of it is there.
+        record = replace(record, applied=[])
     if not replaced and not again:
         return record, ""
     change = f"replaced since vllm-quark patched it ({record.version} then, {version} now)" if other else "reinstalled"

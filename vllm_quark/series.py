@@ -27,6 +27,10 @@ class Series:
             return data
         return rename_package(data.decode(), self.package).encode()
 
+    def edited_files(self) -> set[str]:
+        """The files that edits of the patches name."""
+        return {rules.file for patch in self.patches for rules in patch.edits}
+
     def in_package(self, package: str) -> "Series":
         """The same for a tree whose package is not called vllm."""
         return replace(self, patches=tuple(p.in_package(package) for p in self.patches), package=package)

@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -235,17 +235,6 @@ def change_files(root: Path, record: Record, wanted: Mapping[str, bytes | None],
     except OSError as e:
         state = "all other files are as they should be"
         raise _explain(e, record_path(root), "write", state) from e
-
-
-def remove_files(root: Path, files: Iterable[str]) -> None:
-    """Remove `files`, and the folders that are empty then."""
-    for file in files:
-        path = _path_inside(root, file)
-        path.unlink(missing_ok=True)
-        for folder in path.parents:
-            if folder.is_symlink() or any(inside.name != "__pycache__" for inside in folder.iterdir()):
-                break
-            shutil.rmtree(folder)
 
 
 def _finish(root: Path, record: Record, given_up: Record | None = None) -> None:

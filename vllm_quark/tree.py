@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -19,6 +19,7 @@ from vllm_quark.judge import Status, Verdict, View, is_fixed_upstream, judge_pat
 from vllm_quark.locate import SHADOW_NOTE, find_package
 from vllm_quark.patches import Patch, QuarkError
 from vllm_quark.record import (
+    FileRecord,
     Installation,
     LostOriginalError,
     Record,
@@ -32,7 +33,7 @@ from vllm_quark.record import (
 )
 from vllm_quark.series import Series
 from vllm_quark.text import decode
-from vllm_quark.transaction import change_files, lock_tree, read_file, remove_files
+from vllm_quark.transaction import change_files, lock_tree, read_file
 
 WHEEL_NOTE = "vllm-quark.txt"
 _UNFINISHED = {
@@ -68,8 +69,13 @@ def _in_commits(files: list[str]) -> str:
     )
 
 
-def _module_of(file: str) -> str:
-    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+def _pattern_of_users(files: Iterable[str]) -> re.Pattern[bytes]:
+    """What a file holds that imports one of `files`, or builds the folder of one."""
+    modules = [f.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for f in files if f.endswith(".py")]
+    sources = [str(PurePosixPath(f).parent) for f in files if f.startswith("csrc/")]
+    # Without any, nothing: an empty choice would match.
+    words = "|".join(map(re.escape, {*modules, *sources})) or "(?!)"
+    return re.compile(rf"\b(?:{words})\b".encode())
 
 
 @dataclass(frozen=True)
@@ -261,9 +267,9 @@ class Tree:
         with contextlib.suppress(OSError):
             if git_folder.is_file() and (m := re.match(r"gitdir: (.+)", os.fsdecode(git_folder.read_bytes()))):
                 git_folder = self.root / m[1].strip()
-        for mark, subject in _UNFINISHED.items():
+        for mark, operation in _UNFINISHED.items():
             if (git_folder / mark).exists():
-                raise TreeError(f"{self.root}: in the middle of a git {subject}: finish or abort it and run again")
+                raise TreeError(f"{self.root}: in the middle of a git {operation}: finish or abort it and run again")
 
     def way_back(self, files: Iterable[str]) -> str:
         """How to restore the originals of `files` where we cannot. No command of it throws work away."""
@@ -354,9 +360,7 @@ class Tree:
         self._refuse_unfinished()
         with lock_tree(self.root):
             record, _ = self._settled()
-            # Of a record none of whose files stands (git checkout, git clean) nothing is left to renew.
-            stands = any(self._state(record, file) is State.OURS for file in record.files)
-            names = {p.name for p in patches} | set(record.applied if stands else ())
+            names = {p.name for p in patches} | set(record.applied)
             try:
                 self._carry_out(record, self._plan(series, names, record))
             except LostOriginalError:
@@ -386,7 +390,7 @@ class Tree:
         """
         self._refuse_unfinished()
         with lock_tree(self.root):
-            record, _ = self._settled()
+            record = self._with_left_behind(series, patches, self._settled()[0])
             gone = [p for p in patches if p.name in record.applied]
             dependents = [p for p in series.dependents(gone) if p.name in record.applied]
             if dependents and not with_dependents:
@@ -404,10 +408,7 @@ class Tree:
             plan = self._plan(series, set(record.applied) - {p.name for p in gone}, record)
             self._refuse_leftovers(series, gone, plan, record)
             self._carry_out(record, plan)
-            left_behind = self._left_behind(series, patches)
-            remove_files(self.root, left_behind)
-            of_them = [p for p in patches if p not in gone and set(p.files).intersection(left_behind)]
-            return [p.name for p in series.patches if p in gone or p in of_them]
+            return [p.name for p in gone]
 
     def not_on_record(self, series: Series, patches: list[Patch]) -> str:
         """Which of `patches` are in the tree without a record of it, and the way back; "" if none."""
@@ -431,43 +432,48 @@ class Tree:
         files = [f for v in loose for f in (*v.edited, *v.brought) if f not in committed and self.read(f) is not None]
         return f"{self.root}: {_join([v.patch.name for v in loose])}: not on record: {self.way_back(files)}"
 
-    def _left_behind(self, series: Series, patches: list[Patch]) -> list[str]:
-        """Files of `patches` that are there byte for byte though nothing uses them: not on record, not the
+    def _files_in(self, folder: str) -> Iterator[str]:
+        paths = (path for path in (self.root / folder).rglob("*") if path.parent.name != "__pycache__")
+        return (path.relative_to(self.root).as_posix() for path in paths if path.is_file())
+
+    def _with_left_behind(self, series: Series, patches: list[Patch], record: Record) -> Record:
+        """`record` with the files of `patches` that are there byte for byte though nothing uses them: not the
         installer's, not in git, of no patch whose edits are there."""
-        record, _ = self._settled()
-        verdicts = self.status(series)
-        edits = [v for v in verdicts if v.edited and v.present and v.status is not Status.ABSENT]
-        in_use = {f for v in verdicts if v in edits or v.patch.name in record.applied for f in v.brought}
+        files = {f for patch in patches for f in patch.files} - record.files.keys()
+        files = {f for f in files if self.read(f) == series.content(f)}
+        if self.installation is not None:
+            files -= self.installation.digests.keys()
+        elif self.is_source and has_commits(self.root):
+            files = {f for f in files if read_committed(self.root, f) is None}
+        else:
+            return record
+        if not files:
+            return record
+        verdicts = [v for v in self.status(series) if v.status is not Status.ABSENT]
+        edits = [v for v in verdicts if v.edited and v.present]
         # Files that no edit uses tell nothing; they go once no edit is there off the record.
         is_bare = all(v.status is Status.UPSTREAM or v.patch.name in record.applied for v in edits)
-        files = {f for v in verdicts if v.patch in patches and (v.edited or is_bare) for f in v.brought}
-        files = {f for f in files - in_use - record.files.keys() if self.read(f) == series.content(f)}
-        if self._is_mentioned(series, files):
-            return []
-        if self.installation is not None:
-            return sorted(files - self.installation.digests.keys())
-        if self.is_source and has_commits(self.root):
-            return sorted(f for f in files if read_committed(self.root, f) is None)
-        return []
-
-    def _is_mentioned(self, series: Series, files: set[str]) -> bool:
-        """Whether a file that stays imports one of `files`, or names the folder of one."""
-        modules = {_module_of(file).encode() for file in files if file.endswith(".py")}
-        folders = {str(PurePosixPath(file).parent).encode() for file in files if not file.endswith((".py", ".json"))}
-        built = {edit.file for patch in series.patches for edit in patch.edits if not self._is_package_file(edit.file)}
-        return any(
-            any(word in (self.read(file) or b"") for word in words)
-            for names, words in ((self._python_files(), modules), (built, folders))
-            for file in names
-            if file not in files
+        there = [v for v in verdicts if v in edits or v.patch.name in record.applied or not (v.edited or is_bare)]
+        files -= {f for v in there for f in v.brought}
+        staying = (f for f in (*self._python_files(), *series.edited_files()) if f not in files)
+        users = _pattern_of_users(files)
+        if any(users.search(self.read(file) or b"") for file in staying):
+            return record
+        names = [v.patch.name for v in verdicts if v.patch in patches and files.intersection(v.brought)]
+        adopted = {file: FileRecord(None, [str(digest_of(self.read(file)))]) for file in sorted(files)}
+        around = {str(folder) for file in files for folder in PurePosixPath(file).parents[:-1]}
+        folders = {folder for folder in around if files.issuperset(self._files_in(folder))}
+        return replace(
+            record,
+            applied=[*record.applied, *(name for name in names if name not in record.applied)],
+            files=record.files | adopted,
+            folders=sorted({*record.folders, *folders}),
         )
-
-    def _is_package_file(self, file: str) -> bool:
-        return file.startswith(f"{self.package}/")
 
     def _refuse_leftovers(self, series: Series, gone: list[Patch], plan: Plan, record: Record) -> None:
         """Raises TreeError where edits that we have no original of would stay without the files that they need."""
-        removed = {_module_of(f): f for f, data in plan.wanted.items() if data is None and self.read(f) is not None}
+        removed = {f for f, data in plan.wanted.items() if data is None and self.read(f) is not None}
+        users = _pattern_of_users(removed)
         staying: list[str] = []
         names = []
         for patch in gone:
@@ -477,10 +483,7 @@ class Tree:
             stays = set(verdict.edited if verdict.incomplete else ())
             if not is_fixed_upstream(patch, self.version):
                 stays.update(set(verdict.present).intersection(record.in_commits))
-            for file in verdict.edited:
-                source = (view.content(file) or b"").decode("utf-8", "replace")
-                if any(re.search(rf"\b{re.escape(module)}\b", source) for module in removed):
-                    stays.add(file)
+            stays.update(file for file in verdict.edited if users.search(view.content(file) or b""))
             if stays:
                 names.append(patch.name)
                 staying += sorted(stays)

@@ -369,6 +369,8 @@ def test_apply_of_one_patch_where_a_stale_record_names_all(home, checkout):
     git(checkout, "checkout", "-q", ".")
     git(checkout, "clean", "-q", "-f", "-d")
     assert (checkout / ".vllm-quark").exists()
+    before = cli(home, "diff", checkout, "--only", "1").stdout
+    assert "alpha.py" in before and "gamma" not in before, "what apply would do, no more"
     assert cli(home, "apply", checkout, "--only", "1").returncode == 0
     assert statuses(home, checkout) == BEFORE | {"0001": "applied"}
 

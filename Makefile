@@ -169,11 +169,14 @@ tree: env  ## the whole vLLM tree with the series as commits
 	$(BIN)/vllm-quark make-tree $(RELEASE) -o build/vllm-$(RELEASE)
 
 # What travels into vLLM's tree is sorted and formatted as there (the whole of vLLM's settings: tests/tool).
-lint: env  ## ruff and mypy --strict
+lint: env  ## ruff, mypy --strict, and that each test can be imported
+	@mkdir -p build
 	@$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .
 	@$(BIN)/python -m mypy --no-error-summary
 	@$(BIN)/ruff check -q --isolated --select I --config 'lint.isort.known-first-party=["vllm"]' $(TRAVELS)
 	@$(BIN)/ruff format -q --check --isolated $(TRAVELS)
+	@$(BIN)/python -m pytest -qq --collect-only tests/tool tests/benchmarks tests/csrc tests/e2e > build/collect.log || \
+	  { cat build/collect.log; exit 1; }
 
 lock: env  ## requirements/*.txt anew
 	cd requirements && for f in cpu quark; do \

@@ -14,12 +14,11 @@ from benchmarks.correctness.serve_load import (
     Server,
     answer_alone,
     compare,
-    free_port,
     make_requests,
     offer,
     serving,
 )
-from examples.step3p5_nano.lab import before, gap
+from examples.step3p5_nano.lab import before, find_port, gap
 from examples.step3p5_nano.model import load
 from examples.step3p5_nano.run import PROMPT
 from examples.step3p5_nano.text import BOS
@@ -31,7 +30,7 @@ COUNT, AT_ONCE = 64, 32
 @pytest.fixture(scope="module")
 def server(ckpts, vllm, tmp_path_factory) -> Server:
     log, env = tmp_path_factory.mktemp("serve") / "log", {"PYTHONPATH": before(vllm())}
-    with serving(ckpts["quark"], log, free_port(), "--enforce-eager", env=env) as server:
+    with serving(ckpts["quark"], log, find_port(), "--enforce-eager", env=env) as server:
         yield server
 
 

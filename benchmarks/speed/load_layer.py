@@ -69,24 +69,26 @@ def load(folder: Path, layers: int, experts: int, tp: int) -> float:
         for layer in shadows:
             for param in layer.parameters():
                 param.data.zero_()  # its pages
-        start = time.perf_counter()
-        for number, layer in enumerate(shadows):
-            params = dict(layer.named_parameters())
-            with safe_open(folder / f"model-{number}.safetensors", "pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    *_, expert, projection, kind = name.split(".")
-                    shard = PROJECTIONS[projection][0]
-                    target = f"{'w2' if shard == 'w2' else 'w13'}_{kind}"
-                    param, tensor = params[target], file.get_tensor(name)
-                    param.weight_loader(param, tensor, target, shard_id=shard, expert_id=int(expert))
-        try:
-            from vllm.model_executor.layers.quantization.quark.int8 import finish_experts
-        except ImportError:
-            pass
-        else:
-            for layer in shadows:
-                finish_experts(layer)
-        return headers + time.perf_counter() - start
+    # Outside of the environment: its default device makes each of torch's functions slower, and the engine has none
+    # while it loads.
+    start = time.perf_counter()
+    for number, layer in enumerate(shadows):
+        params = dict(layer.named_parameters())
+        with safe_open(folder / f"model-{number}.safetensors", "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                *_, expert, projection, kind = name.split(".")
+                shard = PROJECTIONS[projection][0]
+                target = f"{'w2' if shard == 'w2' else 'w13'}_{kind}"
+                param, tensor = params[target], file.get_tensor(name)
+                param.weight_loader(param, tensor, target, shard_id=shard, expert_id=int(expert))
+    try:
+        from vllm.model_executor.layers.quantization.quark.int8 import finish_experts
+    except ImportError:
+        pass
+    else:
+        for layer in shadows:
+            finish_experts(layer)
+    return headers + time.perf_counter() - start
 
 
 def main() -> None:

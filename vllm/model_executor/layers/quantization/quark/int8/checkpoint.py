@@ -11,6 +11,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import regex as re
@@ -34,8 +35,10 @@ _UNREADABLE = (
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # What may lie beside the INT8 weight of a layer. Scales of a KV cache and of
 # attention among them; a router that is INT8 is refused as such, not for its bias.
-_KINDS = re.compile(
-    r"weight|bias|e_score_correction_bias|(weight|input)_(scale|zero_point)|(k|v|q|kv|output)_(scale|zero_point)"
+_may_lie_beside = lru_cache(
+    re.compile(
+        r"weight|bias|e_score_correction_bias|(weight|input)_(scale|zero_point)|(k|v|q|kv|output)_(scale|zero_point)"
+    ).fullmatch
 )
 _GPT_OSS = re.compile(r"(.*\.mlp)\.experts(?:\.\d+)?\.gate_up_proj")
 _BLOCK = re.compile(r"(.*?\.layers)\.(\d+)\.(.*)")
@@ -125,11 +128,12 @@ def read_header(path: str) -> Iterator[Entry]:
                 raise ValueError("no header")
             header = json.loads(f.read(length))
         header.pop("__metadata__", None)
+        data = 8 + length
         for name, info in header.items():
-            start, stop = (8 + length + at for at in info["data_offsets"])
-            if stop > size:
+            start, stop = info["data_offsets"]
+            if data + stop > size:
                 raise ValueError("it is cut short")
-            yield Entry(name, path, info["dtype"], tuple(info["shape"]), start)
+            yield Entry(name, path, info["dtype"], tuple(info["shape"]), data + start)
     except _UNREADABLE as e:
         why = f"is no whole safetensors file ({e}): {_INCOMPLETE}"
         raise CheckpointError(f"{path}: {why}") from e
@@ -216,7 +220,7 @@ def find_problems(contents: Contents, names: Names) -> Iterator[Problem]:
             reason = f"is {scale}, expected one value or one a row for weight {weight}"
             yield Problem.of(scale, reason, "export it again with AMD Quark")
         for kind, entry in kinds.items():
-            if not _KINDS.fullmatch(kind):
+            if not _may_lie_beside(kind):
                 reason = f"lies beside an INT8 weight, and no layer takes a {kind}"
                 yield Problem.of(entry, reason, _WITHOUT)
     yield from _find_gpt_oss(contents)
@@ -244,6 +248,8 @@ def _find_gpt_oss(contents: Contents) -> Iterator[Problem]:
 def _fits(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
     """Whether a scale is [N], [N, 1], [1, N] or one value of a weight [N, K], or
     those of each expert of a weight [E, N, K]."""
+    if len(weight) == 2 and scale == weight[:1]:
+        return True
     if len(weight) == 3 and scale[:1] in ((1,), weight[:1]):
         weight, scale = weight[1:], scale[1:]
     return len(weight) == 2 and [n for n in scale if n != 1] in ([], [weight[0]])

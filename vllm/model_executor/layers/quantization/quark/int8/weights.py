@@ -89,7 +89,7 @@ def _fit(
         problem = f"is {_like(tensor)}, expected {expected}"
     if problem:
         _refuse(layer, where, kind, problem)
-    if kind == "weight" or rows is None:
+    if kind == "weight" or rows is None or dim == 1 and shape == [rows]:
         return tensor
     if rows == 1:
         return tensor.reshape(())
@@ -158,6 +158,9 @@ def _check_scale(
     may be all zero where the scale is. where: what to call the shard of an index.
     any_came: by loaders; else the values, of dummy weights, are not looked at.
     """
+    low, high = torch.aminmax(scale)
+    if low > 0 and torch.isfinite(high):  # neither is NaN
+        return
     zero = scale == 0
     if weight is not None and any_came and zero.any():
         zero = zero & weight.ne(0).any(-1).reshape(scale.shape)
@@ -383,15 +386,13 @@ def _experts_where(layer: torch.nn.Module, expert: int | None, shard: str) -> st
     return f"{layer.layer_name}{which}: {_PROJECTIONS.get(shard, shard)}"
 
 
-def _expert_shape(layer: torch.nn.Module, shard_id: str) -> tuple[int, int]:
-    """Rows and columns of one expert's projection, over all ranks."""
-    _, hidden, width = layer.w2_weight.shape
-    width *= layer.moe_config.moe_parallel_config.tp_size
-    return (hidden, width) if shard_id == "w2" else (width, hidden)
+def _kind_of(weight_name: str) -> str:
+    """weight, weight_scale or weight_zero_point, of "w13_weight" and the like."""
+    return weight_name.rpartition(".")[2].partition("_")[2]
 
 
 def _w13_shards(layer: torch.nn.Module) -> tuple[str, ...]:
-    gated = layer.w13_weight.shape[1] == 2 * layer.w2_weight.shape[2]
+    _, _, gated = layer.int8_shapes["w1"]
     return ("w1", "w3") if gated else ("w1",)
 
 
@@ -415,20 +416,62 @@ def load_expert(
     `return_success` asks for that. Raises ValueError, naming layer, expert and
     projection, for a tensor that does not fit.
     """
-    kind = weight_name.rpartition(".")[2].partition("_")[2]
+    kind = _kind_of(weight_name)
     expert: int | None = expert_id
-    shape: tuple[int | None, int | None] = _expert_shape(layer, shard_id)
+    rows, columns, _ = layer.int8_shapes[shard_id]
     if kind == "weight" and loaded_weight.dim() == 3:  # of all experts
-        expert, shape = None, (None, None)
+        expert = rows = columns = None
     where = _experts_where(layer, expert, shard_id)
-    tensor = _fit(layer, where, kind, param.dim() - 1, loaded_weight, *shape)
+    tensor = _fit(layer, where, kind, param.dim() - 1, loaded_weight, rows, columns)
     _note(param, [(expert, shard_id)])
+    # Each expert is at its place where all are this rank's.
+    all_here = getattr(layer, "_expert_map", None) is None
+    if expert is not None and all_here and expert_id < len(param):
+        shard = _shard_of(layer, kind, param.data[expert_id], shard_id, tensor)
+        if shard:
+            shard[0].copy_(shard[1])
+            return True if return_success else None
     args = tensor, weight_name, shard_id, expert_id, return_success
     return _copy(layer, layer.weight_loader, where, kind, param, *args)
 
 
 # As of FusedMoE.weight_loader: some models ask before they hand experts over.
 load_expert.supports_moe_loading = True  # type: ignore[attr-defined]
+
+
+def _shard_of(
+    layer: torch.nn.Module,
+    kind: str,
+    target: torch.Tensor,
+    shard_id: str,
+    source: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Where a projection goes, and this rank's part of it.
+
+    target: of a parameter, of one expert or [E, ...] of some. source: weights
+    [..., N, K] or scales [..., N] of the same experts, over all ranks. None: dtype
+    or layout are others, or `target` is on meta, as in a reload.
+    """
+    rows, columns, gated = layer.int8_shapes[shard_id]
+    is_weight = kind == "weight"
+    shape = (rows, columns) if is_weight else (rows,)
+    rank = target.dim()
+    if (
+        kind not in ("weight", "weight_scale")
+        or target.is_meta
+        or source.dtype != target.dtype
+        or source.shape != (*target.shape[: rank - len(shape)], *shape)
+    ):
+        return None
+    axis = rank - 1 if shard_id == "w2" or not is_weight else rank - 2
+    size = target.shape[axis]
+    if gated:
+        size //= 2
+        target = target.narrow(axis, size if shard_id == "w3" else 0, size)
+    if (is_weight or shard_id != "w2") and source.shape[axis] != size:
+        tp_rank = layer.moe_config.moe_parallel_config.tp_rank
+        source = source.narrow(axis, size * tp_rank, size)
+    return target, source
 
 
 def load_stacked(
@@ -446,33 +489,22 @@ def load_stacked(
     by one.
     """
     loader = getattr(param, "weight_loader", None)
-    if getattr(loader, "__func__", None) is not load_expert or param.is_meta:
+    if getattr(loader, "__func__", None) is not load_expert:
         return False
     layer = loader.__self__  # type: ignore[union-attr]
-    is_weight = weight_name.endswith("_weight")
-    shape = _expert_shape(layer, shard_id)[: 2 if is_weight else 1]
-    if not is_weight and loaded_weight.dim() == 3 and loaded_weight.shape[2] == 1:
+    if loaded_weight.dim() > param.dim() and loaded_weight.shape[-1] == 1:
         loaded_weight = loaded_weight.squeeze(-1)
-    here = _local_experts(layer)
-    step = here[1] - here[0] if len(here) > 1 else 1
-    end = here[0] + step * len(here)
-    in_order = here == list(range(here[0], end, step)) and end - step < len(
-        loaded_weight
-    )
-    if loaded_weight.shape[1:] != shape or loaded_weight.dtype != param.dtype:
+    experts = _local_experts(layer)
+    step = experts[1] - experts[0] if len(experts) > 1 else 1
+    end = experts[0] + step * len(experts)
+    if step < 1 or experts != list(range(experts[0], end, step)):
         return False
-    if not in_order or param.dim() != loaded_weight.dim():
+    source = loaded_weight[experts[0] : end : step]
+    shard = _shard_of(layer, _kind_of(weight_name), param.data, shard_id, source)
+    if shard is None:
         return False
-    target, source = param.data, loaded_weight[here[0] : end : step]
-    axis = 2 if shard_id == "w2" else 1
-    if shard_id != "w2":
-        half = target.shape[1] // len(_w13_shards(layer))
-        target = target.narrow(1, half if shard_id == "w3" else 0, half)
-    if axis < target.dim():
-        size = target.shape[axis]
-        rank = layer.moe_config.moe_parallel_config.tp_rank
-        source = source.narrow(axis, size * rank, size)
-    _note(param, [(expert, shard_id) for expert in here])
+    _note(param, [(expert, shard_id) for expert in experts])
+    target, source = shard
     each = max(1, _CHUNK_BYTES // max(1, target[0].numel() * target.element_size()))
     for into, part in zip(target.split(each), source.split(each)):
         into.copy_(part)
@@ -483,6 +515,13 @@ def prepare_experts(layer: torch.nn.Module) -> None:
     """Give INT8 experts' parameters their loader, and take what per-token kernels
     have no use for. Call it at the end of create_weights."""
     _add_sinks(layer, _EXPERTS_INPUTS)
+    _, hidden, width = layer.w2_weight.shape
+    gated = layer.w13_weight.shape[1] == 2 * width
+    width *= layer.moe_config.moe_parallel_config.tp_size
+    # Rows and columns of an expert's projections, over all ranks, and whether two
+    # share a parameter.
+    layer.int8_shapes = dict.fromkeys(("w1", "w3"), (width, hidden, gated))
+    layer.int8_shapes["w2"] = (hidden, width, False)
     loader = layer.w13_weight.weight_loader
     takes_experts = "expert_id" in inspect.signature(loader).parameters
     if getattr(loader, "__self__", None) is not layer or not takes_experts:

@@ -59,22 +59,59 @@ void transpose(const int8_t* const (&from)[4], int8_t* to) {
   for (int i = 0; i < 4; ++i) std::memcpy(to + i * 4 * kHalf, &column[i], sizeof(Words));
 }
 
-int32_t sum_of(const int8_t* from, int64_t n) {
-  int32_t sum = 0;
-  int64_t i = 0;
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
+// The sum of the values of the lines that were added.
+class LineSum {
+ public:
 #if defined(__SSE2__)
   // psadbw sums bytes without sign: of values plus 128
-  const __m128i sign = _mm_set1_epi8(-128), zero = _mm_setzero_si128();
-  __m128i sums = zero;
-  for (; i + 16 <= n; i += 16) {
-    const __m128i some = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-    sums = _mm_add_epi64(sums, _mm_sad_epu8(_mm_xor_si128(some, sign), zero));
+  void add(const int8_t* line) {
+    const __m128i sign = _mm_set1_epi8(-128);
+    for (int64_t i = 0; i < kLine; i += 16) {
+      const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(line + i));
+      const __m128i part = _mm_sad_epu8(_mm_xor_si128(values, sign), _mm_setzero_si128());
+      sums_ = _mm_add_epi64(sums_, part);
+    }
+    above_ += 128 * kLine;
   }
-  sum = _mm_cvtsi128_si32(_mm_add_epi64(sums, _mm_unpackhi_epi64(sums, sums)));
-  sum -= static_cast<int32_t>(128 * i);
+  int32_t value() const {
+    const __m128i sum = _mm_add_epi64(sums_, _mm_unpackhi_epi64(sums_, sums_));
+    return _mm_cvtsi128_si32(sum) - above_;
+  }
+
+ private:
+  __m128i sums_ = _mm_setzero_si128();
+  int32_t above_ = 0;
+#else
+  void add(const int8_t* line) {
+    for (int64_t i = 0; i < kLine; ++i) sum_ += line[i];
+  }
+  int32_t value() const { return sum_; }
+
+ private:
+  int32_t sum_ = 0;
 #endif
-  for (; i < n; ++i) sum += from[i];
-  return sum;
+};
+
+// Whole lines, past the caches: nobody reads them soon, and lines that are written
+// there would be read from memory before.
+void write_lines(const int8_t* from, int64_t bytes, int8_t* to) {
+#if defined(__SSE2__)
+  for (int64_t i = 0; i < bytes; i += 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm_load_si128(reinterpret_cast<const __m128i*>(from + i)));
+  }
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+// What was written past the caches is seen by whoever sees what is written next.
+void order_writes() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 struct Packing {
@@ -94,26 +131,37 @@ struct Packing {
     return order == Order::halves ? part * half + i : 2 * i + part;
   }
 
-  // from: a row for each column, null for none
-  void half(const int8_t* const (&from)[kHalf], int8_t* packed) const {
-    constexpr int64_t kStep = sizeof(Words), kKC = 256;
-    static constexpr int8_t kNone[kStep] = {};
-    const int64_t k = to.k, whole = k / kStep * kStep;
-    // KC by KC, so that lines that are begun are still at hand when they are ended
-    for (int64_t begin = 0; begin < whole; begin += kKC) {
-      const int64_t end = std::min(whole, begin + kKC);
+  // from: a row for each column, null for none. sums: of each row.
+  void half(const int8_t* const (&from)[kHalf], int8_t* packed,
+            int32_t (&sums)[kHalf]) const {
+    // A line of each row at a time: read whole, once, and its part of the packed
+    // weight is written in order.
+    constexpr int64_t kAhead = 512;
+    static constexpr int8_t kNone[kLine] = {};
+    const int64_t k = to.k, whole = k / kLine * kLine;
+    alignas(kLine) int8_t part[kLine * kHalf];
+    LineSum line_sums[kHalf];
+    for (int64_t begin = 0; begin < whole; begin += kLine) {
       for (int j = 0; j < kHalf; j += 4) {
-        for (int64_t i = begin; i < end; i += kStep) {
-          const int8_t* four[4];
-          for (int n = 0; n < 4; ++n) four[n] = from[j + n] ? from[j + n] + i : kNone;
-          transpose(four, packed + i * kHalf + j * 4);
+        const int8_t* four[4];
+        for (int n = 0; n < 4; ++n) {
+          four[n] = from[j + n] ? from[j + n] + begin : kNone;
+          __builtin_prefetch(four[n] + kAhead);
+          line_sums[j + n].add(four[n]);
+        }
+        for (int64_t i = 0; i < kLine; i += sizeof(Words)) {
+          transpose(four, part + i * kHalf + j * 4);
+          for (const int8_t*& values : four) values += sizeof(Words);
         }
       }
+      write_lines(part, kLine * kHalf, packed + begin * kHalf);
     }
     std::memset(packed + whole * kHalf, 0, (to.k_padded() - whole) * kHalf);
     for (int j = 0; j < kHalf; ++j) {
+      sums[j] = line_sums[j].value();
       for (int64_t i = whole; from[j] && i < k; ++i) {
         packed[(i / 4 * kHalf + j) * 4 + i % 4] = from[j][i];
+        sums[j] += from[j][i];
       }
     }
   }
@@ -121,15 +169,17 @@ struct Packing {
   void block(int64_t expert, int64_t index) const {
     for (int part = 0; part < 2; ++part) {
       const int8_t* from[kHalf];
+      int32_t sums[kHalf];
       for (int j = 0; j < kHalf; ++j) {
         const int64_t column = index * kNR + part * kHalf + j, found = row_of(column);
         const int64_t row = expert * rows + found;
         from[j] = found < 0 ? nullptr : weight + row * to.k;
-        to.compensation(expert)[column] = found < 0 ? 0 : 128 * sum_of(from[j], to.k);
         to.scale(expert)[column] = found < 0 ? 0 : scale[row];
         to.bias(expert)[column] = found < 0 || bias == nullptr ? 0 : bias[row];
       }
-      half(from, to.block(expert, index) + part * kHalf * to.k_padded());
+      half(from, to.block(expert, index) + part * kHalf * to.k_padded(), sums);
+      int32_t* compensation = to.compensation(expert) + index * kNR + part * kHalf;
+      for (int j = 0; j < kHalf; ++j) compensation[j] = 128 * sums[j];
     }
   }
 };
@@ -169,6 +219,7 @@ void pack(const int8_t* weight, const float* scale, const float* bias,
         for (int64_t i = thread; i < all; i += p.count) {
           p.block(i / blocks, i % blocks);
         }
+        order_writes();
       },
       &packing);
 }

@@ -425,7 +425,7 @@ def load_expert(
     tensor = _fit(layer, where, kind, param.dim() - 1, loaded_weight, rows, columns)
     _note(param, [(expert, shard_id)])
     # Each expert is at its place where all are this rank's.
-    all_here = getattr(layer, "_expert_map", None) is None
+    all_here = getattr(layer, "_expert_map", "unknown") is None
     if expert is not None and all_here and expert_id < len(param):
         shard = _shard_of(layer, kind, param.data[expert_id], shard_id, tensor)
         if shard:

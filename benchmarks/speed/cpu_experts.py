@@ -168,6 +168,35 @@ def router(rounds: int) -> list[dict]:
     return rows
 
 
+def packing(shape: str, rounds: int) -> dict[str, float]:
+    """GB/s at which the weights of `shape` are packed and copied, into memory that the allocator hands out. That is
+    new, and the system clears it, unless it is told to keep what was freed (docs/speed-cpu.md has the variables)."""
+    experts, width, hidden, _ = SHAPES[shape]
+    moe = layer(experts, width, hidden)
+    tensors = [
+        moe.w13_weight,
+        moe.w13_weight_scale.squeeze(-1),
+        None,
+        moe.w2_weight,
+        moe.w2_weight_scale.squeeze(-1),
+        None,
+    ]
+    took: dict[str, list[float]] = {"pack": [], "copy": []}
+    for _ in range(rounds):
+        for name, seconds in took.items():
+            start = time.perf_counter()
+            if name == "pack":
+                result = native().pack(*tensors, 0, float("inf"))
+            else:
+                result = moe.w13_weight.clone(), moe.w2_weight.clone()
+            seconds.append(time.perf_counter() - start)
+            del result
+    size = (moe.w13_weight.numel() + moe.w2_weight.numel()) / 1e9
+    row = {name: size / statistics.median(seconds) for name, seconds in took.items()}
+    print(f"{shape}: packed at {row['pack']:.2f} GB/s, copied at {row['copy']:.2f} GB/s", flush=True)
+    return row
+
+
 def processor() -> dict:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.partition(":")[2].strip() for line in flags.splitlines() if line.startswith("model name")]
@@ -186,12 +215,16 @@ def main() -> int:
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--shapes", default="nano;E=32, N=1280, K=4096", help="separated by semicolons")
     parser.add_argument("--without", default="", help="contestants to leave out, separated by semicolons")
+    parser.add_argument("--packing", action="store_true", help="how fast weights are packed, and no more")
     args = parser.parse_args()
     if native() is None:
         sys.exit("cpu_experts: the native operator is not built here: make env with a C++ compiler")
     torch.manual_seed(0)
     report = {"machine": processor(), "rows": []}
     print(report["machine"])
+    if args.packing:
+        packing(args.shapes.split(";")[-1], args.rounds)
+        return 0
     tokens = tuple(map(int, args.tokens.split(",")))
     for shape in args.shapes.split(";"):
         report["rows"] += measure(shape, args.rounds, tokens, args.without.split(";"))

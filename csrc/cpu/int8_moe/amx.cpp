@@ -131,9 +131,20 @@ struct Amx {
     configured = true;
   }
 
-  template <bool kLower, bool kPrefetches>
+  // Bytes `begin` to `end` of each tile of the block after this one are prefetched.
+  struct Next {
+    const int8_t* block;
+    int64_t begin, end;
+
+    // Into the second level, from where tiles come as fast: a block fills the first.
+    void prefetch(int64_t at) const {
+      for (int64_t i = begin; i < end; i += 64) __builtin_prefetch(block + at + i, 0, 2);
+    }
+  };
+
+  template <bool kLower>
   static void tiles(const uint8_t* a, int64_t stride, const int8_t* block,
-                    int64_t k, int32_t* c) {
+                    int64_t k, const Next& next, int32_t* c) {
     TILE_ZERO(0);
     TILE_ZERO(1);
     if (kLower) {
@@ -141,18 +152,15 @@ struct Amx {
       TILE_ZERO(3);
     }
     for (int64_t i = 0; i < k; i += 64) {
-      const int64_t ahead = i + kKC < k ? kAhead : kAhead + k * kHalf;
       TILE_LOAD(6, block + i * kHalf, 64);
       TILE_LOAD(7, block + (k + i) * kHalf, 64);
-      for (int64_t line = 0; kPrefetches && line < 1024; line += 64) {
-        prefetch(block + i * kHalf + line + ahead);
-        prefetch(block + (k + i) * kHalf + line + ahead);
-      }
       TILE_LOAD(4, a + i, stride);
+      next.prefetch(i * kHalf);
       TILE_DOT(0, 4, 6);
       TILE_DOT(1, 4, 7);
+      if (kLower) TILE_LOAD(5, a + 16 * stride + i, stride);
+      next.prefetch((k + i) * kHalf);
       if (kLower) {
-        TILE_LOAD(5, a + 16 * stride + i, stride);
         TILE_DOT(2, 5, 6);
         TILE_DOT(3, 5, 7);
       }
@@ -170,17 +178,18 @@ struct Amx {
   }
 
   static void gemm(const uint8_t* a, int64_t stride, const int8_t* block,
-                   int64_t k, int64_t m, int32_t* c) {
+                   int64_t k, int64_t m, const int8_t* after, int32_t* c) {
     if (m <= kFewRows) return int8_moe::gemm<Avx512Vnni>(a, stride, block, k, m, c);
     if (!configured) configure();
-    if (m <= 16) return tiles<false, true>(a, stride, block, k, c);
-    tiles<true, true>(a, stride, block, k, c);
-    for (m -= 32; m > 16; m -= 32) {
+    // Each pair of 16 rows prefetches its share: memory is asked for evenly.
+    const int64_t pairs = (m + 31) / 32, share = (16 + pairs - 1) / pairs * 64;
+    for (Next next = {after, 0, share}; m > 0; m -= 32) {
+      next.end = std::min<int64_t>(next.begin + share, 16 * 64);
+      (m > 16 ? tiles<true> : tiles<false>)(a, stride, block, k, next, c);
+      next.begin = next.end;
       a += 32 * stride;
       c += 32 * kNR;
-      tiles<true, false>(a, stride, block, k, c);
     }
-    if (m > 0) tiles<false, false>(a + 32 * stride, stride, block, k, c + 32 * kNR);
   }
 };
 

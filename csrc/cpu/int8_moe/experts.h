@@ -4,8 +4,11 @@
 // Routed experts on a Microkernel, one instruction set's:
 //   kOffset     what is added to quantized activations: 128 (unsigned) or 0
 //   kReadsRows  rows that are read, and sums written, come in multiples of it
-//   gemm(a, stride, block, k, m, c)  a [m, k] times a block -> c [m, kNR] int32
-//   gemv(a, half, k, c)              a [k] times half a block -> c [kHalf] int32
+//   gemm(a, stride, block, k, m, next, c)
+//               a [m, k] times a block -> c [m, kNR] int32; `next`, most likely the
+//               block of the call after it, may be prefetched
+//   gemv(a, half, k, c)
+//               a [k] times half a block -> c [kHalf] int32
 //   end()                            after what a thread computes
 // In steps that threads share: quantization, gate and up product, activation,
 // quantization, down product and its weighted sum.
@@ -234,9 +237,10 @@ inline void gate_up(const Plan& plan, const Piece& piece, Activate activate, int
     for (int64_t block = first; block < last; block += at_once) {
       const int64_t n = std::min(at_once, last - block);
       for (int64_t i = 0; i < n; ++i) {
+        // The thread's next item is most often of the block after the last one, too.
         Microkernel::gemm(plan.piece_q + in_piece * stride, stride,
                   w.block(tile.expert, block + i), w.k_padded(), m,
-                  c + i * room * kNR);
+                  w.block(tile.expert, block + i + 1), c + i * room * kNR);
       }
       for (int64_t i = 0; i < n; ++i) {
         activate(plan, tile, block + i, c + i * room * kNR);
@@ -280,9 +284,13 @@ inline void down(const Plan& plan, int64_t first, int64_t last, int64_t first_to
     }
     for (int64_t row = begin; row < end; row += kMC) {
       const int64_t m = std::min(kMC, end - row);
+      const int64_t next = row + kMC < end || e + 1 == rows.active
+                               ? expert : rows.expert[e + 1];
       for (int64_t block = first; block < last; ++block) {
         Microkernel::gemm(plan.act_q + row * stride, stride, p.w2.block(expert, block),
-                  p.w2.k_padded(), m, c);
+                  p.w2.k_padded(), m,
+                  block + 1 < last ? p.w2.block(expert, block + 1)
+                                   : p.w2.block(next, first), c);
         const Columns<Microkernel> values(p.w2, expert, block);
         for (int64_t r = 0; r < m; ++r) {
           float* to = sum + (rows.token[row + r] - first_token) * width +

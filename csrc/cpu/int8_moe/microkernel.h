@@ -193,8 +193,9 @@ struct VectorMicrokernel {
   static constexpr int kOffset = V::kOffset;
   static constexpr int kReadsRows = 1;
   static void end() {}
+  // What is prefetched is near: the block's own, and where it ends.
   static void gemm(const uint8_t* a, int64_t stride, const int8_t* block, int64_t k,
-                   int64_t m, int32_t* c) {
+                   int64_t m, const int8_t*, int32_t* c) {
     int8_moe::gemm<V>(a, stride, block, k, m, c);
   }
   static void gemv(const uint8_t* a, const int8_t* half, int64_t k, int32_t* c) {

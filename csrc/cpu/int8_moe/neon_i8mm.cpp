@@ -66,7 +66,7 @@ struct NeonI8mm {
   }
 
   static void gemm(const uint8_t* a, int64_t stride, const int8_t* block, int64_t k,
-                   int64_t m, int32_t* c) {
+                   int64_t m, const int8_t*, int32_t* c) {
     if (m == 1) return int8_moe::gemm<NeonDotprod>(a, stride, block, k, m, c);
     const int64_t pairs = (m + 1) / 2;
     for (int half = 0; half < 2; ++half, block += k * kHalf) {

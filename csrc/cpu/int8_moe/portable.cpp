@@ -27,7 +27,7 @@ struct Portable {
   }
 
   static void gemm(const uint8_t* a, int64_t stride, const int8_t* block,
-                   int64_t k, int64_t m, int32_t* c) {
+                   int64_t k, int64_t m, const int8_t*, int32_t* c) {
     for (int64_t r = 0; r < m; ++r, a += stride, c += kNR) {
       gemv(a, block, k, c);
       gemv(a, block + k * kHalf, k, c + kHalf);

@@ -36,7 +36,7 @@ class Verdict:
     detail: file and anchor, for people. harmless: absent, and nothing is amiss without it.
     changed: new content of the files that it changes; edited, brought: the files that it is about here; missing:
     those of `brought` that the tree lacks; incomplete: its edits are there, of its files some are not; present: files
-    that have an edit of it already.
+    that have an edit of it already; unrecorded: what is there of it is ours, and not on record.
     """
 
     patch: Patch
@@ -49,6 +49,7 @@ class Verdict:
     missing: tuple[str, ...] = ()
     incomplete: bool = False
     present: tuple[str, ...] = ()
+    unrecorded: bool = False
 
 
 @dataclass(frozen=True)

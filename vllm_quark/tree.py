@@ -188,7 +188,11 @@ class Tree:
                 detail = f"{deleted[0]} is missing: apply brings it back"
                 return replace(verdict, status=Status.APPLIES, detail=detail)
         if verdict.status is not Status.UPSTREAM:
-            return verdict
+            is_known = patch.name in record.applied or set(verdict.present) <= set(record.files)
+            if is_known or verdict.incomplete or not (place := self._unrecorded(series, verdict, committed)):
+                return verdict
+            detail = f"{verdict.detail}, {place}" if verdict.status is Status.APPLIES else verdict.detail
+            return replace(verdict, detail=detail, unrecorded=True)
         if patch.name in record.applied and on_record:
             if outdated.intersection(touched):
                 detail = "from another version of vllm-quark, apply renews it"
@@ -202,12 +206,14 @@ class Tree:
         ):
             return verdict
         if detail := self._unrecorded(series, verdict, committed):
-            return replace(verdict, status=Status.APPLIED, detail=detail)
+            return replace(verdict, status=Status.APPLIED, detail=detail, unrecorded=True)
         return replace(verdict, detail="in the tree's commits" if patch.name in record.applied else "")
 
     def _unrecorded(self, series: Series, verdict: Verdict, committed: set[str]) -> str:
-        """The place that a patch came from that is there and not on record; "" where it may be upstream's own."""
-        touched = (*verdict.edited, *verdict.brought)
+        """The place that a patch, or a part of it, came from that is there and not on record; "" where it may be
+        upstream's own."""
+        is_part = verdict.status is not Status.UPSTREAM
+        touched = verdict.present if is_part else (*verdict.edited, *verdict.brought)
         is_whole = bool(verdict.brought) and not verdict.missing
         if self.installation is not None:
             is_ours = any(not self.installation.wrote(file, self.read(file)) for file in touched)
@@ -218,14 +224,17 @@ class Tree:
         return where if is_whole else ""
 
     def _is_uncommitted(self, series: Series, verdict: Verdict, committed: set[str]) -> bool:
-        """Whether git's last commit of this tree lacks a patch that is there."""
+        """Whether git's last commit of this tree lacks a patch, or a part of it, that is there."""
         if committed.issuperset((*verdict.edited, *verdict.brought)) or not has_commits(self.root):
             return False
         # A class that moved is not looked for: each of its files would be a call of git.
         last = replace(self.view({}), read=lambda file: read_committed(self.root, file), python_files=lambda: ())
         there = judge_patch(series, verdict.patch, last)
-        # Files that another patch brought as well may be on record.
-        return there.status is not Status.UPSTREAM and not there.incomplete
+        if not verdict.edited:
+            return there.status is not Status.UPSTREAM
+        # Not the files that it brings: those that another patch brought as well may be on record.
+        pairs = zip(verdict.edited, there.edited, strict=True)
+        return any(now in verdict.present and before not in there.present for now, before in pairs)
 
     def by_wheel(self) -> set[str]:
         """Patches that came with an installed wheel (see repack)."""
@@ -287,7 +296,8 @@ class Tree:
             own = self.root.resolve() in {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
             where = "" if own else f"--target {shlex.quote(str(self.root))} --upgrade "
             python = f"{sys.executable} -m pip install {where}--force-reinstall --no-deps"
-            return f"{python} {self.installation.name}=={self.installation.version}"
+            own_changes = "(it overwrites your own changes to vLLM, too)"
+            return f"{python} {self.installation.name}=={self.installation.version} {own_changes}"
         return f"put back {_join(files)} as in vLLM {self.version}"
 
     def _contents_without_us(self, series: Series, record: Record) -> dict[str, bytes | None]:
@@ -414,14 +424,15 @@ class Tree:
         """Which of `patches` are in the tree without a record of it, and the way back; "" if none."""
         by_wheel = self.by_wheel()
         record, _ = self._settled()
-        there = [v for v in self.status(series) if v.status is Status.APPLIED or v.incomplete]
+        there = [v for v in self.status(series) if v.unrecorded or v.incomplete]
         there = [v for v in there if v.patch.name not in by_wheel and v.patch.name not in record.applied]
         asked = [v for v in there if v.patch in patches]
         if not asked:
             return ""
-        names, files = _join([v.patch.name for v in asked]), [file for v in asked for file in v.edited or v.brought]
+        names = _join([v.patch.name for v in asked])
+        files = list(dict.fromkeys(file for v in asked for file in v.present or v.brought))
         if self.installation is not None:
-            return f"{self.root}: {names}: not on record: {self.way_back(files)}; then revert again"
+            return f"{self.root}: {names}: not on record, in {_join(files)}: {self.way_back(files)}; then revert again"
         if not self.is_source or not has_commits(self.root):
             return f"{self.root}: {names}: not on record: {self.way_back(files)}"
         committed = find_committed(self.root, {file for v in there for file in (*v.edited, *v.brought)})
@@ -429,7 +440,7 @@ class Tree:
         if not any(v in asked for v in loose):
             return f"{self.root}: {names}: not on record: {_in_commits(files)}"
         # They share files, so that none of them can go alone.
-        files = [f for v in loose for f in (*v.edited, *v.brought) if f not in committed and self.read(f) is not None]
+        files = [f for v in loose for f in (*v.present, *v.brought) if f not in committed]
         return f"{self.root}: {_join([v.patch.name for v in loose])}: not on record: {self.way_back(files)}"
 
     def _files_in(self, folder: str) -> Iterator[str]:

@@ -194,8 +194,9 @@ def test_git_clean_takes_the_new_files(home, checkout):
 
 def follow(line: str, folder) -> None:
     """Run the command that `line` tells; what it stashes away is still there."""
-    command = "git -c user.name=A -c user.email=a@example.com " + line.split(": git ")[-1].split(" (it keeps")[0]
-    subprocess.run(command, shell=True, cwd=folder, check=True, capture_output=True)
+    command = "git " + line.split(": git ")[-1].split(" (it keeps")[0]
+    who = {f"GIT_{role}_{what}": "a@b" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    subprocess.run(command, shell=True, cwd=folder, env=os.environ | who, check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("words", [[], ["--only", "1"], ["--only", "2"]])
@@ -219,6 +220,38 @@ def test_uncommitted_patches_without_a_record(home, checkout, words, staged):
     }
     assert "mine = 1" in git(checkout, "stash", "show", "-p", "--include-untracked")
     assert cli(home, "revert", checkout).returncode == 0 and statuses(home, checkout) == BEFORE
+
+
+@pytest.mark.parametrize("kind", ["git", "commit", "no git", "site-packages"])
+def test_one_file_put_back_by_hand(home, request, tmp_path, kind):
+    """Without a record, too, revert names a patch of which a part is there, and the way back is one."""
+    tree = request.getfixturevalue("site" if kind == "site-packages" else "tree" if kind == "no git" else "checkout")
+    before = package(tree)
+    assert cli(home, "apply", tree, "--until", "2").returncode == 0
+    if kind == "commit":
+        commit_all(tree, "series")
+    shutil.rmtree(tree / ".vllm-quark")
+    write(tree, {"vllm/model_executor/beta.py": BETA})
+    assert statuses(home, tree)["0002"] == "applies"
+    for words in ([], ["--only", "2"]):
+        line = one_line(cli(home, "revert", tree, *words), "0002-scale", "not on record", "vllm/alpha.py")
+        assert "beta.py" not in line
+    assert "a part of it is there already, " in cli(home, "status", tree).stdout
+    if kind == "git":
+        follow(line, tree)
+        assert not git(tree, "status", "--porcelain") and "empty((n, 1))" in git(tree, "stash", "show", "-p")
+    elif kind == "commit":
+        assert "they are in commits" in line
+        git(tree, "commit", "-q", "-a", "-m", "beta as it was")
+        git(tree, "revert", "--no-edit", "HEAD^")
+    elif kind == "no git":
+        assert "put back vllm/alpha.py as in vLLM 9.9" in line
+        write(tree, {"vllm/alpha.py": ALPHA})
+    else:
+        assert "--force-reinstall" in line and "it overwrites your own changes to vLLM" in line
+        install(tree, make_wheel(tmp_path))
+    assert cli(home, "revert", tree).returncode == 0
+    assert {k: v for k, v in package(tree).items() if kind != "no git" or k in before} == before
 
 
 def test_a_repository_that_lacks_vllm(home, tree):

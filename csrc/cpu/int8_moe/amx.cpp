@@ -182,7 +182,8 @@ struct Amx {
     if (m <= kFewRows) return int8_moe::gemm<Avx512Vnni>(a, stride, block, k, m, c);
     if (!configured) configure();
     // Each pair of 16 rows prefetches its share: memory is asked for evenly.
-    const int64_t pairs = (m + 31) / 32, share = (16 + pairs - 1) / pairs * 64;
+    const int64_t pairs = (m + 31) / 32;
+    const int64_t share = after == nullptr ? 0 : (16 + pairs - 1) / pairs * 64;
     for (Next next = {after, 0, share}; m > 0; m -= 32) {
       next.end = std::min<int64_t>(next.begin + share, 16 * 64);
       (m > 16 ? tiles<true> : tiles<false>)(a, stride, block, k, next, c);

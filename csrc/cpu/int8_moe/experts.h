@@ -6,7 +6,7 @@
 //   kReadsRows  rows that are read, and sums written, come in multiples of it
 //   gemm(a, stride, block, k, m, next, c)
 //               a [m, k] times a block -> c [m, kNR] int32; `next`, most likely the
-//               block of the call after it, may be prefetched
+//               block of the call after it, may be prefetched; null: at hand, or not known
 //   gemv(a, half, k, c)
 //               a [k] times half a block -> c [kHalf] int32
 //   end()                            after what a thread computes
@@ -237,10 +237,13 @@ inline void gate_up(const Plan& plan, const Piece& piece, Activate activate, int
     for (int64_t block = first; block < last; block += at_once) {
       const int64_t n = std::min(at_once, last - block);
       for (int64_t i = 0; i < n; ++i) {
-        // The thread's next item is most often of the block after the last one, too.
+        // The last rows' last block is followed by the next item's, most often the one
+        // after it. Other rows find the blocks at hand.
+        const bool comes = block + i + 1 < last ? row == begin : tile.last_row == end;
         Microkernel::gemm(plan.piece_q + in_piece * stride, stride,
                   w.block(tile.expert, block + i), w.k_padded(), m,
-                  w.block(tile.expert, block + i + 1), c + i * room * kNR);
+                  comes ? w.block(tile.expert, block + i + 1) : nullptr,
+                  c + i * room * kNR);
       }
       for (int64_t i = 0; i < n; ++i) {
         activate(plan, tile, block + i, c + i * room * kNR);

@@ -112,7 +112,8 @@ def find_committed(root: Path, files: Iterable[str]) -> set[str]:
         return set()
     try:
         there = git(root, "ls-tree", "-r", "--name-only", "-z", "HEAD", "--", *files).split("\0")
-        differing = git(root, "diff", "--name-only", "-z", "HEAD", "--", *files).split("\0")
+        # Of a file that was moved, git would name the new place alone.
+        differing = git(root, "diff", "--no-renames", "--name-only", "-z", "HEAD", "--", *files).split("\0")
     except QuarkError:
         return set()
     gone = {file for file in files if file not in there and not (root / file).exists()}

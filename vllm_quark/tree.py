@@ -290,7 +290,11 @@ class Tree:
             loose = [file for file in files if file not in committed]
             # What git never had, a patch brought, unless most of vLLM is not in git.
             if any(read_committed(self.root, file) is not None for file in loose):
-                return f"git stash push --all -- {shlex.join(loose)} (it keeps a copy)"
+                # git stash knows no file that is neither in the index nor in the tree, as after git mv.
+                changes = ("diff", "--cached", "--no-renames", "--diff-filter=D", "--name-only", "-z", "HEAD")
+                deleted = git(self.root, *changes, "--", *loose).split("\0")[:-1]
+                reset = f"git reset -q -- {shlex.join(deleted)} && " if deleted else ""
+                return f"{reset}git stash push --all -- {shlex.join(loose)} (it keeps a copy)"
         if self.installation is not None:
             # Another Python's packages: this one's pip would install beside them.
             own = self.root.resolve() in {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
@@ -435,12 +439,15 @@ class Tree:
             return f"{self.root}: {names}: not on record, in {_join(files)}: {self.way_back(files)}; then revert again"
         if not self.is_source or not has_commits(self.root):
             return f"{self.root}: {names}: not on record: {self.way_back(files)}"
-        committed = find_committed(self.root, {file for v in there for file in (*v.edited, *v.brought)})
+        named = {rules.file for v in there for rules in v.patch.edits}
+        committed = find_committed(self.root, named.union(*((*v.edited, *v.brought) for v in there)))
         loose = [v for v in there if self._is_uncommitted(series, v, committed)]
         if not any(v in asked for v in loose):
             return f"{self.root}: {names}: not on record: {_in_commits(files)}"
-        # They share files, so that none of them can go alone.
-        files = [f for v in loose for f in (*v.present, *v.brought) if f not in committed]
+        # They share files, so that none of them can go alone. A file that was moved has to go back to its old place.
+        edits = [edit for v in loose for edit in zip(v.edited, v.patch.edits, strict=True) if edit[0] in v.present]
+        files = [f for file, rules in edits for f in (file, rules.file)] + [f for v in loose for f in v.brought]
+        files = [f for f in files if f not in committed]
         return f"{self.root}: {_join([v.patch.name for v in loose])}: not on record: {self.way_back(files)}"
 
     def _files_in(self, folder: str) -> Iterator[str]:

@@ -254,6 +254,22 @@ def test_one_file_put_back_by_hand(home, request, tmp_path, kind):
     assert {k: v for k, v in package(tree).items() if kind != "no git" or k in before} == before
 
 
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_patched_file_that_was_moved(home, checkout, staged):
+    """Without a record: after the way back the tree is as upstream, the old path, too; git has a copy of the rest."""
+    assert cli(home, "apply", checkout).returncode == 0
+    shutil.rmtree(checkout / ".vllm-quark")
+    git(checkout, "mv", "vllm/alpha.py", "vllm/moved.py")
+    if not staged:
+        git(checkout, "reset", "-q")
+    line = one_line(cli(home, "revert", checkout), "0001-mapping, 0002-scale and 0003-only-files: not on record")
+    follow(line, checkout)
+    assert not git(checkout, "status", "--porcelain") and (checkout / "vllm/alpha.py").read_text() == ALPHA
+    assert cli(home, "revert", checkout).returncode == 0 and statuses(home, checkout) == BEFORE
+    git(checkout, "stash", "pop", "-q")
+    assert (checkout / "vllm/moved.py").read_text() == GOOD_ALPHA and not (checkout / "vllm/alpha.py").exists()
+
+
 def test_a_repository_that_lacks_vllm(home, tree):
     """Nobody is told to clean away what git never had."""
     (tree / "README.md").write_text("mine\n")

@@ -261,6 +261,23 @@ def test_a_model_short_of_its_ends_is_named(name, tmp_path):
         look(make_checkpoint("plain"), write(tmp_path, tensors))
 
 
+@pytest.mark.parametrize("tied", [False, True, None])
+@pytest.mark.parametrize("kind", ["Step3p5ForCausalLM", "MistralModel"])
+def test_a_model_short_of_its_head_is_named(kind, tied, tmp_path):
+    """Where its config says that the embedding is not the head, too."""
+    config = {"architectures": [kind], "tie_word_embeddings": tied}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = layers(5, BLOCK)
+    folder = write(tmp_path, tensors)
+    if tied is False and kind == "Step3p5ForCausalLM":
+        with pytest.raises(ValueError, match="lm_head or the embedding is not in"):
+            look(make_checkpoint("plain"), folder)
+    else:
+        look(make_checkpoint("plain"), folder)
+    folder = write(tmp_path, tensors | {"lm_head.weight": torch.ones(8, 4)})
+    look(make_checkpoint("plain"), folder)
+
+
 def test_layers_of_several_kinds_pass(tmp_path):
     """Dense first layers, layers that share keys and values, MTP layers, drafts."""
     tensors = layers(9, BLOCK)

@@ -277,6 +277,18 @@ def test_layer_config_of_some_experts_is_refused(name):
         ck.build(checkpoint)
 
 
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_layer_config_of_a_stack_is_refused(prefix):
+    """By its name in the checkpoint, and by that without "model."."""
+    checkpoint = case_of("moe_stacked")
+    stem = checkpoint.prefix.removeprefix("model.").removesuffix(".experts")
+    change_scheme(checkpoint, f"{prefix}{stem}.up_proj", "weight", dtype="fp8_e4m3")
+    x = ck.inputs_for(checkpoint.case, 3, torch.Generator().manual_seed(0))
+    routes = ck.routing(3, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=f"{checkpoint.prefix}: .*fp8_e4m3"):
+        ck.serve(checkpoint, x, routes)
+
+
 @pytest.mark.parametrize("name", ["*.experts.*", "*_proj"])
 def test_layer_config_of_all_experts_is_theirs(name):
     checkpoint = case_of("moe_per_expert")

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import regex as re
 
@@ -142,7 +142,9 @@ def read_header(path: str) -> Iterator[Entry]:
 class Contents:
     """The tensors of a checkpoint by module and kind: `weight`, `weight_scale`, …"""
 
-    def __init__(self, entries: Iterable[Entry]) -> None:
+    def __init__(self, entries: Iterable[Entry], has_own_head: bool = False) -> None:
+        # The model has an output layer of its own, by its config.
+        self.has_own_head = has_own_head
         self.modules: dict[str, dict[str, Entry]] = defaultdict(dict)
         self.twice: list[tuple[Entry, Entry]] = []
         for entry in entries:
@@ -285,23 +287,41 @@ def _find_gaps(contents: Contents) -> Iterator[Problem]:
 
 
 def _find_missing_ends(contents: Contents) -> Iterator[Problem]:
-    """The embedding of a model, or the norm at its end, where all norms of its
-    layers are RMSNorms: other models may have none, or one without a weight."""
-    inside: dict[bool, set[int]] = {True: set(), False: set()}
+    """The embedding of a model, its output layer, or the norm at its end, where all
+    norms of its layers are RMSNorms: other models may have none, or one without a
+    weight."""
+    inside: dict[bool, list[int]] = {True: [], False: []}
     has_bias = False
     for module, kinds in contents.modules.items():
         rank = len(kinds["weight"].shape) if "weight" in kinds else 0
-        inside[".layers." in module].add(rank)
+        inside[".layers." in module].append(rank)
         has_bias |= rank == 1 and "bias" in kinds
     if 2 not in inside[False]:
         yield Problem("the embedding", "", "is not in the checkpoint", _INCOMPLETE)
+    if inside[False].count(2) == 1 and contents.has_own_head:
+        reason = "or the embedding is not in the checkpoint, and the model has both"
+        yield Problem("lm_head", "", reason, _INCOMPLETE)
     if 1 in inside[True] and 1 not in inside[False] and not has_bias:
         yield Problem("the last norm", "", "is not in the checkpoint", _INCOMPLETE)
 
 
+def has_own_head(config: Any) -> bool:
+    """Whether a model's config.json says that its output layer is not the embedding."""
+    if not isinstance(config, dict) or config.get("tie_word_embeddings") is not False:
+        return False
+    names = config.get("architectures")
+    return isinstance(names, list) and str(names[:1]).endswith("ForCausalLM']")
+
+
 def read_contents(folder: str) -> Contents:
     """The contents of a local checkpoint. Raises CheckpointError."""
-    return Contents(e for path in find_files(folder) for e in read_header(path))
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+            config = json.load(f)
+    except _UNREADABLE:  # vLLM says why
+        config = None
+    entries = (e for path in find_files(folder) for e in read_header(path))
+    return Contents(entries, has_own_head(config))
 
 
 def contents_of_hub(model: str, revision: str | None) -> Contents | None:

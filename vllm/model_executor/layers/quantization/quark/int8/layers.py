@@ -26,7 +26,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from .names import Names
+from .names import Names, both_prefixes
 from .scheme import Int8Scheme, has_int8, is_int8
 
 logger = init_logger(__name__)
@@ -187,7 +187,10 @@ class Int8Layers:
                 for proj in family
             }
             if self._stacks is not None:
-                stacks = {proj: s & self._stacks for proj, s in stacks.items()}
+                stacks = {
+                    proj: {*both_prefixes(s & self._stacks)}
+                    for proj, s in stacks.items()
+                }
             names = {
                 f"{layer_name}.{e}.{proj}": (
                     *own,

@@ -126,7 +126,7 @@ def _edit_where_it_stands(rules: FileEdit, view: View) -> tuple[str, Edited]:
     result = _edit_file(rules, view)
     if result.outcome is not Outcome.ABSENT or not (holders := _files_with(rules, view)):
         return rules.file, result
-    # What it edits moved: within its folder that is the same to us, elsewhere it is not.
+    # The code moved. It is followed within its folder; elsewhere it is a conflict.
     folder = PurePosixPath(rules.file).parent
     beside = [file for file in holders if PurePosixPath(file).parent == folder]
     if len(beside) > 1:
@@ -136,6 +136,12 @@ def _edit_where_it_stands(rules: FileEdit, view: View) -> tuple[str, Edited]:
         where = f"{rules.file}: what it edits stands in {holders[0]}: move it back for this"
         return rules.file, Edited(Outcome.CONFLICT, "", where)
     return beside[0], _edit_file(rules.model_copy(update={"file": beside[0]}), view)
+
+
+def find_moved(rules: FileEdit, view: View) -> str | None:
+    """Another file that holds the code of `rules.file` with the edit; None where there is none."""
+    places = (rules.model_copy(update={"file": file}) for file in _files_with(rules, view))
+    return next((place.file for place in places if _edit_file(place, view.copy()).outcome is Outcome.PRESENT), None)
 
 
 def _lf(data: bytes) -> bytes:

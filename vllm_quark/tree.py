@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from vllm_quark.edit import matches
 from vllm_quark.git import find_committed, git, has_commits, read_committed
-from vllm_quark.judge import Status, Verdict, View, is_fixed_upstream, judge_patch, judge_series
+from vllm_quark.judge import Status, Verdict, View, find_moved, is_fixed_upstream, judge_patch, judge_series
 from vllm_quark.locate import SHADOW_NOTE, find_package
 from vllm_quark.patches import Patch, QuarkError
 from vllm_quark.record import (
@@ -421,6 +421,7 @@ class Tree:
             # A patch that a newer vllm-quark no longer has goes, too.
             plan = self._plan(series, set(record.applied) - {p.name for p in gone}, record)
             self._refuse_leftovers(series, gone, plan, record)
+            self._refuse_moved(gone, record)
             self._carry_out(record, plan)
             return [p.name for p in gone]
 
@@ -511,6 +512,15 @@ class Tree:
                 f"{self.root}: {_join(names)}: edits of {_join(staying)} are not on record, and the files they "
                 f"need would go: {self.way_back(staying)}; then revert again"
             )
+
+    def _refuse_moved(self, gone: list[Patch], record: Record) -> None:
+        """Raises TreeError where a file on record stands elsewhere, with its edits: they would stay there."""
+        edits = [rules for patch in gone for rules in patch.edits]
+        for rules in (rules for rules in edits if rules.file in record.files and self.read(rules.file) is None):
+            if moved := find_moved(rules, self.view({})):
+                raise TreeError(
+                    f"{self.root / moved}: this is {rules.file}, moved, with its edits: move it back and revert again"
+                )
 
     def steps(self, series: Series, patches: list[Patch]) -> list[Verdict]:
         """Those of `patches` that apply to the tree as it is, with the new content of their files, one on top of the

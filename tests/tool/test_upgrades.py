@@ -270,6 +270,23 @@ def test_a_patched_file_that_was_moved(home, checkout, staged):
     assert (checkout / "vllm/moved.py").read_text() == GOOD_ALPHA and not (checkout / "vllm/alpha.py").exists()
 
 
+@pytest.mark.parametrize("place", ["vllm/moved.py", "vllm/other/alpha.py"])
+def test_a_patched_file_on_record_that_was_moved(home, tree, place):
+    """Its new place would keep the edits without the files that they need."""
+    before = package(tree)
+    assert cli(home, "apply", tree).returncode == 0
+    applied = package(tree)
+    (tree / place).parent.mkdir(exist_ok=True)
+    (tree / "vllm/alpha.py").rename(tree / place)
+    result = cli(home, "revert", tree)
+    assert result.returncode == 2
+    one_line(result, f"{place}: this is vllm/alpha.py, moved, with its edits: move it back and revert again")
+    (tree / place).rename(tree / "vllm/alpha.py")
+    shutil.rmtree(tree / "vllm/other", ignore_errors=True)
+    assert package(tree) == applied
+    assert cli(home, "revert", tree).returncode == 0 and package(tree) == before
+
+
 def test_a_repository_that_lacks_vllm(home, tree):
     """Nobody is told to clean away what git never had."""
     (tree / "README.md").write_text("mine\n")

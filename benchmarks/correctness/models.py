@@ -128,7 +128,8 @@ def write_table(files: list[Path], out: Path) -> None:
                     said.setdefault(verdict["said"], []).append(f"{name} {variant}")
         counted = ", ".join(f"{n} {outcome}" for outcome, n in sorted(count.items()))
         lines += ["", f"Quantized cells where `bf16` is not wrong: {counted}.", ""]
-        lines += [f"- {', '.join(names[:3])}{', …' if names[3:] else ''}: `{words}`" for words, names in said.items()]
+        for words, names in said.items():
+            lines.append(f"- {', '.join(names[:3])}{', …' if names[3:] else ''}: `` {words} ``")
         lines.append("")
     write_file(out, "\n".join(lines).rstrip() + "\n")
 

@@ -2,13 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """How long INT8 experts take to load, with the series' checks and without.
 
-    python -m benchmarks.speed.load_layer [--experts 288] [--layers 1] [--tp 1 8] [--runs 3]
+    python -m benchmarks.speed.load_layer [--experts 288] [--layers 1] [--hidden 4096] [--tp 1 8] [--runs 3]
 
-Writes a checkpoint of MoE layers at Step-3.5-Flash's widths (one tensor an expert and projection, as AMD Quark writes
-them; random bytes), and loads a rank's part of it with the installed vLLM, stock and with the series, in turn, each in
-a process of its own: the tensors through the parameters' loaders, as a model's load_weights does, and the look at
-headers and scales before and after. Prints each run's seconds and the ratio of the medians, series over stock. The
-file lies in the page cache.
+Writes a checkpoint of MoE layers, by default at Step-3.5-Flash's widths (one tensor per expert and projection, as AMD
+Quark writes them; random bytes), and loads a rank's part of it with the installed vLLM, stock and with the series, in
+turn, each in a process of its own: the tensors through the parameters' loaders, as a model's load_weights does, and
+the look at headers and scales before and after. Prints each run's seconds and the ratio of the medians, series over
+stock. The file lies in the page cache.
 """
 
 import argparse
@@ -21,27 +21,27 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-HIDDEN, WIDTH = 4096, 1280
-PROJECTIONS = {"gate_proj": ("w1", WIDTH, HIDDEN), "up_proj": ("w3", WIDTH, HIDDEN), "down_proj": ("w2", HIDDEN, WIDTH)}
+SHARDS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
-def write(folder: Path, layers: int, experts: int) -> None:
-    """One safetensors file a layer."""
+def write(folder: Path, layers: int, experts: int, hidden: int, width: int) -> None:
+    """One safetensors file per layer."""
     import torch
     from safetensors.torch import save_file
 
-    weights = {p: torch.randint(-127, 128, (n, k), dtype=torch.int8) for p, (_, n, k) in PROJECTIONS.items()}
+    shapes = {p: (hidden, width) if shard == "w2" else (width, hidden) for p, shard in SHARDS.items()}
+    weights = {p: torch.randint(-127, 128, shape, dtype=torch.int8) for p, shape in shapes.items()}
     for layer in range(layers):
         tensors = {}
         for expert in range(experts):
-            for projection, (_, rows, _) in PROJECTIONS.items():
+            for projection, (rows, _) in shapes.items():
                 name = f"model.layers.{layer}.moe.experts.{expert}.{projection}"
                 tensors[f"{name}.weight"] = weights[projection].clone()
                 tensors[f"{name}.weight_scale"] = torch.rand(rows) + 0.01
         save_file(tensors, folder / f"model-{layer}.safetensors")
 
 
-def load(folder: Path, layers: int, experts: int, tp: int) -> float:
+def load(folder: Path, layers: int, experts: int, hidden: int, width: int, tp: int) -> float:
     """Seconds that rank 0 of `tp` takes."""
     import torch
     from safetensors import safe_open
@@ -57,8 +57,8 @@ def load(folder: Path, layers: int, experts: int, tp: int) -> float:
             utils.make_experts(
                 num_experts=experts,
                 top_k=8,
-                hidden_size=HIDDEN,
-                intermediate_size=WIDTH,
+                hidden_size=hidden,
+                intermediate_size=width,
                 params_dtype=torch.bfloat16,
                 renormalize=True,
                 quant_config=config,
@@ -77,7 +77,7 @@ def load(folder: Path, layers: int, experts: int, tp: int) -> float:
         with safe_open(folder / f"model-{number}.safetensors", "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 *_, expert, projection, kind = name.split(".")
-                shard = PROJECTIONS[projection][0]
+                shard = SHARDS[projection]
                 target = f"{'w2' if shard == 'w2' else 'w13'}_{kind}"
                 param, tensor = params[target], file.get_tensor(name)
                 param.weight_loader(param, tensor, target, shard_id=shard, expert_id=int(expert))
@@ -95,19 +95,22 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--experts", type=int, default=288)
     ap.add_argument("--layers", type=int, default=1)
+    ap.add_argument("--hidden", type=int, default=4096)
+    ap.add_argument("--width", type=int, default=1280)
     ap.add_argument("--tp", type=int, nargs="+", default=[1, 8])
     ap.add_argument("--runs", type=int, default=3)
     ap.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     args = ap.parse_args()
+    shape = (args.layers, args.experts, args.hidden, args.width)
     if args.load:
-        print(f"seconds {load(args.load, args.layers, args.experts, args.tp[0])}")
+        print(f"seconds {load(args.load, *shape, args.tp[0])}")
         return
     from examples.step3p5_nano.lab import before, shadow
 
     with tempfile.TemporaryDirectory(prefix="load-time-") as temp:
         folder = Path(temp) / "ckpt"
         folder.mkdir()
-        write(folder, args.layers, args.experts)
+        write(folder, *shape)
         size = sum(f.stat().st_size for f in folder.iterdir()) / 1e9
         trees = {"stock": shadow(Path(temp) / "stock", []), "series": shadow(Path(temp) / "series", None)}
         for tp in args.tp:
@@ -115,7 +118,8 @@ def main() -> None:
             for run in range(args.runs + 1):
                 for name, tree in trees.items():
                     command = [sys.executable, "-m", "benchmarks.speed.load_layer", "--load", folder, "--tp", str(tp)]
-                    command += ["--layers", str(args.layers), "--experts", str(args.experts)]
+                    for option, number in zip(("layers", "experts", "hidden", "width"), shape, strict=True):
+                        command += [f"--{option}", str(number)]
                     env = {**os.environ, "PYTHONPATH": before(tree)}
                     result = subprocess.run(
                         [str(c) for c in command], cwd=ROOT, env=env, check=True, capture_output=True, text=True
@@ -124,8 +128,8 @@ def main() -> None:
                         took[name].append(float(result.stdout.split("seconds ")[1]))
             medians = {name: statistics.median(values) for name, values in took.items()}
             print(
-                f"{size:.1f} GB, tensor parallel {tp}:",
-                "; ".join(f"{n} {', '.join(f'{v:.2f}' for v in values)} s" for n, values in took.items()),
+                f"{size:.2f} GB, tensor parallel {tp}:",
+                "; ".join(f"{n} {', '.join(f'{v:.3f}' for v in values)} s" for n, values in took.items()),
                 f"; series / stock {medians['series'] / medians['stock']:.3f}",
                 flush=True,
             )

@@ -2,12 +2,12 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """Weights that come into an engine in other ways than once, from a checkpoint's files.
 
-    PYTHONPATH=VLLM python reload.py CKPT_A [CKPT_B] [--cases reload dummy ...] [--compile] [--stdlib DIR]
+    PYTHONPATH=VLLM python -m tests.e2e.reload CKPT_A [CKPT_B] [--cases reload dummy ...] [--compile] [--stdlib DIR]
 
-CKPT_B has other weights of the same model; without one it is made from CKPT_A. Prints a JSON line a case: "right" where
-every answer is that of a fresh engine on the checkpoint last loaded (with --compile: has its perplexity), with the
-largest "gap" between log-probabilities of prompt tokens (0 on CPU) and the perplexities of both, or "error", its "type"
-and the "file" that raised it.
+CKPT_B has other weights of the same model; without one it is made from CKPT_A. Prints a JSON line per case: "right"
+where every answer is that of a fresh engine on the checkpoint last loaded (with --compile: has its perplexity), with
+the largest "gap" between log-probabilities of prompt tokens (0 on CPU) and the perplexities of both, or "error", its
+"type" and the "file" that raised it.
 """
 
 import argparse

@@ -107,7 +107,7 @@ void write_lines(const int8_t* from, int64_t bytes, int8_t* to) {
 #endif
 }
 
-// What was written past the caches is seen by whoever sees what is written next.
+// Orders streaming stores before all later stores.
 void order_writes() {
 #if defined(__SSE2__)
   _mm_sfence();

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Step3p5Model loads stacked experts with one copy a tensor, bit for bit the same.
+"""Step3p5Model loads stacked experts with one copy per tensor, bit for bit the same.
 
 Run `pytest tests/quantization/quark/test_stacked_loading.py`.
 """

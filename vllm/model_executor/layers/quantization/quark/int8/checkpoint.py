@@ -191,7 +191,7 @@ class Contents:
 
 
 def find_problems(contents: Contents, names: Names) -> Iterator[Problem]:
-    """What of `contents` no INT8 layer can be made of, or nobody would look at.
+    """Tensors that fit no INT8 layer, and tensors that vLLM would ignore.
 
     Layers that are not INT8 in the files are the model's business: a router may
     well be BF16 and not listed in `exclude`.

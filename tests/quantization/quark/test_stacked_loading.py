@@ -175,7 +175,9 @@ def test_the_layers_checks_hold(counted):
         part.quant_method.process_weights_after_loading(part)
 
 
-@pytest.mark.parametrize("case", ["unquantized", "placement", "scalar scale", "meta"])
+@pytest.mark.parametrize(
+    "case", ["unquantized", "placement", "scalar scale", "meta", "meta placement"]
+)
 def test_other_layouts_go_expert_by_expert(counted, case):
     """Experts that are not INT8, too: they load as without the patch."""
     quantized = case != "unquantized"
@@ -187,9 +189,12 @@ def test_other_layouts_go_expert_by_expert(counted, case):
         expert_map = torch.tensor([2, 1, 0, 3, 4, 5], dtype=torch.int32)
         for layer in (fast, slow):
             place(layer, expert_map)
-    elif case == "meta":
+    elif case.startswith("meta"):
         # As a reload's first pass, which counts what comes.
         for layer in (fast, slow):
+            if case == "meta placement":
+                place(layer, torch.arange(E, dtype=torch.int32))
+                layer._expert_map = layer._expert_map.to("meta")
             for name, param in list(layer.named_parameters()):
                 new = torch.nn.Parameter(param.data.to("meta"), requires_grad=False)
                 new.__dict__.update(param.__dict__)
@@ -197,6 +202,6 @@ def test_other_layouts_go_expert_by_expert(counted, case):
     Step3p5Model.load_weights(model(fast), checkpoint.items())
     # Where all experts are here, only vLLM's own layers need its loader.
     assert len(counted) == {"scalar scale": 0, "unquantized": 3}.get(case, 6) * E
-    if case != "meta":
+    if not case.startswith("meta"):
         one_by_one(slow, checkpoint)
         same(fast, slow)

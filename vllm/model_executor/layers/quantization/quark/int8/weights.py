@@ -489,7 +489,8 @@ def load_stacked(
     by one.
     """
     loader = getattr(param, "weight_loader", None)
-    if getattr(loader, "__func__", None) is not load_expert:
+    # On meta, in a reload, the map of experts may be, too.
+    if getattr(loader, "__func__", None) is not load_expert or param.is_meta:
         return False
     layer = loader.__self__  # type: ignore[union-attr]
     if loaded_weight.dim() > param.dim() and loaded_weight.shape[-1] == 1:

@@ -168,7 +168,7 @@ def router(rounds: int) -> list[dict]:
     return rows
 
 
-def packing(shape: str, rounds: int) -> dict[str, float]:
+def packing(shape: str, rounds: int) -> dict[str, str | float]:
     """GB/s at which the weights of `shape` are packed and copied, into memory that the allocator hands out. That is
     new, and the system clears it, unless it is told to keep what was freed (docs/speed-cpu.md has the variables)."""
     experts, width, hidden, _ = SHAPES[shape]
@@ -192,7 +192,8 @@ def packing(shape: str, rounds: int) -> dict[str, float]:
             seconds.append(time.perf_counter() - start)
             del result
     size = (moe.w13_weight.numel() + moe.w2_weight.numel()) / 1e9
-    row = {name: size / statistics.median(seconds) for name, seconds in took.items()}
+    row: dict[str, str | float] = {"shape": shape}
+    row |= {name: size / statistics.median(seconds) for name, seconds in took.items()}
     print(f"{shape}: packed at {row['pack']:.2f} GB/s, copied at {row['copy']:.2f} GB/s", flush=True)
     return row
 
@@ -222,13 +223,13 @@ def main() -> int:
     torch.manual_seed(0)
     report = {"machine": processor(), "rows": []}
     print(report["machine"])
+    tokens, shapes = tuple(map(int, args.tokens.split(","))), args.shapes.split(";")
     if args.packing:
-        packing(args.shapes.split(";")[-1], args.rounds)
-        return 0
-    tokens = tuple(map(int, args.tokens.split(",")))
-    for shape in args.shapes.split(";"):
-        report["rows"] += measure(shape, args.rounds, tokens, args.without.split(";"))
-    report["rows"] += router(args.rounds)
+        report["rows"] = [packing(shape, args.rounds) for shape in shapes]
+    else:
+        for shape in shapes:
+            report["rows"] += measure(shape, args.rounds, tokens, args.without.split(";"))
+        report["rows"] += router(args.rounds)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0

@@ -21,20 +21,26 @@ void run_on_threads(int count, void (*body)(void*, int), void* context) {
   for (std::thread& thread : others) thread.join();
 }
 
+int8_moe::Weight as_packed(int8_t* packed, int64_t rows, int64_t k, bool gated) {
+  using int8_moe::round_up;
+  return {packed, gated ? round_up(rows / 2, int8_moe::kHalf) * 2 : round_up(rows, int8_moe::kNR), k};
+}
+
 }  // namespace
 
 extern "C" {
 
 const char* name_isa() { return int8_moe::isas().front()->name; }
 
-int64_t count_bytes(int64_t experts, int64_t columns, int64_t k) {
-  return experts * int8_moe::Weight{nullptr, columns, k}.bytes();
+int64_t count_bytes(int64_t experts, int64_t rows, int64_t k, bool gated) {
+  return experts * as_packed(nullptr, rows, k, gated).bytes();
 }
 
-void pack_weight(const int8_t* weight, const float* scale, int64_t experts, int64_t rows, int64_t k, int64_t columns,
-                 int gated, int8_t* packed) {
+void pack_weight(const int8_t* weight, const float* scale, int64_t experts, int64_t rows, int64_t k, bool gated,
+                 int8_t* packed) {
   const auto order = gated ? int8_moe::Order::halves : int8_moe::Order::plain;
-  int8_moe::pack(weight, scale, nullptr, experts, rows, order, {packed, columns, k}, {1, run_on_threads});
+  const int8_moe::Weight to = as_packed(packed, rows, k, gated);
+  int8_moe::pack(weight, scale, nullptr, experts, rows, order, to, {1, run_on_threads});
 }
 
 void run_experts_of(int8_t* w13, int8_t* w2, int64_t experts, int64_t intermediate, int64_t hidden, int64_t tokens,
@@ -43,8 +49,8 @@ void run_experts_of(int8_t* w13, int8_t* w2, int64_t experts, int64_t intermedia
   p.x = x, p.x_stride = hidden, p.out = out, p.dtype = int8_moe::Dtype::f32;
   p.tokens = tokens, p.hidden = hidden, p.intermediate = intermediate, p.experts = experts, p.top_k = top_k;
   p.topk_weights = weights, p.experts_of = ids, p.activation = int8_moe::Activation::silu, p.limit = 1e30f;
-  p.w13 = {w13, int8_moe::round_up(intermediate, 16) * 2, hidden};
-  p.w2 = {w2, int8_moe::round_up(hidden, int8_moe::kNR), intermediate};
+  p.w13 = as_packed(w13, 2 * intermediate, hidden, true);
+  p.w2 = as_packed(w2, hidden, intermediate, false);
   int8_moe::isas().front()->experts(p, {threads, run_on_threads});
 }
 }
@@ -67,8 +73,8 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 
 struct Side {
   const char* (*name_isa)();
-  int64_t (*count_bytes)(int64_t, int64_t, int64_t);
-  void (*pack_weight)(const int8_t*, const float*, int64_t, int64_t, int64_t, int64_t, int, int8_t*);
+  int64_t (*count_bytes)(int64_t, int64_t, int64_t, bool);
+  void (*pack_weight)(const int8_t*, const float*, int64_t, int64_t, int64_t, bool, int8_t*);
   void (*run)(int8_t*, int8_t*, int64_t, int64_t, int64_t, int64_t, int64_t, const float*, const float*, const int32_t*,
               int, float*);
   int8_t *w13, *w2;
@@ -87,13 +93,13 @@ struct Side {
     function = reinterpret_cast<F>(dlsym(library, name));
   }
 
-  int8_t* pack(int64_t experts, int64_t rows, int64_t k, int64_t columns, bool gated) const {
+  int8_t* pack(int64_t experts, int64_t rows, int64_t k, bool gated) const {
     std::vector<int8_t> weight(experts * rows * k);
     for (size_t i = 0; i < weight.size(); ++i) weight[i] = static_cast<int8_t>(i * 2654435761u >> 24);
     const std::vector<float> scale(experts * rows, 0.001f);
-    const int64_t size = (count_bytes(experts, columns, k) + (2 << 20)) >> 21 << 21;
+    const int64_t size = (count_bytes(experts, rows, k, gated) + (2 << 20)) >> 21 << 21;
     auto* packed = static_cast<int8_t*>(std::aligned_alloc(2 << 20, size));
-    pack_weight(weight.data(), scale.data(), experts, rows, k, columns, gated, packed);
+    pack_weight(weight.data(), scale.data(), experts, rows, k, gated, packed);
     return packed;
   }
 };
@@ -111,8 +117,8 @@ int main(int, char** argv) {
   std::printf("%s, %d threads\n", sides[1].name_isa(), threads);
   for (const Shape& s : {Shape{16, 64, 128, 4}, Shape{32, 1280, 4096, 8}, Shape{128, 768, 2048, 8}}) {
     for (Side& side : sides) {
-      side.w13 = side.pack(s.experts, 2 * s.intermediate, s.hidden, (s.intermediate + 15) / 16 * 32, true);
-      side.w2 = side.pack(s.experts, s.hidden, s.intermediate, (s.hidden + 31) / 32 * 32, false);
+      side.w13 = side.pack(s.experts, 2 * s.intermediate, s.hidden, true);
+      side.w2 = side.pack(s.experts, s.hidden, s.intermediate, false);
     }
     for (const int64_t tokens : {1, 8, 64, 128, 256, 512, 2048}) {
       std::mt19937 random(tokens);

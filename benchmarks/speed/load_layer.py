@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """How long INT8 experts take to load, with the series' checks and without.
 
-    python -m benchmarks.speed.load_layer [--experts 288] [--layers 1] [--hidden 4096] [--tp 1 8] [--runs 3]
+    python -m benchmarks.speed.load_layer [--experts 288] [--layers 1] [--tp 1 8] [--runs 3] [--rounds 1]
 
 Writes a checkpoint of MoE layers, by default at Step-3.5-Flash's widths (one tensor per expert and projection, as AMD
 Quark writes them; random bytes), and loads a rank's part of it with the installed vLLM, stock and with the series, in
@@ -99,11 +99,12 @@ def main() -> None:
     ap.add_argument("--width", type=int, default=1280)
     ap.add_argument("--tp", type=int, nargs="+", default=[1, 8])
     ap.add_argument("--runs", type=int, default=3)
+    ap.add_argument("--rounds", type=int, default=1, help="loads per process; the first of several does not count")
     ap.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     args = ap.parse_args()
     shape = (args.layers, args.experts, args.hidden, args.width)
     if args.load:
-        print(f"seconds {load(args.load, *shape, args.tp[0])}")
+        print("seconds", *(load(args.load, *shape, args.tp[0]) for _ in range(args.rounds)))
         return
     from examples.step3p5_nano.lab import before, shadow
 
@@ -118,14 +119,16 @@ def main() -> None:
             for run in range(args.runs + 1):
                 for name, tree in trees.items():
                     command = [sys.executable, "-m", "benchmarks.speed.load_layer", "--load", folder, "--tp", str(tp)]
-                    for option, number in zip(("layers", "experts", "hidden", "width"), shape, strict=True):
+                    options = ("layers", "experts", "hidden", "width", "rounds")
+                    for option, number in zip(options, (*shape, args.rounds), strict=True):
                         command += [f"--{option}", str(number)]
                     env = {**os.environ, "PYTHONPATH": before(tree)}
                     result = subprocess.run(
                         [str(c) for c in command], cwd=ROOT, env=env, check=True, capture_output=True, text=True
                     )
                     if run:  # the first warms the page cache
-                        took[name].append(float(result.stdout.split("seconds ")[1]))
+                        rounds = [float(value) for value in result.stdout.split("seconds ")[1].split()]
+                        took[name].append(statistics.median(rounds[1:] or rounds))
             medians = {name: statistics.median(values) for name, values in took.items()}
             print(
                 f"{size:.2f} GB, tensor parallel {tp}:",

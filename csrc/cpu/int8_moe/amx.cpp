@@ -118,6 +118,7 @@ thread_local bool configured = false;
 struct Amx {
   static constexpr int kOffset = 128;
   static constexpr int kReadsRows = 16;
+  static constexpr int64_t kTileRows = 16;
   // Up to so many rows vpdpbusd is as fast, measured for K of 64 to 4096.
   static constexpr int64_t kFewRows = 6;
 
@@ -131,14 +132,14 @@ struct Amx {
     configured = true;
   }
 
-  // Bytes `begin` to `end` of each tile of the block after this one are prefetched.
+  // Rows `begin` to `end` of each tile of the block after this one are prefetched.
   struct Next {
     const int8_t* block;
     int64_t begin, end;
 
     // Into the second level, from where tiles come as fast: a block fills the first.
     void prefetch(int64_t at) const {
-      for (int64_t i = begin; i < end; i += 64) __builtin_prefetch(block + at + i, 0, 2);
+      for (int64_t r = begin; r < end; ++r) __builtin_prefetch(block + at + r * 64, 0, 2);
     }
   };
 
@@ -183,9 +184,9 @@ struct Amx {
     if (!configured) configure();
     // Each pair of 16 rows prefetches its share: memory is asked for evenly.
     const int64_t pairs = (m + 31) / 32;
-    const int64_t share = after == nullptr ? 0 : (16 + pairs - 1) / pairs * 64;
-    for (Next next = {after, 0, share}; m > 0; m -= 32) {
-      next.end = std::min<int64_t>(next.begin + share, 16 * 64);
+    const int64_t rows = after == nullptr ? 0 : (kTileRows + pairs - 1) / pairs;
+    for (Next next = {after, 0, 0}; m > 0; m -= 32) {
+      next.end = std::min(next.begin + rows, kTileRows);
       (m > 16 ? tiles<true> : tiles<false>)(a, stride, block, k, next, c);
       next.begin = next.end;
       a += 32 * stride;

@@ -250,8 +250,6 @@ def _find_gpt_oss(contents: Contents) -> Iterator[Problem]:
 def _fits(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
     """Whether a scale is [N], [N, 1], [1, N] or one value of a weight [N, K], or
     those of each expert of a weight [E, N, K]."""
-    if len(weight) == 2 and scale == weight[:1]:
-        return True
     if len(weight) == 3 and scale[:1] in ((1,), weight[:1]):
         weight, scale = weight[1:], scale[1:]
     return len(weight) == 2 and [n for n in scale if n != 1] in ([], [weight[0]])
@@ -310,7 +308,7 @@ def has_own_head(config: Any) -> bool:
     if not isinstance(config, dict) or config.get("tie_word_embeddings") is not False:
         return False
     names = config.get("architectures")
-    return isinstance(names, list) and str(names[:1]).endswith("ForCausalLM']")
+    return isinstance(names, list) and str(*names[:1]).endswith("ForCausalLM")
 
 
 def read_contents(folder: str) -> Contents:

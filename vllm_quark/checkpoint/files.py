@@ -70,7 +70,7 @@ def read_folder(folder: str, report: Report) -> tuple[dict[str, Any], Any]:
         return config, None
     if not entries:
         raise NoCheckpointError(folder, "has no tensors in its safetensors files", "copy or export it again")
-    return config, headers.Contents(entries, headers.has_own_head(config))
+    return config, headers.Contents(entries)
 
 
 def _split_reason(text: str) -> tuple[str, str]:

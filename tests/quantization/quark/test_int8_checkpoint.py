@@ -8,14 +8,19 @@ Run `pytest tests/quantization/quark/test_int8_checkpoint.py`.
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.quantization.quark.int8 import layers as int8_layers
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 
 from . import checkpoints as ck
 from .utils import quark_config
@@ -270,12 +275,40 @@ def test_a_model_short_of_its_head_is_named(kind, tied, tmp_path):
     tensors = layers(5, BLOCK)
     folder = write(tmp_path, tensors)
     if tied is False and kind == "Step3p5ForCausalLM":
-        with pytest.raises(ValueError, match="lm_head or the embedding is not in"):
-            look(make_checkpoint("plain"), folder)
+        with pytest.raises(ValueError, match="lm_head is not in the checkpoint"):
+            build_head(folder)
     else:
-        look(make_checkpoint("plain"), folder)
-    folder = write(tmp_path, tensors | {"lm_head.weight": torch.ones(8, 4)})
-    look(make_checkpoint("plain"), folder)
+        build_head(folder)
+    build_head(write(tmp_path, tensors | {"lm_head.weight": torch.ones(8, 4)}))
+
+
+def build_head(folder: str) -> ParallelLMHead:
+    config = look(make_checkpoint("plain"), folder)
+    return ParallelLMHead(64, 64, quant_config=config, prefix="lm_head")
+
+
+def test_a_model_for_pooling_needs_no_head(tmp_path, monkeypatch):
+    config = {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    folder = write(tmp_path, layers(5, BLOCK))
+    model_config = SimpleNamespace(runner_type="pooling")
+    monkeypatch.setattr(get_current_vllm_config(), "model_config", model_config)
+    build_head(folder)
+    model_config.runner_type = "generate"
+    with pytest.raises(ValueError, match="lm_head is not in the checkpoint"):
+        build_head(folder)
+
+
+@pytest.mark.parametrize("is_draft", [False, True])
+def test_drafts_share_the_head(is_draft, tmp_path):
+    """Of one whose only matrix outside of its layers is not the embedding."""
+    config = {"architectures": ["XForCausalLM"], "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = layers(1, BLOCK)
+    tensors["model.fc.weight"] = torch.ones(4, 8)
+    if is_draft:
+        del tensors["model.embed_tokens.weight"]
+    build_head(write(tmp_path, tensors))
 
 
 def test_layers_of_several_kinds_pass(tmp_path):

@@ -3,6 +3,9 @@
 """INT8 checkpoints of AMD Quark that do not fill their layers are refused, with
 the name of the layer, shard or expert; shards of all kinds are filled."""
 
+import importlib
+import importlib.util
+
 import pytest
 import torch
 
@@ -269,3 +272,13 @@ def test_expert_parallel_names_the_missing_expert(environment):
         ck.load(layer, checkpoint.tensors.items())
         with pytest.raises(ValueError, match=r"expert 6: up_proj .* weight_scale"):
             ck.finish(layer)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec(ck.INT8), reason="needs patch 0007")
+def test_no_scales_of_no_experts_pass():
+    """As those of a rank that has none of the experts."""
+    weights = importlib.import_module(f"{ck.INT8}.weights")
+    scale, weight = torch.empty(0, 96), torch.empty(0, 96, 64, dtype=torch.int8)
+    where = "model.layers.0.moe.experts".format
+    layer = torch.nn.Module()
+    weights._check_scale(layer, "weight_scale", scale, weight, where, True)

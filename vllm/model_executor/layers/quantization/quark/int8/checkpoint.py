@@ -153,6 +153,14 @@ class Contents:
             if first is not entry:
                 self.twice.append((entry, first))
 
+    def lacks_head(self) -> bool:
+        """Whether the embedding is the only matrix outside of the decoder layers, and
+        not the output layer."""
+        outer = [m for m, w in self.weights() if ".layers." not in m]
+        matrices = [m for m in outer if len(self.modules[m]["weight"].shape) == 2]
+        is_alone = len(matrices) == 1 and "embed" in matrices[0]
+        return self.has_own_head and is_alone
+
     def weights(self) -> Iterator[tuple[str, Entry]]:
         """Each module that has a weight, and that."""
         weights = (
@@ -285,25 +293,21 @@ def _find_gaps(contents: Contents) -> Iterator[Problem]:
 
 
 def _find_missing_ends(contents: Contents) -> Iterator[Problem]:
-    """The embedding of a model, its output layer, or the norm at its end, where all
-    norms of its layers are RMSNorms: other models may have none, or one without a
-    weight."""
-    inside: dict[bool, list[int]] = {True: [], False: []}
+    """The embedding of a model, or the norm at its end, where all norms of its
+    layers are RMSNorms: other models may have none, or one without a weight."""
+    inside: dict[bool, set[int]] = {True: set(), False: set()}
     has_bias = False
     for module, kinds in contents.modules.items():
         rank = len(kinds["weight"].shape) if "weight" in kinds else 0
-        inside[".layers." in module].append(rank)
+        inside[".layers." in module].add(rank)
         has_bias |= rank == 1 and "bias" in kinds
     if 2 not in inside[False]:
         yield Problem("the embedding", "", "is not in the checkpoint", _INCOMPLETE)
-    if inside[False].count(2) == 1 and contents.has_own_head:
-        reason = "or the embedding is not in the checkpoint, and the model has both"
-        yield Problem("lm_head", "", reason, _INCOMPLETE)
     if 1 in inside[True] and 1 not in inside[False] and not has_bias:
         yield Problem("the last norm", "", "is not in the checkpoint", _INCOMPLETE)
 
 
-def has_own_head(config: Any) -> bool:
+def _has_own_head(config: Any) -> bool:
     """Whether a model's config.json says that its output layer is not the embedding."""
     if not isinstance(config, dict) or config.get("tie_word_embeddings") is not False:
         return False
@@ -319,7 +323,7 @@ def read_contents(folder: str) -> Contents:
     except _UNREADABLE:  # vLLM says why
         config = None
     entries = (e for path in find_files(folder) for e in read_header(path))
-    return Contents(entries, has_own_head(config))
+    return Contents(entries, _has_own_head(config))
 
 
 def contents_of_hub(model: str, revision: str | None) -> Contents | None:

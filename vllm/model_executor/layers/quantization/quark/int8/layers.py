@@ -14,6 +14,7 @@ from typing import Any
 import regex as re
 import torch
 
+from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
@@ -74,6 +75,7 @@ class Int8Layers:
         self._unquantized: set[str] = set()
         # Modules by the name of a router, and their decoder layers.
         self._routers: dict[str, str] = {}
+        self._lacks_head = False
         self._cache_scales: set[str] = set()
         # Layers beside whose weight the files have scales of a KV cache.
         self.with_cache_scales: set[str] = set()
@@ -93,6 +95,7 @@ class Int8Layers:
             self._routers = {
                 module: match[1] for module, match in matches.items() if match
             }
+            self._lacks_head = contents.lacks_head()
             self._stacks = set(contents.stacks())
             self._unquantized = set(contents.unquantized())
             self._cache_scales = set(contents.with_kind("output_scale"))
@@ -273,6 +276,15 @@ class Int8Layers:
             if not isinstance(layer, ParallelLMHead):
                 # Older releases take one in `exclude` for a linear layer.
                 return UnquantizedEmbeddingMethod()
+            model_config = get_current_vllm_config().model_config
+            # vLLM drops the output layer of models that are served for pooling.
+            is_pooling = getattr(model_config, "runner_type", None) == "pooling"
+            if self._lacks_head and not is_pooling:
+                raise ValueError(
+                    f"{layer_name} is not in the checkpoint, and config.json says that "
+                    "it is not the embedding (tie_word_embeddings): the checkpoint is "
+                    "incomplete: copy or export it again"
+                )
         if moe_config := getattr(layer, "moe_config", None):
             kinds = ("gate", "up", "down")
             names = [getattr(layer, f"ckpt_{k}_proj_name", None) for k in kinds]

@@ -158,6 +158,8 @@ def _check_scale(
     may be all zero where the scale is. where: what to call the shard of an index.
     any_came: by loaders; else the values, of dummy weights, are not looked at.
     """
+    if not scale.numel():  # of a rank without experts
+        return
     low, high = torch.aminmax(scale)
     if low > 0 and torch.isfinite(high):  # neither is NaN
         return

@@ -36,7 +36,8 @@ class Verdict:
     detail: file and anchor, for people. harmless: absent, and nothing is amiss without it.
     changed: new content of the files that it changes; edited, brought: the files that it is about here; missing:
     those of `brought` that the tree lacks; incomplete: its edits are there, of its files some are not; present: files
-    that have an edit of it already; unrecorded: what is there of it is ours, and not on record.
+    that have an edit of it already; moved: files elsewhere that have one, each with the file that the edit names;
+    unrecorded: what is there of it is ours, and not on record.
     """
 
     patch: Patch
@@ -49,7 +50,18 @@ class Verdict:
     missing: tuple[str, ...] = ()
     incomplete: bool = False
     present: tuple[str, ...] = ()
+    moved: tuple[tuple[str, str], ...] = ()
     unrecorded: bool = False
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """Files that hold an edit of it, wherever they stand."""
+        return (*self.present, *(place for _, place in self.moved))
+
+    @property
+    def touched(self) -> tuple[str, ...]:
+        """Files that it is about, wherever they stand."""
+        return (*self.edited, *self.brought, *(place for _, place in self.moved))
 
 
 @dataclass(frozen=True)
@@ -139,8 +151,15 @@ def _edit_where_it_stands(rules: FileEdit, view: View) -> tuple[str, Edited]:
 
 
 def find_moved(rules: FileEdit, view: View) -> str | None:
-    """Another file that holds the code of `rules.file` with the edit; None where there is none."""
-    places = (rules.model_copy(update={"file": file}) for file in _files_with(rules, view))
+    """Another file that holds the code of `rules.file` with the edit; None where there is none.
+
+    Where `rules` need nothing that has a name, only files of the same name are looked at.
+    """
+    files = _files_with(rules, view)
+    if not names_in(rules.needs):
+        name = PurePosixPath(rules.file).name
+        files = [file for file in view.python_files() if PurePosixPath(file).name == name and file != rules.file]
+    places = (rules.model_copy(update={"file": file}) for file in files)
     return next((place.file for place in places if _edit_file(place, view.copy()).outcome is Outcome.PRESENT), None)
 
 
@@ -160,6 +179,7 @@ def judge_patch(series: Series, patch: Patch, view: View) -> Verdict:
     after = view.copy()
     edited: list[str] = []
     present: list[str] = []
+    moved: list[tuple[str, str]] = []
     details: dict[Outcome, str] = {}
     for rules in patch.edits:
         if view.belongs(rules.file):
@@ -167,11 +187,19 @@ def judge_patch(series: Series, patch: Patch, view: View) -> Verdict:
             edited.append(file)
             if result.outcome is Outcome.PRESENT:
                 present.append(file)
+            elif result.outcome is not Outcome.APPLIES and _edit_file(rules, after.copy()).outcome is Outcome.ABSENT:
+                moved += [(rules.file, place)] if (place := find_moved(rules, after)) else []
             details.setdefault(result.outcome, result.detail)
     brought = tuple(file for file in patch.files if view.belongs(file))
     missing = tuple(file for file in brought if view.content(file) is None)
     verdict = Verdict(
-        patch, Status.UPSTREAM, edited=tuple(edited), brought=brought, missing=missing, present=tuple(present)
+        patch,
+        Status.UPSTREAM,
+        edited=tuple(edited),
+        brought=brought,
+        missing=missing,
+        present=tuple(present),
+        moved=tuple(moved),
     )
 
     too_old = f"vLLM {view.version} is older than {OLDEST}, the first that this series knows: use a newer one"

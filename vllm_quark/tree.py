@@ -170,7 +170,7 @@ class Tree:
         }
         view = self.view(self._leftovers(series, record) | changed)
         verdicts = list(judge_series(series, patches if patches is not None else series.patches, view))
-        committed = find_committed(self.root, {file for v in verdicts for file in (*v.edited, *v.brought)})
+        committed = find_committed(self.root, {file for v in verdicts for file in v.touched})
         return [self._by_whom(series, verdict, record, outdated, committed) for verdict in verdicts]
 
     def _state(self, record: Record, file: str) -> State:
@@ -188,7 +188,7 @@ class Tree:
                 detail = f"{deleted[0]} is missing: apply brings it back"
                 return replace(verdict, status=Status.APPLIES, detail=detail)
         if verdict.status is not Status.UPSTREAM:
-            is_known = patch.name in record.applied or set(verdict.present) <= set(record.files)
+            is_known = patch.name in record.applied or set(verdict.holders) <= set(record.files)
             if is_known or verdict.incomplete or not (place := self._unrecorded(series, verdict, committed)):
                 return verdict
             detail = f"{verdict.detail}, {place}" if verdict.status is Status.APPLIES else verdict.detail
@@ -213,7 +213,7 @@ class Tree:
         """The place that a patch, or a part of it, came from that is there and not on record; "" where it may be
         upstream's own."""
         is_part = verdict.status is not Status.UPSTREAM
-        touched = verdict.present if is_part else (*verdict.edited, *verdict.brought)
+        touched = verdict.holders if is_part else verdict.touched
         is_whole = bool(verdict.brought) and not verdict.missing
         if self.installation is not None:
             is_ours = any(not self.installation.wrote(file, self.read(file)) for file in touched)
@@ -225,16 +225,18 @@ class Tree:
 
     def _is_uncommitted(self, series: Series, verdict: Verdict, committed: set[str]) -> bool:
         """Whether git's last commit of this tree lacks a patch, or a part of it, that is there."""
-        if committed.issuperset((*verdict.edited, *verdict.brought)) or not has_commits(self.root):
+        if committed.issuperset(verdict.touched) or not has_commits(self.root):
             return False
-        # A class that moved is not looked for: each of its files would be a call of git.
-        last = replace(self.view({}), read=lambda file: read_committed(self.root, file), python_files=lambda: ())
+        # A class that moved is looked for where it stands now: each further file would be a call of git.
+        last = replace(
+            self.view({}), read=lambda file: read_committed(self.root, file), python_files=lambda: verdict.holders
+        )
         there = judge_patch(series, verdict.patch, last)
         if not verdict.edited:
             return there.status is not Status.UPSTREAM
         # Not the files that it brings: those that another patch brought as well may be on record.
-        pairs = zip(verdict.edited, there.edited, strict=True)
-        return any(now in verdict.present and before not in there.present for now, before in pairs)
+        pairs = [pair for pair in zip(verdict.edited, there.edited, strict=True) if pair[0] in verdict.present]
+        return any(not {*pair}.intersection(there.holders) for pair in (*pairs, *verdict.moved))
 
     def by_wheel(self) -> set[str]:
         """Patches that came with an installed wheel (see repack)."""
@@ -404,6 +406,7 @@ class Tree:
         """
         self._refuse_unfinished()
         with lock_tree(self.root):
+            self._refuse_moved_off_record(series, patches)
             record = self._with_left_behind(series, patches, self._settled()[0])
             gone = [p for p in patches if p.name in record.applied]
             dependents = [p for p in series.dependents(gone) if p.name in record.applied]
@@ -435,19 +438,24 @@ class Tree:
         if not asked:
             return ""
         names = _join([v.patch.name for v in asked])
-        files = list(dict.fromkeys(file for v in asked for file in v.present or v.brought))
+        files = list(dict.fromkeys(file for v in asked for file in v.holders or v.brought))
+        moved = [move for v in asked for move in v.moved]
+        if moved and not (self.is_source and has_commits(self.root)):
+            return self._say_moved(*moved[0])
         if self.installation is not None:
             return f"{self.root}: {names}: not on record, in {_join(files)}: {self.way_back(files)}; then revert again"
         if not self.is_source or not has_commits(self.root):
             return f"{self.root}: {names}: not on record: {self.way_back(files)}"
         named = {rules.file for v in there for rules in v.patch.edits}
-        committed = find_committed(self.root, named.union(*((*v.edited, *v.brought) for v in there)))
+        committed = find_committed(self.root, named.union(*(v.touched for v in there)))
         loose = [v for v in there if self._is_uncommitted(series, v, committed)]
         if not any(v in asked for v in loose):
-            return f"{self.root}: {names}: not on record: {_in_commits(files)}"
+            # git knows the commits of a file that was moved by its old name.
+            return f"{self.root}: {names}: not on record: {_in_commits([file for file, _ in moved] + files)}"
         # They share files, so that none of them can go alone. A file that was moved has to go back to its old place.
         edits = [edit for v in loose for edit in zip(v.edited, v.patch.edits, strict=True) if edit[0] in v.present]
         files = [f for file, rules in edits for f in (file, rules.file)] + [f for v in loose for f in v.brought]
+        files += [f for v in loose for move in v.moved for f in move]
         files = [f for f in files if f not in committed]
         return f"{self.root}: {_join([v.patch.name for v in loose])}: not on record: {self.way_back(files)}"
 
@@ -468,8 +476,10 @@ class Tree:
             return record
         if not files:
             return record
-        verdicts = [v for v in self.status(series) if v.status is not Status.ABSENT]
-        edits = [v for v in verdicts if v.edited and v.present]
+        verdicts = self.status(series)
+        moved = [v for v in verdicts if v.moved and v.unrecorded]
+        verdicts = [v for v in verdicts if v.status is not Status.ABSENT or v in moved]
+        edits = [v for v in verdicts if v.edited and (v.present or v in moved)]
         # Files that no edit uses tell nothing; they go once no edit is there off the record.
         is_bare = all(v.status is Status.UPSTREAM or v.patch.name in record.applied for v in edits)
         there = [v for v in verdicts if v in edits or v.patch.name in record.applied or not (v.edited or is_bare)]
@@ -518,9 +528,19 @@ class Tree:
         edits = [rules for patch in gone for rules in patch.edits]
         for rules in (rules for rules in edits if rules.file in record.files and self.read(rules.file) is None):
             if moved := find_moved(rules, self.view({})):
-                raise TreeError(
-                    f"{self.root / moved}: this is {rules.file}, moved, with its edits: move it back and revert again"
-                )
+                raise TreeError(self._say_moved(rules.file, moved))
+
+    def _refuse_moved_off_record(self, series: Series, patches: list[Patch]) -> None:
+        """Raises TreeError where a file that is neither on record nor in a commit stands elsewhere, with edits of
+        `patches`: they would stay there."""
+        by_wheel = self.by_wheel()
+        asked = [v for v in self.status(series) if v.patch in patches and v.patch.name not in by_wheel]
+        places = {place for v in asked if v.unrecorded for _, place in v.moved}
+        if places - find_committed(self.root, places):
+            raise TreeError(self.not_on_record(series, patches))
+
+    def _say_moved(self, file: str, place: str) -> str:
+        return f"{self.root / place}: this is {file}, moved, with its edits: move it back and revert again"
 
     def steps(self, series: Series, patches: list[Patch]) -> list[Verdict]:
         """Those of `patches` that apply to the tree as it is, with the new content of their files, one on top of the

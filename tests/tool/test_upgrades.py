@@ -270,18 +270,82 @@ def test_a_patched_file_that_was_moved(home, checkout, staged):
     assert (checkout / "vllm/moved.py").read_text() == GOOD_ALPHA and not (checkout / "vllm/alpha.py").exists()
 
 
-@pytest.mark.parametrize("place", ["vllm/moved.py", "vllm/other/alpha.py"])
-def test_a_patched_file_on_record_that_was_moved(home, tree, place):
+MOVES = {
+    "one file": {"vllm/alpha.py": "vllm/other/alpha.py"},
+    "a file whose edit needs nothing": {"vllm/model_executor/beta.py": "vllm/other/beta.py"},
+    "a fork's layout": {"vllm/alpha.py": "vllm/fork/a.py", "vllm/model_executor/beta.py": "vllm/fork/beta.py"},
+}
+
+
+@pytest.mark.parametrize("moves", MOVES.values(), ids=MOVES)
+@pytest.mark.parametrize("words", [[], ["--only", "2"]])
+@pytest.mark.parametrize("kind", ["staged", "unstaged", "no git", "site-packages"])
+def test_patched_files_without_a_record_that_were_moved_to_another_folder(home, request, kind, words, moves):
+    """revert says so before it takes out anything that they still use."""
+    name = {"no git": "tree", "site-packages": "site"}.get(kind, "checkout")
+    tree = request.getfixturevalue(name)
+    before = package(tree)
+    assert cli(home, "apply", tree).returncode == 0
+    applied = package(tree)
+    shutil.rmtree(tree / ".vllm-quark")
+    for file, place in moves.items():
+        (tree / place).parent.mkdir(exist_ok=True)
+        (tree / file).rename(tree / place)
+    if kind == "staged":
+        git(tree, "add", "-A", "vllm/alpha.py", "vllm/model_executor/beta.py", *moves.values())
+    moved = package(tree)
+    line = one_line(cli(home, "revert", tree, *words))
+    assert package(tree) == moved and not (tree / ".vllm-quark").exists()
+    if name == "checkout":
+        assert all(file in line and place in line for file, place in moves.items())
+        follow(line, tree)
+        assert not git(tree, "status", "--porcelain")
+    else:
+        place = next(place for place in moves.values() if place in line)
+        assert f"{tree / place}: this is " in line and "moved, with its edits: move it back and revert again" in line
+        for file, place in moves.items():
+            (tree / place).rename(tree / file)
+        (tree / place).parent.rmdir()
+        assert package(tree) == applied
+        one_line(cli(home, "revert", tree, *words), "0002-scale", "not on record")
+        return
+    assert cli(home, "revert", tree).returncode == 0 and package(tree) == before
+    git(tree, "stash", "pop", "-q")
+    assert package(tree).keys() >= set(moves.values())
+
+
+def test_patched_files_that_a_commit_moved(home, checkout):
+    """They are git's business."""
+    assert cli(home, "apply", checkout).returncode == 0
+    shutil.rmtree(checkout / ".vllm-quark")
+    commit_all(checkout, "series")
+    (checkout / "vllm/other").mkdir()
+    git(checkout, "mv", "vllm/alpha.py", "vllm/other/alpha.py")
+    git(checkout, "commit", "-q", "-m", "moved")
+    write(checkout, {"vllm/model_executor/beta.py": (checkout / "vllm/model_executor/beta.py").read_text() + "b = 1\n"})
+    line = one_line(cli(home, "revert", checkout, "--only", "2"), "0002-scale: not on record: they are in commits")
+    assert "git log -- vllm/alpha.py " in line and "vllm/other/alpha.py" in line
+
+
+@pytest.mark.parametrize(
+    "file, place",
+    [
+        ("vllm/alpha.py", "vllm/moved.py"),
+        ("vllm/alpha.py", "vllm/other/alpha.py"),
+        ("vllm/model_executor/beta.py", "vllm/other/beta.py"),
+    ],
+)
+def test_a_patched_file_on_record_that_was_moved(home, tree, file, place):
     """Its new place would keep the edits without the files that they need."""
     before = package(tree)
     assert cli(home, "apply", tree).returncode == 0
     applied = package(tree)
     (tree / place).parent.mkdir(exist_ok=True)
-    (tree / "vllm/alpha.py").rename(tree / place)
+    (tree / file).rename(tree / place)
     result = cli(home, "revert", tree)
     assert result.returncode == 2
-    one_line(result, f"{place}: this is vllm/alpha.py, moved, with its edits: move it back and revert again")
-    (tree / place).rename(tree / "vllm/alpha.py")
+    one_line(result, f"{place}: this is {file}, moved, with its edits: move it back and revert again")
+    (tree / place).rename(tree / file)
     shutil.rmtree(tree / "vllm/other", ignore_errors=True)
     assert package(tree) == applied
     assert cli(home, "revert", tree).returncode == 0 and package(tree) == before

@@ -15,7 +15,7 @@ UV = Path(sys.executable).with_name("uv")
 ROOT = Path(__file__).parents[2]
 RELEASE = "0.21.0"
 # Patches for structures that this release does not have yet.
-NEWER = {"0017", "0018"}
+NEWER = {"0017", "0018", "0019"}
 
 ALPHA = """\
 class Alpha:

@@ -111,13 +111,40 @@ def find_committed(root: Path, files: Iterable[str]) -> set[str]:
     if not files or not (root / ".git").exists():
         return set()
     try:
-        there = git(root, "ls-tree", "-r", "--name-only", "-z", "HEAD", "--", *files).split("\0")
+        rows = git(root, "ls-tree", "-r", "-z", "HEAD", "--", *files).split("\0")[:-1]
+        there = {file: about.split()[2] for about, _, file in (row.partition("\t") for row in rows)}
         # Of a file that was moved, git would name the new place alone.
-        differing = git(root, "diff", "--no-renames", "--name-only", "-z", "HEAD", "--", *files).split("\0")
+        differing = git(root, "diff", "--no-renames", "--name-only", "-z", "HEAD", "--", *files).split("\0")[:-1]
+        # git diff says nothing of these; what a sparse checkout leaves out is as it should be.
+        overlooked = {file for hidden in find_overlooked(root, files).values() for file in hidden}
+        compared = [file for file in overlooked if (root / file).is_file() and not (root / file).is_symlink()]
+        digests = git(root, "hash-object", "--", *compared).split() if compared else []
+        differing += [file for file, digest in zip(compared, digests, strict=True) if digest != there.get(file)]
     except QuarkError:
         return set()
     gone = {file for file in files if file not in there and not (root / file).exists()}
     return gone | {file for file in files if file in there and file not in differing}
+
+
+def find_overlooked(root: Path, files: Iterable[str]) -> dict[str, list[str]]:
+    """Those of `files` whose changes git was told to overlook, by the option of git update-index that ends this."""
+    rows = git(root, "ls-files", "-v", "-z", "--", *files).split("\0")[:-1]
+    marked = {
+        "--no-skip-worktree": [row[2:] for row in rows if row[0] in "Ss"],
+        "--no-assume-unchanged": [row[2:] for row in rows if row[0].islower()],
+    }
+    return {option: overlooked for option, overlooked in marked.items() if overlooked}
+
+
+def find_unstashable(root: Path, files: Iterable[str]) -> list[str]:
+    """Files whose entries in the index keep git stash from taking `files` away.
+
+    These are the ones of `files` that neither the index nor the folder has, as after git mv, and whatever file the
+    index has without content (git add -N).
+    """
+    changes = ("diff", "--no-renames", "--name-only", "-z")
+    deleted = git(root, *changes, "--cached", "--diff-filter=D", "HEAD", "--", *files).split("\0")[:-1]
+    return deleted + git(root, *changes, "--diff-filter=A").split("\0")[:-1]
 
 
 def read_committed(root: Path, file: str) -> bytes | None:

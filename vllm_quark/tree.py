@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from vllm_quark.edit import matches
-from vllm_quark.git import find_committed, git, has_commits, read_committed
+from vllm_quark.git import find_committed, find_overlooked, find_unstashable, git, has_commits, read_committed
 from vllm_quark.judge import Status, Verdict, View, find_moved, is_fixed_upstream, judge_patch, judge_series
 from vllm_quark.locate import SHADOW_NOTE, find_package
 from vllm_quark.patches import Patch, QuarkError
@@ -61,12 +61,6 @@ def _join(words: list[str]) -> str:
     """The first of `words` as a text, and how many more there are."""
     first = words if len(words) < 4 else [*words[:3], f"{len(words) - 3} more"]
     return " and ".join([", ".join(first[:-1]), first[-1]] if len(first) > 1 else first)
-
-
-def _in_commits(files: list[str]) -> str:
-    return (
-        f"they are in commits: drop or revert those with git (git log -- {shlex.join(list(dict.fromkeys(files))[:3])})"
-    )
 
 
 def _pattern_of_users(files: Iterable[str]) -> re.Pattern[bytes]:
@@ -288,15 +282,18 @@ class Tree:
         if self.is_source and has_commits(self.root):
             committed = find_committed(self.root, files)
             if committed.issuperset(files):
-                return _in_commits(files)
+                return self._in_commits(files)
             loose = [file for file in files if file not in committed]
             # What git never had, a patch brought, unless most of vLLM is not in git.
             if any(read_committed(self.root, file) is not None for file in loose):
-                # git stash knows no file that is neither in the index nor in the tree, as after git mv.
-                changes = ("diff", "--cached", "--no-renames", "--diff-filter=D", "--name-only", "-z", "HEAD")
-                deleted = git(self.root, *changes, "--", *loose).split("\0")[:-1]
-                reset = f"git reset -q -- {shlex.join(deleted)} && " if deleted else ""
-                return f"{reset}git stash push --all -- {shlex.join(loose)} (it keeps a copy)"
+                steps = [
+                    ["update-index", option, "--", *overlooked]
+                    for option, overlooked in find_overlooked(self.root, loose).items()
+                ]
+                if unstashable := find_unstashable(self.root, loose):
+                    steps.append(["reset", "-q", "--", *unstashable])
+                steps.append(["stash", "push", "--all", "--", *loose])
+                return f"{' && '.join(map(self._git_command, steps))} (it keeps a copy)"
         if self.installation is not None:
             # Another Python's packages: this one's pip would install beside them.
             own = self.root.resolve() in {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
@@ -305,6 +302,14 @@ class Tree:
             own_changes = "(it overwrites your own changes to vLLM, too)"
             return f"{python} {self.installation.name}=={self.installation.version} {own_changes}"
         return f"put back {_join(files)} as in vLLM {self.version}"
+
+    def _git_command(self, words: list[str]) -> str:
+        """A command of git for a shell, whatever folder that is in."""
+        return shlex.join(["git", "-C", str(self.root), *words])
+
+    def _in_commits(self, files: list[str]) -> str:
+        log = self._git_command(["log", "--", *list(dict.fromkeys(files))[:3]])
+        return f"they are in commits: drop or revert those with git ({log})"
 
     def _contents_without_us(self, series: Series, record: Record) -> dict[str, bytes | None]:
         """Content of all recorded files without us.
@@ -451,7 +456,7 @@ class Tree:
         loose = [v for v in there if self._is_uncommitted(series, v, committed)]
         if not any(v in asked for v in loose):
             # git knows the commits of a file that was moved by its old name.
-            return f"{self.root}: {names}: not on record: {_in_commits([file for file, _ in moved] + files)}"
+            return f"{self.root}: {names}: not on record: {self._in_commits([file for file, _ in moved] + files)}"
         # They share files, so that none of them can go alone. A file that was moved has to go back to its old place.
         edits = [edit for v in loose for edit in zip(v.edited, v.patch.edits, strict=True) if edit[0] in v.present]
         files = [f for file, rules in edits for f in (file, rules.file)] + [f for v in loose for f in v.brought]
@@ -476,10 +481,8 @@ class Tree:
             return record
         if not files:
             return record
-        verdicts = self.status(series)
-        moved = [v for v in verdicts if v.moved and v.unrecorded]
-        verdicts = [v for v in verdicts if v.status is not Status.ABSENT or v in moved]
-        edits = [v for v in verdicts if v.edited and (v.present or v in moved)]
+        verdicts = [v for v in self.status(series) if v.status is not Status.ABSENT or (v.holders and v.unrecorded)]
+        edits = [v for v in verdicts if v.edited and (v.present or (v.moved and v.unrecorded))]
         # Files that no edit uses tell nothing; they go once no edit is there off the record.
         is_bare = all(v.status is Status.UPSTREAM or v.patch.name in record.applied for v in edits)
         there = [v for v in verdicts if v in edits or v.patch.name in record.applied or not (v.edited or is_bare)]

@@ -183,7 +183,7 @@ def test_git_clean_takes_the_new_files(home, checkout):
         k: v for k, v in whole.items() if ".git/" not in k
     }
     before = snapshot(checkout)
-    line = one_line(cli(home, "revert", checkout), "0002-scale", "files they need would go", "git stash push --all -- ")
+    line = one_line(cli(home, "revert", checkout), "0002-scale", "files they need would go", " stash push --all -- ")
     assert {k: v for k, v in snapshot(checkout).items() if ".git/" not in k} == {
         k: v for k, v in before.items() if ".git/" not in k
     }
@@ -193,10 +193,10 @@ def test_git_clean_takes_the_new_files(home, checkout):
 
 
 def follow(line: str, folder) -> None:
-    """Run the command that `line` tells; what it stashes away is still there."""
+    """Run the command that `line` tells, outside of `folder`; what it stashes away is still there."""
     command = "git " + line.split(": git ")[-1].split(" (it keeps")[0]
     who = {f"GIT_{role}_{what}": "a@b" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    subprocess.run(command, shell=True, cwd=folder, env=os.environ | who, check=True, capture_output=True)
+    subprocess.run(command, shell=True, cwd=folder.parent, env=os.environ | who, check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("words", [[], ["--only", "1"], ["--only", "2"]])
@@ -220,6 +220,80 @@ def test_uncommitted_patches_without_a_record(home, checkout, words, staged):
     }
     assert "mine = 1" in git(checkout, "stash", "show", "-p", "--include-untracked")
     assert cli(home, "revert", checkout).returncode == 0 and statuses(home, checkout) == BEFORE
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_way_back_where_git_knows_of_files_without_content(home, checkout, moved):
+    """After git add -N, which also took a file of the user's, git stash refuses."""
+    before = package(checkout)
+    assert cli(home, "apply", checkout).returncode == 0
+    shutil.rmtree(checkout / ".vllm-quark")
+    write(checkout, {"vllm/mine.py": "m\n", "my notes/a b.txt": "n\n"})
+    if moved:
+        git(checkout, "mv", "vllm/alpha.py", "vllm/moved.py")
+        git(checkout, "reset", "-q")
+    git(checkout, "add", "-N", ".")
+    line = one_line(cli(home, "revert", checkout), "0001-mapping, 0002-scale and 0003-only-files: not on record")
+    follow(line, checkout)
+    assert package(checkout) == before | {"vllm/mine.py": package(checkout)["vllm/mine.py"]}
+    assert git(checkout, "status", "--porcelain").splitlines() == ['?? "my notes/"', "?? vllm/mine.py"]
+    for command in ("revert", "apply", "revert"):
+        assert cli(home, command, checkout).returncode == 0
+    assert package(checkout).keys() == before.keys() | {"vllm/mine.py"}
+    assert statuses(home, checkout) == BEFORE
+
+
+MARKS = [["--skip-worktree"], ["--assume-unchanged"], ["--skip-worktree", "--assume-unchanged"]]
+
+
+def mark(checkout, marks, *files) -> None:
+    for option in marks:
+        git(checkout, "update-index", option, "--", *files)
+
+
+@pytest.mark.parametrize("marks", MARKS, ids=" ".join)
+@pytest.mark.parametrize("words", [[], ["--only", "1"]])
+def test_the_way_back_where_git_was_told_to_overlook_files(home, checkout, marks, words):
+    """git status, diff and stash say nothing of them, but no commit has the patches."""
+    before = package(checkout)
+    assert cli(home, "apply", checkout).returncode == 0
+    shutil.rmtree(checkout / ".vllm-quark")
+    git(checkout, "add", "-f", "vllm/configs/c.json")
+    mark(checkout, marks, "vllm/alpha.py", "vllm/model_executor/beta.py", "vllm/configs/c.json")
+    result = cli(home, "status", checkout)
+    assert result.stdout.count("neither on record nor committed") == 3, result.stdout
+    line = one_line(cli(home, "revert", checkout, *words), "0001-mapping, 0002-scale and 0003-only-files: not on rec")
+    follow(line, checkout)
+    assert package(checkout) == before and not git(checkout, "status", "--porcelain")
+    for command in ("revert", "apply", "revert"):
+        assert cli(home, command, checkout).returncode == 0
+    assert package(checkout) == before and statuses(home, checkout) == BEFORE
+
+
+@pytest.mark.parametrize("marks", MARKS, ids=" ".join)
+def test_a_change_that_git_was_told_to_overlook_is_no_commit(home, checkout, marks):
+    before = package(checkout)
+    assert cli(home, "apply", checkout).returncode == 0
+    mark(checkout, marks, "vllm/alpha.py", "vllm/model_executor/beta.py")
+    path = checkout / "vllm/alpha.py"
+    path.write_text(path.read_text() + "mine = 1\n")
+    result = cli(home, "status", checkout)
+    assert "vllm/alpha.py: changed since" in result.stdout and not result.stderr, (result.stdout, result.stderr)
+    one_line(cli(home, "revert", checkout), "vllm/alpha.py: changed since vllm-quark wrote it", "keep a copy")
+    path.write_text(path.read_text().removesuffix("mine = 1\n"))
+    assert cli(home, "revert", checkout).returncode == 0 and package(checkout) == before
+
+
+def test_files_that_a_sparse_checkout_leaves_out(home, checkout):
+    """They are as git has them."""
+    git(checkout, "sparse-checkout", "set", "--no-cone", "/*", "!/vllm/model_executor/beta.py")
+    assert not (checkout / "vllm/model_executor/beta.py").exists()
+    before = package(checkout)
+    assert cli(home, "apply", checkout).returncode == 0
+    assert statuses(home, checkout)["0001"] == "applied"
+    shutil.rmtree(checkout / ".vllm-quark")
+    follow(one_line(cli(home, "revert", checkout), "0001-mapping"), checkout)
+    assert package(checkout) == before and cli(home, "revert", checkout).returncode == 0
 
 
 @pytest.mark.parametrize("kind", ["git", "commit", "no git", "site-packages"])
@@ -262,7 +336,9 @@ def test_a_patched_file_that_was_moved(home, checkout, staged):
     git(checkout, "mv", "vllm/alpha.py", "vllm/moved.py")
     if not staged:
         git(checkout, "reset", "-q")
+    before = package(checkout)
     line = one_line(cli(home, "revert", checkout), "0001-mapping, 0002-scale and 0003-only-files: not on record")
+    assert package(checkout) == before
     follow(line, checkout)
     assert not git(checkout, "status", "--porcelain") and (checkout / "vllm/alpha.py").read_text() == ALPHA
     assert cli(home, "revert", checkout).returncode == 0 and statuses(home, checkout) == BEFORE
@@ -324,7 +400,7 @@ def test_patched_files_that_a_commit_moved(home, checkout):
     git(checkout, "commit", "-q", "-m", "moved")
     write(checkout, {"vllm/model_executor/beta.py": (checkout / "vllm/model_executor/beta.py").read_text() + "b = 1\n"})
     line = one_line(cli(home, "revert", checkout, "--only", "2"), "0002-scale: not on record: they are in commits")
-    assert "git log -- vllm/alpha.py " in line and "vllm/other/alpha.py" in line
+    assert " log -- vllm/alpha.py " in line and "vllm/other/alpha.py" in line
 
 
 @pytest.mark.parametrize(
@@ -398,7 +474,8 @@ def test_committed_patches_without_a_record(home, checkout):
     git(checkout, "commit", "-q", "-a", "-m", "mine")
     before = snapshot(checkout)
     line = one_line(cli(home, "revert", checkout), "0002-scale and 0003-only-files", "they are in commits")
-    assert "drop or revert those with git (git log -- vllm/alpha.py vllm/model_executor/beta.py" in line
+    log = f"git -C {checkout} log -- vllm/alpha.py vllm/model_executor/beta.py"
+    assert f"drop or revert those with git ({log}" in line
     assert snapshot(checkout).keys() == before.keys()
     git(checkout, "reset", "-q", "--hard", "v9.9")
     assert statuses(home, checkout) == BEFORE
@@ -468,7 +545,7 @@ def test_a_commit_on_top_of_a_patch(home, checkout, importing, file, again):
     before = visible(checkout)
     line = one_line(cli(home, "revert", checkout), "0002-scale", f"edits of {file} are not on record")
     assert visible(checkout) == before
-    assert f"drop or revert those with git (git log -- {file}); then revert again" in line
+    assert f"drop or revert those with git (git -C {checkout} log -- {file}); then revert again" in line
     git(checkout, "revert", "--no-edit", "HEAD")  # the way out
     assert cli(home, "revert", checkout).returncode == 0
     assert not git(checkout, "status", "--porcelain") and not git(checkout, "diff", "v9.9")

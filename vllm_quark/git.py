@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -30,6 +31,8 @@ _IDENT = re.compile(r"(?P<name>.+) <(?P<mail>[^<>]*)> \d+ [-+]\d+")
 _OF_SETTINGS = ("GIT_EXEC_PATH", "GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM", "GIT_CONFIG_NOSYSTEM")
 # git's local variables that say who someone is, not where a repository lies
 _SAID_BY_USER = ("GIT_CONFIG_COUNT", "GIT_CONFIG_PARAMETERS")
+# git's variables that say where a repository lies, as hooks have them
+_OF_PLACES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE")
 
 Identity = dict[str, str]
 """GIT_AUTHOR_NAME, GIT_AUTHOR_EMAIL, GIT_COMMITTER_NAME, GIT_COMMITTER_EMAIL."""
@@ -98,6 +101,12 @@ def identity(folder: Path) -> Identity:
     return identity
 
 
+def format_command(root: Path, *words: str) -> str:
+    """A command of git on the tree in `root` for the user's shell, whatever folder and variables that has."""
+    unset = [word for variable in _OF_PLACES if variable in os.environ for word in ("-u", variable)]
+    return shlex.join([*(["env", *unset] if unset else []), "git", "-C", str(root), *words])
+
+
 def has_commits(root: Path) -> bool:
     """Whether the tree is a git checkout with commits that git may read: not another owner's, not a broken one."""
     with contextlib.suppress(QuarkError):
@@ -134,6 +143,11 @@ def find_overlooked(root: Path, files: Iterable[str]) -> dict[str, list[str]]:
         "--no-assume-unchanged": [row[2:] for row in rows if row[0].islower()],
     }
     return {option: overlooked for option, overlooked in marked.items() if overlooked}
+
+
+def find_unmerged(root: Path) -> list[str]:
+    """Files with conflicts that nobody has resolved: git stash refuses while there are any."""
+    return git(root, "diff", "--name-only", "--diff-filter=U", "-z").split("\0")[:-1]
 
 
 def find_unstashable(root: Path, files: Iterable[str]) -> list[str]:

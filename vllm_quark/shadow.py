@@ -4,6 +4,7 @@
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from vllm_quark.locate import find_installed
@@ -16,26 +17,40 @@ def make_shadow(out: Path, series: Series, only: list[str], site: Path | None = 
     """Folder for PYTHONPATH that holds the package of `site` with the patches `only` (none: stock).
 
     Folders are real, files are links to the installed ones, patched files are real. What is patched there starts
-    from its originals. Raises TreeError where a patch does not apply.
+    from its originals. It is built aside and renamed. Raises TreeError where a patch does not apply, and where
+    PYTHONPATH cannot name `out`.
     """
+    if os.pathsep in str(out):
+        raise TreeError(f"{out}: has a '{os.pathsep}', at which PYTHONPATH is parted: name another folder")
     tree = Tree(site or find_installed())  # its root is absolute: links hold from anywhere
     series = series.in_package(tree.package)
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(tree.root / tree.package)):
         raise TreeError(f"{out}: lies in the package that it is of: name a folder outside")
     contents = tree.package_with(series, series.select(only) if only else [])
+    aside = None
     try:
-        _fill(out, tree, contents)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        _fill(aside / out.name, tree, contents)
+        (aside / out.name).rename(out)
     except OSError as e:
-        shutil.rmtree(out, ignore_errors=True)
-        e.filename = e.filename or str(out)
+        e.filename = str(out)
         raise
+    finally:
+        if aside:
+            shutil.rmtree(aside, ignore_errors=True)
     return out
 
 
 def _fill(out: Path, tree: Tree, contents: dict[str, bytes | None]) -> None:
-    for folder, _, files in os.walk(tree.root / tree.package):
+    around = {folder for file in contents for folder in Path(file).parents}
+    for folder, folders, files in os.walk(tree.root / tree.package, followlinks=True):
         inside = Path(folder).relative_to(tree.root)
         linked = [name for name in files if _source_of(inside / name) not in contents]
+        # A folder that is a link stays one, unless files in it are patched.
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name)) and inside / name not in around]
+        folders[:] = [name for name in folders if name not in links]
+        linked += links
         # A folder that we brought is none of a shadow without us.
         if linked:
             (out / inside).mkdir(parents=True)

@@ -14,7 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from vllm_quark.edit import matches
-from vllm_quark.git import find_committed, find_overlooked, find_unstashable, git, has_commits, read_committed
+from vllm_quark.git import (
+    find_committed,
+    find_overlooked,
+    find_unmerged,
+    find_unstashable,
+    format_command,
+    git,
+    has_commits,
+    read_committed,
+)
 from vllm_quark.judge import Status, Verdict, View, find_moved, is_fixed_upstream, judge_patch, judge_series
 from vllm_quark.locate import SHADOW_NOTE, find_package
 from vllm_quark.patches import Patch, QuarkError
@@ -286,6 +295,9 @@ class Tree:
             loose = [file for file in files if file not in committed]
             # What git never had, a patch brought, unless most of vLLM is not in git.
             if any(read_committed(self.root, file) is not None for file in loose):
+                if unmerged := find_unmerged(self.root):
+                    add = format_command(self.root, "add", "--", *unmerged)
+                    return f"resolve the conflicts of {_join(unmerged)} and {add}"
                 steps = [
                     ["update-index", option, "--", *overlooked]
                     for option, overlooked in find_overlooked(self.root, loose).items()
@@ -293,7 +305,7 @@ class Tree:
                 if unstashable := find_unstashable(self.root, loose):
                     steps.append(["reset", "-q", "--", *unstashable])
                 steps.append(["stash", "push", "--all", "--", *loose])
-                return f"{' && '.join(map(self._git_command, steps))} (it keeps a copy)"
+                return f"{' && '.join(format_command(self.root, *step) for step in steps)} (it keeps a copy)"
         if self.installation is not None:
             # Another Python's packages: this one's pip would install beside them.
             own = self.root.resolve() in {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
@@ -303,12 +315,8 @@ class Tree:
             return f"{python} {self.installation.name}=={self.installation.version} {own_changes}"
         return f"put back {_join(files)} as in vLLM {self.version}"
 
-    def _git_command(self, words: list[str]) -> str:
-        """A command of git for a shell, whatever folder that is in."""
-        return shlex.join(["git", "-C", str(self.root), *words])
-
     def _in_commits(self, files: list[str]) -> str:
-        log = self._git_command(["log", "--", *list(dict.fromkeys(files))[:3]])
+        log = format_command(self.root, "log", "--", *list(dict.fromkeys(files))[:3])
         return f"they are in commits: drop or revert those with git ({log})"
 
     def _contents_without_us(self, series: Series, record: Record) -> dict[str, bytes | None]:
@@ -462,7 +470,8 @@ class Tree:
         files = [f for file, rules in edits for f in (file, rules.file)] + [f for v in loose for f in v.brought]
         files += [f for v in loose for move in v.moved for f in move]
         files = [f for f in files if f not in committed]
-        return f"{self.root}: {_join([v.patch.name for v in loose])}: not on record: {self.way_back(files)}"
+        names = _join([v.patch.name for v in loose])
+        return f"{self.root}: {names}: not on record: {self.way_back(files)}; then revert again"
 
     def _files_in(self, folder: str) -> Iterator[str]:
         paths = (path for path in (self.root / folder).rglob("*") if path.parent.name != "__pycache__")

@@ -282,6 +282,12 @@ def test_shadow_inside_of_its_package(home, tree):
     assert snapshot(tree) == before
 
 
+def test_shadow_that_pythonpath_cannot_name(home, tree, tmp_path):
+    """Python would find the vLLM without patches."""
+    one_line(cli(home, "shadow", tree, "-o", tmp_path / "a:b"), f"{tmp_path}/a:b: has a ':'", "name another")
+    assert not (tmp_path / "a:b").exists()
+
+
 def test_error_without_words(home, tree, tmp_path):
     """An OSError that has no errno says what it has."""
     code = (

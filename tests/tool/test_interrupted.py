@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,14 @@ from trees import cli, make_tree, snapshot, visible
 
 from vllm_quark.patches import QuarkError
 from vllm_quark.series import Series
+from vllm_quark.shadow import make_shadow
 from vllm_quark.tree import Tree
 
 EVENTS = ("open", "os.", "shutil.", "tempfile.", "pathlib.")
 
 
-def killed_at(step: int, root: Path, series: Series, action: str) -> bool:
-    """Run `action` in a child that dies at its `step`-th file operation in the tree; False: it ended before."""
+def killed_at(step: int, root: Path, action: Callable[[], object]) -> bool:
+    """Run `action` in a child that dies at its `step`-th file operation in `root`; False: it ended before."""
     child = os.fork()
     if child == 0:
         count = 0
@@ -34,12 +36,12 @@ def killed_at(step: int, root: Path, series: Series, action: str) -> bool:
 
         try:
             sys.addaudithook(watch)
-            getattr(Tree(root), action)(series, series.select())
+            action()
             os._exit(0)
         except BaseException:
             os._exit(1)
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, f"{action} failed before step {step}"
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, f"failed before step {step}"
     return os.WIFSIGNALED(status)
 
 
@@ -74,7 +76,7 @@ def test_killed_at_every_step(tmp_path, series, action, finish):
         root = make_tree(tmp_path / f"{step}")
         if action == "revert":
             Tree(root).apply(series, series.select())
-        died = killed_at(step, root, series, action)
+        died = killed_at(step, root, lambda root=root: getattr(Tree(root), action)(series, series.select()))
         truthful(root, series, before, after)
         getattr(Tree(root), finish)(series, series.select())
         if finish == "apply":
@@ -84,6 +86,22 @@ def test_killed_at_every_step(tmp_path, series, action, finish):
         if not died:
             break
     assert step > 25, "the kills did not reach the work"
+
+
+def test_a_shadow_killed_at_every_step(tmp_path, series):
+    """It is there as a whole or not at all: PYTHONPATH would take a part of it for all."""
+    site, folder = make_tree(tmp_path / "site", source=False), tmp_path / "shadows"
+    names = [patch.name for patch in series.patches]
+    whole = snapshot(make_shadow(tmp_path / "whole", series, names, site))
+    step, died = 0, True
+    while died:
+        step += 1
+        out = folder / f"{step}"
+        died = killed_at(step, folder, lambda out=out: make_shadow(out, series, names, site))
+        assert not out.exists() or snapshot(out) == whole, step
+        if not out.exists():
+            assert snapshot(make_shadow(out, series, names, site)) == whole
+    assert step > 15, "the kills did not reach the work"
 
 
 def start(home: Path, *words: object) -> subprocess.Popen:

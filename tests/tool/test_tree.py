@@ -492,3 +492,21 @@ def test_shadow_of_an_applied_tree_starts_from_its_originals(home, tmp_path, wor
     assert contents("applied") == shadow == contents("plain")
     assert ("packed" in (tmp_path / "applied/vllm/alpha.py").read_text()) == (words != ["--stock"])
     assert (tmp_path / "applied/vllm/configs/c.json").exists() == (words == [])
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_shadow_has_folders_that_are_links(home, tmp_path, patched):
+    site, elsewhere = make_tree(tmp_path / "site", source=False), tmp_path / "elsewhere"
+    shutil.move(site / "vllm/model_executor", elsewhere)
+    write(elsewhere, {"deep/more.py": "MORE = 1\n"})
+    (site / "vllm/model_executor").symlink_to(elsewhere)
+    (elsewhere / "again").symlink_to(site / "vllm")
+    before = snapshot(tmp_path)
+    words = ["--only", "2"] if patched else ["--stock"]
+    result = cli(home, "shadow", site, "-o", tmp_path / "shadow", *words)
+    assert result.returncode == 0, result.stderr
+    inside = tmp_path / "shadow/vllm/model_executor"
+    assert {p.name for p in inside.iterdir()} == {"__init__.py", "beta.py", "deep", "again"}
+    assert (inside / "deep/more.py").read_text() == "MORE = 1\n"
+    assert ("x > 2" in (inside / "beta.py").read_text()) == patched
+    assert snapshot(tmp_path).items() >= before.items()

@@ -4,6 +4,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 
@@ -194,7 +195,7 @@ def test_git_clean_takes_the_new_files(home, checkout):
 
 def follow(line: str, folder) -> None:
     """Run the command that `line` tells, outside of `folder`; what it stashes away is still there."""
-    command = "git " + line.split(": git ")[-1].split(" (it keeps")[0]
+    command = re.split(r": (?=git |env -u )", line)[-1].split(" (it keeps")[0]
     who = {f"GIT_{role}_{what}": "a@b" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     subprocess.run(command, shell=True, cwd=folder.parent, env=os.environ | who, check=True, capture_output=True)
 
@@ -220,6 +221,44 @@ def test_uncommitted_patches_without_a_record(home, checkout, words, staged):
     }
     assert "mine = 1" in git(checkout, "stash", "show", "-p", "--include-untracked")
     assert cli(home, "revert", checkout).returncode == 0 and statuses(home, checkout) == BEFORE
+
+
+def test_the_way_back_in_the_middle_of_conflicts(home, checkout):
+    """git stash refuses while any file is unmerged, as after git stash pop."""
+    write(checkout, {"vllm/other.py": "x = 2\n"})
+    git(checkout, "stash", "-q")
+    write(checkout, {"vllm/other.py": "x = 3\n"})
+    commit_all(checkout, "x")
+    assert cli(home, "apply", checkout).returncode == 0
+    shutil.rmtree(checkout / ".vllm-quark")
+    subprocess.run(["git", "stash", "pop", "-q"], cwd=checkout, capture_output=True)
+    assert git(checkout, "diff", "--name-only", "--diff-filter=U") == "vllm/other.py\n"
+    before = package(checkout)
+    line = one_line(cli(home, "revert", checkout), "not on record: resolve the conflicts of vllm/other.py")
+    assert f" and git -C {checkout} add -- vllm/other.py; then revert again" in line and "stash" not in line
+    assert package(checkout) == before
+    write(checkout, {"vllm/other.py": "x = 4\n"})
+    git(checkout, "add", "--", "vllm/other.py")
+    follow(one_line(cli(home, "revert", checkout), "not on record"), checkout)
+    assert cli(home, "revert", checkout).returncode == 0
+    # The user's own file has its staged change.
+    assert git(checkout, "status", "--porcelain") == "M  vllm/other.py\n"
+
+
+def test_the_way_back_where_gits_variables_name_another_repository(home, checkout, tmp_path, monkeypatch):
+    """As in a hook: the command is for the tree that it names."""
+    before = package(checkout)
+    shutil.copytree(checkout, tmp_path / "other")
+    write(tmp_path / "other", {"vllm/alpha.py": "mine = 1\n"})
+    assert cli(home, "apply", checkout).returncode == 0
+    shutil.rmtree(checkout / ".vllm-quark")
+    with monkeypatch.context() as patch:
+        patch.setenv("GIT_DIR", str(tmp_path / "other/.git"))
+        patch.setenv("GIT_INDEX_FILE", str(tmp_path / "other/.git/index"))
+        patch.setenv("GIT_WORK_TREE", str(tmp_path / "other"))
+        follow(one_line(cli(home, "revert", checkout), "not on record"), checkout)
+    assert package(checkout) == before and not git(checkout, "status", "--porcelain")
+    assert git(tmp_path / "other", "status", "--porcelain") == " M vllm/alpha.py\n"
 
 
 @pytest.mark.parametrize("moved", [False, True])

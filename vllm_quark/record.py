@@ -10,6 +10,7 @@ leaves every file either as it was or as it should become, and both are on recor
 import base64
 import contextlib
 import enum
+import errno
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,15 @@ from vllm_quark.git import find_committed
 from vllm_quark.patches import QuarkError
 
 RECORD_DIR = ".vllm-quark"
+_ROOM, _OWNER = "make room", "run as the owner of the tree or work on a copy"
+_WAYS_OUT = {
+    errno.ENOSPC: f"{_ROOM} and run again",
+    errno.EDQUOT: f"{_ROOM} and run again",
+    errno.EFBIG: f"{_ROOM} and run again",
+    errno.EROFS: "remount it writable or work on a copy",
+    errno.EACCES: _OWNER,
+    errno.EPERM: _OWNER,
+}
 
 
 class TreeError(QuarkError):
@@ -73,6 +83,11 @@ class Record:
         return json.dumps({k: v for k, v in data.items() if v or k != "in_commits"}, indent=1)
 
 
+def find_way_out(e: OSError) -> str:
+    """The way out of a failure to read or write a tree's file."""
+    return _WAYS_OUT.get(e.errno or 0, "mend that and run again")
+
+
 def digest_of(data: bytes | None) -> str | None:
     """SHA-256 of a file's content, None of no file."""
     return None if data is None else hashlib.sha256(data).hexdigest()
@@ -97,7 +112,7 @@ def read_record(root: Path) -> Record:
     except (FileNotFoundError, NotADirectoryError):
         return Record()
     except OSError as e:
-        raise TreeError(f"{path}: cannot be read: {e.strerror}") from e
+        raise TreeError(f"{path}: cannot be read: {e.strerror}: {find_way_out(e)}") from e
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise TreeError(f"{path}: damaged record: reinstall vLLM and delete {path.parent}") from e
 

@@ -6,7 +6,6 @@ A file is never written in place: a new one is renamed over it, so that what it 
 """
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
@@ -21,25 +20,16 @@ from vllm_quark.record import (
     State,
     TreeError,
     digest_of,
+    find_way_out,
     original_path,
     record_path,
 )
 
 TEMP_SUFFIX = ".vllm-quark-new"
-_ROOM, _OWNER = "make room", "run as the owner of the tree or work on a copy"
-_WAYS_OUT = {
-    errno.ENOSPC: f"{_ROOM} and run again",
-    errno.EDQUOT: f"{_ROOM} and run again",
-    errno.EFBIG: f"{_ROOM} and run again",
-    errno.EROFS: "remount it writable or work on a copy",
-    errno.EACCES: _OWNER,
-    errno.EPERM: _OWNER,
-}
 
 
 def _explain(e: OSError, path: Path | str, action: str, state: str = "nothing was changed") -> TreeError:
-    way_out = _WAYS_OUT.get(e.errno or 0, "mend that and run again")
-    return TreeError(f"{path}: cannot {action}: {e.strerror}: {state}, {way_out}")
+    return TreeError(f"{path}: cannot {action}: {e.strerror}: {state}, {find_way_out(e)}")
 
 
 def read_file(root: Path, file: str) -> bytes | None:
@@ -49,7 +39,7 @@ def read_file(root: Path, file: str) -> bytes | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as e:
-        raise TreeError(f"{root / file}: cannot be read: {e.strerror}") from e
+        raise TreeError(f"{root / file}: cannot be read: {e.strerror}: {find_way_out(e)}") from e
 
 
 def _temp(path: Path) -> Path:

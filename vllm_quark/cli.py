@@ -416,7 +416,8 @@ def configs_command(
         print(json.dumps({"files": [str(f) for f in files]}))
     else:
         print("\n".join(map(str, files)))
-        print(f"VLLM_TUNED_CONFIG_FOLDER={out.absolute()}, for a vLLM with{'out' if stock else ''} patch 0013")
+        folder = shlex.quote(str(out.absolute()))
+        print(f"VLLM_TUNED_CONFIG_FOLDER={folder}, for a vLLM with{'out' if stock else ''} patch 0013")
     return 0
 
 

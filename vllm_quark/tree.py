@@ -4,6 +4,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import os
 import re
 import shlex
@@ -310,9 +311,14 @@ class Tree:
             # Another Python's packages: this one's pip would install beside them.
             own = self.root.resolve() in {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
             where = "" if own else f"--target {shlex.quote(str(self.root))} --upgrade "
-            python = f"{sys.executable} -m pip install {where}--force-reinstall --no-deps"
+            python = shlex.quote(sys.executable)
+            install = f"{python} -m pip install {where}--force-reinstall --no-deps"
+            # uv makes environments without pip.
+            if importlib.util.find_spec("pip") is None:
+                where = "" if own else f"--target {shlex.quote(str(self.root))} "
+                install = f"uv pip install --python {python} {where}--reinstall --no-deps"
             own_changes = "(it overwrites your own changes to vLLM, too)"
-            return f"{python} {self.installation.name}=={self.installation.version} {own_changes}"
+            return f"{install} {self.installation.name}=={self.installation.version} {own_changes}"
         return f"put back {_join(files)} as in vLLM {self.version}"
 
     def _in_commits(self, files: list[str]) -> str:

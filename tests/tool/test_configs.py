@@ -69,3 +69,8 @@ def test_files_of_ones_own_stay(tmp_path):
 def test_bad_input(tmp_path):
     (tmp_path / "file").touch()
     one_line(cli(ROOT, "configs", "-o", tmp_path / "file"), "file", "cannot be written")
+
+
+def test_a_folder_with_a_space(tmp_path):
+    result = cli(ROOT, "configs", "-o", tmp_path / "my configs")
+    assert f"\nVLLM_TUNED_CONFIG_FOLDER='{tmp_path}/my configs', for " in result.stdout, result

@@ -397,6 +397,12 @@ def test_bad_input(tmp_path):
     one_line(cli(ROOT, "convert", tmp_path / "out.part", "-o", tmp_path / "o", *to), "config.json", "does not exist")
 
 
+def test_the_command_that_serves_it(tmp_path):
+    folder = as_step(Checkpoint()).write(tmp_path / "ckpt")
+    result = cli(ROOT, "convert", folder, "-o", tmp_path / "my models/out", "--to", "stacked")
+    assert result.stdout.endswith(f": vllm serve '{tmp_path}/my models/out'\n"), result
+
+
 def test_killed_before_its_record_went(tmp_path):
     """All is there: the next run says so; another conversion does not take it for its own."""
     folder = as_step(Checkpoint()).write(tmp_path / "ckpt")

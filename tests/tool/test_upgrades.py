@@ -7,10 +7,11 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from test_tree import AFTER, BEFORE, GOOD_ALPHA, statuses
-from trees import ALPHA, BETA, cli, install, make_environment, make_wheel, one_line, snapshot, visible, write
+from trees import ALPHA, BETA, UV, cli, install, make_environment, make_wheel, one_line, snapshot, visible, write
 
 from vllm_quark.record import find_installation
 
@@ -141,6 +142,32 @@ def test_deleted_record(home, site, tmp_path, newer):
     assert (site / "vllm/configs/c.json").read_text() == ("{2}\n" if newer else "{}\n")
     assert cli(home, "revert", site).returncode == 0
     assert {k: v for k, v in package(site).items() if k in before} == before
+
+
+@pytest.mark.parametrize("has_pip", [True, False])
+def test_the_command_that_reinstalls(home, site, tmp_path, has_pip):
+    """It works as it is printed, also where uv made the environment, which has no pip then."""
+    assert cli(home, "apply", site).returncode == 0
+    shutil.rmtree(site / ".vllm-quark")
+    hide = "" if has_pip else "sys.modules['pip'] = None; "
+    code = (
+        f"import sys; {hide}from vllm_quark.cli import main; sys.argv = ['vllm-quark', 'revert', {str(site)!r}]; main()"
+    )
+    line = one_line(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=home), "0002-scale"
+    )
+    command = line.split("c.json: ")[1].split(" (it overwrites")[0]
+    assert command.startswith("uv pip ") != has_pip
+    offline = {
+        f"{tool}_{name}": value
+        for tool in ("PIP", "UV")
+        for name, value in (("NO_INDEX", "1"), ("FIND_LINKS", str(tmp_path)))
+    }
+    offline |= {"PATH": f"{UV.parent}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(command, shell=True, cwd="/", env=os.environ | offline, check=True, capture_output=True)
+    assert statuses(home, site)["0001"] == "applies" and (site / "vllm/alpha.py").read_text() == ALPHA
+    for action in ("revert", "apply", "revert"):
+        assert cli(home, action, site).returncode == 0
 
 
 def test_lost_originals(home, site, tmp_path):

@@ -3,6 +3,7 @@
 """`vllm-quark convert`: what it takes, says and returns."""
 
 import enum
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -39,7 +40,7 @@ def convert(
     from vllm_quark.convert.conversion import convert_checkpoint
 
     plan = convert_checkpoint(checkpoint, out, to.value, per_token, _Progress())
-    print(f"{out}: {len(plan.tensors)} tensors, {to.value}: vllm serve {out}")
+    print(f"{out}: {len(plan.tensors)} tensors, {to.value}: vllm serve {shlex.quote(str(out))}")
     return 0
 
 

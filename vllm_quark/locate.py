@@ -6,7 +6,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from vllm_quark.record import TreeError
+from vllm_quark.record import TreeError, record_path
 
 SHADOW_NOTE = "vllm-quark-shadow-of.txt"
 _IMPORTED = re.compile(rb"^\s*(?:from|import) (\w+)", re.M)
@@ -58,5 +58,9 @@ def find_package(root: Path) -> str:
         return packages[0]
     if alike:
         raise TreeError(f"{root}: not a vLLM tree: {alike[0].name} only depends on vLLM: name the one that it imports")
-    hint = f": name {root.parent} instead" if _is_package(root) else ""
-    raise TreeError(f"{root}: not a vLLM tree (no vllm/__init__.py with vllm/model_executor in it){hint}")
+    way_out = "name a site-packages folder or a vLLM source tree"
+    if _is_package(root):
+        way_out = f"name {root.parent} instead"
+    elif record_path(root).is_file():
+        way_out = "it was one when vllm-quark patched it: install or check out vLLM there again, then revert"
+    raise TreeError(f"{root}: not a vLLM tree (no vllm/__init__.py with vllm/model_executor in it): {way_out}")

@@ -532,7 +532,9 @@ class Tree:
             stays = set(verdict.edited if verdict.incomplete else ())
             if not is_fixed_upstream(patch, self.version):
                 stays.update(set(verdict.present).intersection(record.in_commits))
-            stays.update(file for file in verdict.edited if users.search(view.content(file) or b""))
+                stays.update(place for file, place in verdict.moved if file in record.in_commits)
+            places = (*verdict.edited, *(place for _, place in verdict.moved))
+            stays.update(file for file in places if users.search(view.content(file) or b""))
             if stays:
                 names.append(patch.name)
                 staying += sorted(stays)

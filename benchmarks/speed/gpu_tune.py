@@ -165,10 +165,7 @@ def search(args: argparse.Namespace) -> None:
     until = time.monotonic() + 60 * args.minutes
     target = args.target
     compiler = Compiler(target, args.workers)
-    shapes = []
-    for text in args.shapes.split(","):
-        dtype, experts, width = text.split(":")
-        shapes.append(Shape(int(experts), int(width), dtype))
+    shapes = [Shape.parse(text) for text in args.shapes.split(",")]
     counts = [int(c) for c in args.counts.split(",")] if args.counts else COUNTS
     order = sorted(counts, key=lambda c: (c not in ANCHORS, c))
     for number, shape in enumerate(shapes):
@@ -207,25 +204,32 @@ def search(args: argparse.Namespace) -> None:
     print(f"{len(failed)} candidates failed", *list(failed.items())[:3], sep="\n  ")
 
 
+def best_for_all(cells: list[dict]) -> Key:
+    """The candidate whose time over the best one's is the least where it is worst, of those timed in all `cells`."""
+    times = [{tuple(key): uniform + skewed for key, uniform, skewed in cell["best"]} for cell in cells]
+    common = set.intersection(*map(set, times))
+    return min(common, key=lambda key: max(of[key] / min(of.values()) for of in times))
+
+
 def write(args: argparse.Namespace) -> None:
     """Write vLLM's config files from measured cells: one a shape and device."""
-    files: dict[str, dict[int, dict]] = {}
+    # A name says nothing of the hidden size: models share one.
+    files: dict[str, dict[int, list[dict]]] = {}
     for file in args.results:
         for cell in read_cells([file]).values():
-            dtype, experts, width = cell["shape"].split()
+            dtype, experts, width, *_ = cell["shape"].split()
             if dtype != "int8":
                 continue
             device = cell["device"].replace(" ", "_")
             if "H200" in device.split("_"):
                 device = "NVIDIA_H200"
             name = f"{experts},{width},device_name={device},dtype=int8_w8a8.json"
-            config = as_config(tuple(cell["best"][0][0]))
-            files.setdefault(name, {})[cell["tokens"]] = config
+            files.setdefault(name, {}).setdefault(cell["tokens"], []).append(cell)
     for name, configs in sorted(files.items()):
         if missing := [c for c in COUNTS if c not in configs]:
             print(f"{name}: not written, not measured at {missing} tokens")
             continue
-        text = json.dumps({str(c): configs[c] for c in COUNTS}, indent=4) + "\n"
+        text = json.dumps({str(c): as_config(best_for_all(configs[c])) for c in COUNTS}, indent=4) + "\n"
         new = args.configs / f".{name}.new"
         new.write_text(text)
         new.rename(args.configs / name)
@@ -237,7 +241,7 @@ def main() -> int:
     sub = parser.add_subparsers(required=True)
     one = sub.add_parser("search")
     one.add_argument("out", type=Path)
-    one.add_argument("--shapes", required=True, help="dtype:experts:width,…")
+    one.add_argument("--shapes", required=True, help="dtype:E:N[:experts:hidden:top_k],…")
     one.add_argument("--counts", help="token counts, all of vLLM's by default")
     one.add_argument("--seeds", type=Path, nargs="*", default=[])
     one.add_argument("--seed-shapes", nargs="*", default=[], help="e.g. 'int8 E=288 …'")

@@ -2,13 +2,14 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """How long INT8 experts take to load, with the series' checks and without.
 
-    python -m benchmarks.speed.load_layer [--experts 288] [--layers 1] [--tp 1 8] [--runs 3] [--rounds 1]
+    python -m benchmarks.speed.load_layer [--experts 288] [--layers 1] [--tp 1 8] [--runs 3] [--rounds 1] [--model]
 
 Writes a checkpoint of MoE layers, by default at Step-3.5-Flash's widths (one tensor per expert and projection, as AMD
 Quark writes them; random bytes), and loads a rank's part of it with the installed vLLM, stock and with the series, in
-turn, each in a process of its own: the tensors through the parameters' loaders, as a model's load_weights does, and
-the look at headers and scales before and after. Prints each run's seconds and the ratio of the medians, series over
-stock. The file lies in the page cache.
+turn, each in a process of its own: the tensors through the parameters' loaders, and the look at headers and scales
+before and after. With --model they come as an engine's loader hands them over, through vLLM's iterator and
+Step3p5Model.load_weights, which looks each name up. Prints each run's seconds and the ratio of the medians, series over
+stock. The files lie in the page cache.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
@@ -41,10 +43,48 @@ def write(folder: Path, layers: int, experts: int, hidden: int, width: int) -> N
         save_file(tensors, folder / f"model-{layer}.safetensors")
 
 
-def load(folder: Path, layers: int, experts: int, hidden: int, width: int, tp: int) -> float:
+def load_tensors(layers: list, folder: Path) -> None:
+    """Hand each tensor of `folder` to its parameter's loader."""
+    from safetensors import safe_open
+
+    for number, layer in enumerate(layers):
+        params = dict(layer.named_parameters())
+        with safe_open(folder / f"model-{number}.safetensors", "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                *_, expert, projection, kind = name.split(".")
+                shard = SHARDS[projection]
+                target = f"{'w2' if shard == 'w2' else 'w13'}_{kind}"
+                param, tensor = params[target], file.get_tensor(name)
+                param.weight_loader(param, tensor, target, shard_id=shard, expert_id=int(expert))
+
+
+def load_model(layers: list, folder: Path, experts: int) -> None:
+    """The same by Step3p5Model.load_weights, which needs to know this much of a model."""
+    import torch
+    from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
+    from vllm.model_executor.models.step3p5 import Step3p5Model
+
+    root = torch.nn.Module()
+    root.layers = torch.nn.ModuleList()
+    for layer in layers:
+        block, moe = torch.nn.Module(), torch.nn.Module()
+        moe.experts = layer
+        if type(layer).__name__ == "RoutedExperts":
+            moe.experts = torch.nn.Module()
+            moe.experts.routed_experts = layer
+        block.moe = moe
+        root.layers.append(block)
+    root.config = SimpleNamespace(num_attention_groups=2, num_hidden_layers=len(layers), num_nextn_predict_layers=0)
+    root.moe_num_experts = experts
+    files = sorted(map(str, folder.glob("*.safetensors")))
+    tensors = safetensors_weights_iterator(files, use_tqdm_on_load=False)
+    if len(Step3p5Model.load_weights(root, tensors)) != 4 * len(layers):
+        raise RuntimeError("Step3p5Model did not load every parameter")
+
+
+def load(folder: Path, layers: int, experts: int, hidden: int, width: int, tp: int, by_model: bool) -> float:
     """Seconds that rank 0 of `tp` takes."""
     import torch
-    from safetensors import safe_open
 
     from tests.quantization.quark import utils
 
@@ -72,15 +112,10 @@ def load(folder: Path, layers: int, experts: int, hidden: int, width: int, tp: i
     # Outside of the environment: its default device makes each of torch's functions slower, and the engine has none
     # while it loads.
     start = time.perf_counter()
-    for number, layer in enumerate(shadows):
-        params = dict(layer.named_parameters())
-        with safe_open(folder / f"model-{number}.safetensors", "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                *_, expert, projection, kind = name.split(".")
-                shard = SHARDS[projection]
-                target = f"{'w2' if shard == 'w2' else 'w13'}_{kind}"
-                param, tensor = params[target], file.get_tensor(name)
-                param.weight_loader(param, tensor, target, shard_id=shard, expert_id=int(expert))
+    if by_model:
+        load_model(shadows, folder, experts)
+    else:
+        load_tensors(shadows, folder)
     try:
         from vllm.model_executor.layers.quantization.quark.int8 import finish_experts
     except ImportError:
@@ -88,6 +123,8 @@ def load(folder: Path, layers: int, experts: int, hidden: int, width: int, tp: i
     else:
         for layer in shadows:
             finish_experts(layer)
+    if utils.DEVICE == "cuda":
+        torch.cuda.synchronize()
     return headers + time.perf_counter() - start
 
 
@@ -100,11 +137,12 @@ def main() -> None:
     ap.add_argument("--tp", type=int, nargs="+", default=[1, 8])
     ap.add_argument("--runs", type=int, default=3)
     ap.add_argument("--rounds", type=int, default=1, help="loads per process; the first of several does not count")
+    ap.add_argument("--model", action="store_true", help="through Step3p5Model.load_weights")
     ap.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     args = ap.parse_args()
     shape = (args.layers, args.experts, args.hidden, args.width)
     if args.load:
-        print("seconds", *(load(args.load, *shape, args.tp[0]) for _ in range(args.rounds)))
+        print("seconds", *(load(args.load, *shape, args.tp[0], args.model) for _ in range(args.rounds)))
         return
     from examples.step3p5_nano.lab import before, shadow
 
@@ -122,6 +160,7 @@ def main() -> None:
                     options = ("layers", "experts", "hidden", "width", "rounds")
                     for option, number in zip(options, (*shape, args.rounds), strict=True):
                         command += [f"--{option}", str(number)]
+                    command += ["--model"] * args.model
                     env = {**os.environ, "PYTHONPATH": before(tree)}
                     result = subprocess.run(
                         [str(c) for c in command], cwd=ROOT, env=env, check=True, capture_output=True, text=True

@@ -8,6 +8,7 @@ from .scheme import complete_config
 from .weights import (
     finish_experts,
     finish_linear,
+    keep_scales,
     load_stacked,
     prepare_experts,
     prepare_linear,
@@ -18,6 +19,7 @@ __all__ = [
     "finish_experts",
     "finish_linear",
     "int8_layers",
+    "keep_scales",
     "load_stacked",
     "prepare_experts",
     "prepare_linear",

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -33,9 +34,11 @@ _UNFILLED = 0x7FC5_1E57
 _CHUNK_BYTES = 256 * 1024 * 1024
 
 
-def _refuse(layer: torch.nn.Module, where: str, kind: str, problem: str) -> NoReturn:
+def _refuse(
+    layer: torch.nn.Module, where: str, kind: str, problem: str, again: bool = True
+) -> NoReturn:
     """Raise ValueError. During a reload `layer` has its old weights back first: the
-    next reload would begin with what this one had brought."""
+    next reload would begin with what this one had brought. again: it may be right."""
     with suppress(ImportError):
         from vllm.model_executor.model_loader.reload import layerwise
 
@@ -43,7 +46,8 @@ def _refuse(layer: torch.nn.Module, where: str, kind: str, problem: str) -> NoRe
         if info is not None and info.kernel_tensors is not None:
             layerwise._place_kernel_tensors(layer, info)
             info.reset()
-            problem += ". Or an earlier reload stopped halfway: reload again"
+            if again:
+                problem += ". Or an earlier reload stopped halfway: reload again"
     raise ValueError(f"{where}: {kind} {problem}")
 
 
@@ -399,12 +403,33 @@ def _w13_shards(layer: torch.nn.Module) -> tuple[str, ...]:
 
 
 def _local_experts(layer: torch.nn.Module) -> list[int]:
-    """Which of all experts this rank's are, in the order of its parameters."""
+    """This rank's places among all ranks' experts, in the order of its parameters."""
     places = range(len(layer.w2_weight))
     if (expert_map := getattr(layer, "_expert_map", None)) is None:
         return list(places)
     experts = {place: expert for expert, place in enumerate(expert_map.tolist())}
     return [experts.get(place, place) for place in places]
+
+
+def _expert_count(layer: torch.nn.Module) -> int:
+    """Experts of the checkpoint, over all ranks: load balancing has copies of some."""
+    config = layer.moe_config
+    return getattr(config, "num_logical_experts", config.num_experts)
+
+
+def _places_of(layer: torch.nn.Module, expert: int) -> list[int]:
+    """The places, among all ranks', of an expert that load balancing copies and moves.
+    At the start the copies come after all experts, from the first one on."""
+    if layer.expert_places is None:  # nothing moved yet
+        return list(range(expert, layer.moe_config.num_experts, _expert_count(layer)))
+    return [place for place in layer.expert_places[expert].tolist() if place >= 0]
+
+
+def _expert_at(layer: torch.nn.Module, place: int) -> int:
+    """The expert of the checkpoint at a place among all ranks'."""
+    if layer.expert_places is None:
+        return place % _expert_count(layer)
+    return int(layer.expert_places.eq(place).nonzero()[0, 0])
 
 
 def load_expert(
@@ -418,22 +443,47 @@ def load_expert(
     `return_success` asks for that. Raises ValueError, naming layer, expert and
     projection, for a tensor that does not fit.
     """
+    if not layer.moe_config.moe_parallel_config.enable_eplb:
+        args = param, loaded_weight, weight_name, shard_id, expert_id, return_success
+        return _load_place(layer, expert_id, *args)
+    if layer.expert_places is not None and layer.moves_experts_async:
+        where = _experts_where(layer, expert_id % _expert_count(layer), shard_id)
+        problem = "cannot be reloaded while experts move asynchronously, as old ones "
+        problem += "may be on their way: start vLLM with use_async false in eplb_config"
+        _refuse(layer, where, _kind_of(weight_name), problem, again=False)
+    # Some models hand over a copy of its own for the others' places: a reload counts
+    # what comes, so it is left out.
+    is_first = expert_id < _expert_count(layer)
+    parts = enumerate(loaded_weight)
+    if loaded_weight.dim() < 3:
+        parts = [(expert_id, loaded_weight)] if is_first else []
+    took = [
+        _load_place(layer, expert, param, part, weight_name, shard_id, place, True)
+        for expert, part in parts
+        for place in _places_of(layer, expert)
+    ]
+    return any(took) if return_success else None
+
+
+def _load_place(
+    layer, expert, param, loaded_weight, weight_name, shard_id, place, return_success
+) -> bool | None:
+    """The same for one place among all ranks' experts. expert: the checkpoint's."""
     kind = _kind_of(weight_name)
-    expert: int | None = expert_id
     rows, columns, _ = layer.int8_shapes[shard_id]
-    if kind == "weight" and loaded_weight.dim() == 3:  # of all experts
+    if is_stack := kind == "weight" and loaded_weight.dim() == 3:
         expert = rows = columns = None
     where = _experts_where(layer, expert, shard_id)
     tensor = _fit(layer, where, kind, param.dim() - 1, loaded_weight, rows, columns)
-    _note(param, [(expert, shard_id)])
+    _note(param, [(None if is_stack else place, shard_id)])
     # Each expert is at its place where all are this rank's.
     all_here = getattr(layer, "_expert_map", "unknown") is None
-    if expert is not None and all_here and expert_id < len(param):
-        shard = _shard_of(layer, kind, param.data[expert_id], shard_id, tensor)
+    if not is_stack and all_here and place < len(param):
+        shard = _shard_of(layer, kind, param.data[place], shard_id, tensor)
         if shard:
             shard[0].copy_(shard[1])
             return True if return_success else None
-    args = tensor, weight_name, shard_id, expert_id, return_success
+    args = tensor, weight_name, shard_id, place, return_success
     return _copy(layer, layer.weight_loader, where, kind, param, *args)
 
 
@@ -495,6 +545,8 @@ def load_stacked(
     if getattr(loader, "__func__", None) is not load_expert or param.is_meta:
         return False
     layer = loader.__self__  # type: ignore[union-attr]
+    if layer.moe_config.moe_parallel_config.enable_eplb:
+        return False
     if loaded_weight.dim() > param.dim() and loaded_weight.shape[-1] == 1:
         loaded_weight = loaded_weight.squeeze(-1)
     experts = _local_experts(layer)
@@ -521,6 +573,10 @@ def prepare_experts(layer: torch.nn.Module) -> None:
     _, hidden, width = layer.w2_weight.shape
     gated = layer.w13_weight.shape[1] == 2 * width
     width *= layer.moe_config.moe_parallel_config.tp_size
+    # [experts, copies]: where load balancing has each; None: where they were at first.
+    layer.expert_places = None
+    eplb_config = get_current_vllm_config().parallel_config.eplb_config
+    layer.moves_experts_async = getattr(eplb_config, "use_async", False)
     # Rows and columns of an expert's projections, over all ranks, and whether two
     # share a parameter.
     layer.int8_shapes = dict.fromkeys(("w1", "w3"), (width, hidden, gated))
@@ -539,25 +595,42 @@ def prepare_experts(layer: torch.nn.Module) -> None:
 def finish_experts(layer: torch.nn.Module) -> None:
     """Check what INT8 experts were given. Call it before the weights are
     processed. Raises ValueError naming layer, expert and projection."""
+
+    def place_at(at: tuple[int, str]) -> str:
+        return _experts_where(layer, _expert_at(layer, at[0]), at[1])
+
     any_came = _any_came(layer)
     for name in _EXPERTS_INPUTS:
         # Not deleted: a reload registers it again.
         layer.register_parameter(name, None)
-    experts = _local_experts(layer)
+    places = _local_experts(layer)
     for stem, shards in (("w13", _w13_shards(layer)), ("w2", ("w2",))):
         weight = getattr(layer, f"{stem}_weight")
         scale = getattr(layer, f"{stem}_weight_scale")
-        wanted = [(expert, shard) for expert in experts for shard in shards]
+        wanted = [(place, shard) for place in places for shard in shards]
         for kind, param in (("weight", weight), ("weight_scale", scale)):
             came = param.__dict__.get("int8_shards", set())
             came |= {w for w in wanted if (None, w[1]) in came}
             if any_came:
-                _check_filled(
-                    layer, kind, param, wanted, lambda at: _experts_where(layer, *at)
-                )
+                _check_filled(layer, kind, param, wanted, place_at)
         rows = weight.shape[1] // len(shards)
 
         def shard_at(at: tuple[int, ...], shards=shards, rows=rows) -> str:
-            return _experts_where(layer, experts[at[0]], shards[at[1] // rows])
+            return place_at((places[at[0]], shards[at[1] // rows]))
 
         _check_scale(layer, "weight_scale", scale.data, weight.data, shard_at, any_came)
+
+
+def keep_scales(layer: torch.nn.Module) -> None:
+    """At a reload, put the scales where they were before: the kernel is given them,
+    and load balancing moves those that it has known. Call it when they have their
+    last form."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    info = layerwise.LAYERWISE_INFO.get(layer)
+    before = info.kernel_tensors[0] if info is not None and info.kernel_tensors else {}
+    for name in ("w13_weight_scale", "w2_weight_scale"):
+        scale, old = getattr(layer, name), before.get(name)
+        if old is not None and old.shape == scale.shape:
+            old.data.copy_(scale.data)
+            layer.register_parameter(name, old)

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""INT8 experts that expert load balancing (EPLB) copies and moves over ranks.
+
+Run `pytest tests/quantization/quark/test_eplb.py`.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from tests.quantization.quark.utils import (
+    DEVICE,
+    DTYPE,
+    apply_experts,
+    assert_close,
+    emulate_moe,
+    quark_config,
+    random_input,
+    random_weight,
+    shard,
+)
+from vllm.model_executor.layers import fused_moe
+from vllm.model_executor.layers.quantization.quark import quark_moe
+from vllm.model_executor.model_loader import reload
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(quark_moe, "select_int8_moe_backend"),
+    reason="this vLLM's INT8 experts are no modular kernel, which EPLB asks for",
+)
+
+E, COPIES, RANKS, TOP_K, K, I = 6, 2, 2, 2, 256, 128  # noqa: E741
+PLACES = E + COPIES
+# Where the experts are after a while: 0 and 5 are there twice.
+MOVED = [[7, 2], [0, -1], [6, -1], [1, -1], [5, -1], [4, 3]]
+SHARDS = {"w1": (I, K), "w3": (I, K), "w2": (K, I)}
+Tensors = dict[tuple[str, str], torch.Tensor]
+layer_ids = itertools.count(700)
+
+
+@pytest.fixture(autouse=True)
+def environment(layer_environment, monkeypatch):
+    config = layer_environment.parallel_config
+    monkeypatch.setattr(config, "enable_expert_parallel", True)
+    monkeypatch.setattr(config, "enable_eplb", True)
+    monkeypatch.setattr(config.eplb_config, "use_async", False)
+    torch.manual_seed(0)
+
+
+def make_tensors() -> Tensors:
+    """A checkpoint's tensors of all experts, by shard and kind."""
+    tensors = {}
+    for name, shape in SHARDS.items():
+        weight, scale = random_weight(E, *shape)
+        tensors |= {(name, "weight"): weight, (name, "weight_scale"): scale}
+    return tensors
+
+
+class Ranks:
+    """One layer of experts on two ranks, in one process."""
+
+    def __init__(self) -> None:
+        self.roots = [torch.nn.Module() for _ in range(RANKS)]
+        self.runners = []
+        for rank, root in enumerate(self.roots):
+            with shard(rank, RANKS), torch.device(DEVICE):
+                runner = fused_moe.FusedMoEFactory(
+                    num_experts=E,
+                    num_redundant_experts=COPIES,
+                    enable_eplb=True,
+                    top_k=TOP_K,
+                    hidden_size=K,
+                    intermediate_size=I,
+                    params_dtype=DTYPE,
+                    renormalize=True,
+                    quant_config=quark_config(),
+                    prefix=f"model.layers.{next(layer_ids)}.moe.experts",
+                )
+                self.runners.append(runner)
+                root.experts = runner.routed_experts
+                reload.record_metadata_for_reloading(root)
+
+    def load(self, hand_over: Callable, tensors: Tensors) -> "Ranks":
+        for root in self.roots:
+            hand_over(root.experts, tensors)
+            root.experts.quant_method.process_weights_after_loading(root.experts)
+        return self
+
+    def reload(self, hand_over: Callable, tensors: Tensors) -> None:
+        for root in self.roots:
+            reload.initialize_layerwise_reload(root)
+            hand_over(root.experts, tensors)
+            config = type("Config", (), {"dtype": DTYPE})
+            reload.finalize_layerwise_reload(root, config)
+
+    def move(self, places: list[list[int]]) -> None:
+        """As the state of EPLB says it to each layer of a model."""
+        of_layers = torch.tensor([places], device=DEVICE)
+        for runner in self.runners:
+            count = torch.ones(1, E, dtype=torch.long, device=DEVICE)
+            load = torch.zeros(1, PLACES, dtype=torch.int32, device=DEVICE)
+            runner.set_eplb_state(0, load, of_layers, count)
+
+    def assert_places(self, experts: list[int], tensors: Tensors) -> None:
+        """Place by place the output is that of the expert which has to be there."""
+        w13, s13 = (
+            torch.cat([tensors["w1", kind], tensors["w3", kind]], 1)
+            for kind in ("weight", "weight_scale")
+        )
+        w2, s2 = tensors["w2", "weight"], tensors["w2", "weight_scale"]
+        x = random_input(33, K)
+        weights = torch.ones(33, 1)
+        for place, expert in enumerate(experts):
+            out = torch.zeros(33, K)
+            for root in self.roots:
+                ids = torch.full((33, 1), place, dtype=torch.int32)
+                on_device = (t.to(DEVICE) for t in (x, weights, ids))
+                out += apply_experts(root.experts, *on_device).float().cpu()
+            ids = torch.full((33, 1), expert)
+            assert_close(out, emulate_moe(x, w13, s13, w2, s2, weights, ids))
+
+
+def hand_over_places(layer: torch.nn.Module, tensors: Tensors) -> None:
+    """As models do that know of the copies: by the place at the start."""
+    for place in range(PLACES):
+        load_one(layer, place, place % E, tensors)
+
+
+def hand_over_experts(layer: torch.nn.Module, tensors: Tensors) -> None:
+    """As Step3p5 does: by the checkpoint's number."""
+    for expert in range(E):
+        load_one(layer, expert, expert, tensors)
+
+
+def hand_over_stacks(layer: torch.nn.Module, tensors: Tensors) -> None:
+    """All experts' weights at once, their scales one by one."""
+    for (shard_id, kind), tensor in tensors.items():
+        name = name_of(shard_id, kind)
+        param = getattr(layer, name)
+        if kind == "weight":
+            param.weight_loader(param, tensor, name, shard_id=shard_id, expert_id=0)
+            continue
+        for expert, part in enumerate(tensor):
+            param.weight_loader(param, part, name, shard_id=shard_id, expert_id=expert)
+
+
+def name_of(shard_id: str, kind: str) -> str:
+    return f"{'w2' if shard_id == 'w2' else 'w13'}_{kind}"
+
+
+def load_one(layer: torch.nn.Module, place: int, expert: int, tensors: Tensors) -> None:
+    local = layer._expert_map.tolist()
+    for (shard_id, kind), tensor in tensors.items():
+        name = name_of(shard_id, kind)
+        param = getattr(layer, name)
+        took = param.weight_loader(
+            param,
+            tensor[expert],
+            name,
+            shard_id=shard_id,
+            expert_id=place,
+            return_success=True,
+        )
+        if layer.expert_places is None and place == expert:
+            assert took is any(local[at] >= 0 for at in range(expert, PLACES, E))
+
+
+WAYS = (hand_over_places, hand_over_experts, hand_over_stacks)
+
+
+def experts_at(places: list[list[int]]) -> list[int]:
+    at = {p: e for e, row in enumerate(places) for p in row if p >= 0}
+    return [at[place] for place in range(PLACES)]
+
+
+@pytest.mark.parametrize("hand_over", WAYS)
+def test_each_copy_is_loaded(hand_over):
+    tensors = make_tensors()
+    Ranks().load(hand_over, tensors).assert_places([*range(E), 0, 1], tensors)
+
+
+@pytest.mark.parametrize("hand_over", WAYS)
+def test_a_reload_finds_experts_where_they_are(hand_over):
+    ranks = Ranks().load(hand_over, make_tensors())
+    ranks.move(MOVED)
+    for tensors in (make_tensors(), make_tensors()):
+        ranks.reload(hand_over, tensors)
+        ranks.assert_places(experts_at(MOVED), tensors)
+
+
+def test_the_layer_has_a_view_of_the_state():
+    ranks = Ranks()
+    of_layers = torch.tensor([MOVED, MOVED], device=DEVICE)
+    one = torch.ones(2, E, device=DEVICE)
+    ranks.runners[0].set_eplb_state(1, one, of_layers, one)
+    of_layers[1, 3, 0] = 77
+    assert ranks.roots[0].experts.expert_places[3, 0] == 77
+
+
+def all_but(expert: int) -> Callable:
+    def hand_over(layer: torch.nn.Module, tensors: Tensors) -> None:
+        for other in set(range(E)) - {expert}:
+            load_one(layer, other, other, tensors)
+
+    return hand_over
+
+
+@pytest.mark.parametrize("expert", [1, 4])
+def test_a_missing_expert_is_named_by_the_checkpoint(expert):
+    with pytest.raises(ValueError, match=rf"expert {expert}: gate_proj \(w1\)"):
+        Ranks().load(all_but(expert), make_tensors())
+
+
+def test_a_missing_expert_is_named_after_it_moved():
+    ranks = Ranks().load(hand_over_experts, make_tensors())
+    ranks.move(MOVED)
+    with pytest.raises(ValueError, match=r"expert 5: gate_proj \(w1\)"):
+        ranks.reload(all_but(5), make_tensors())
+
+
+def test_no_reload_while_experts_may_be_on_their_way(layer_environment, monkeypatch):
+    eplb_config = layer_environment.parallel_config.eplb_config
+    monkeypatch.setattr(eplb_config, "use_async", True)
+    tensors = make_tensors()
+    ranks = Ranks().load(hand_over_experts, tensors)
+    ranks.move([[place, -1] for place in range(E)])
+    with pytest.raises(ValueError, match="expert 0: .*use_async false in eplb_config"):
+        ranks.reload(hand_over_experts, make_tensors())
+    ranks.assert_places([*range(E)], tensors)  # the old weights
+
+
+def moved_weights(ranks: Ranks) -> Iterator[list[torch.Tensor]]:
+    """What EPLB moves of each rank's layer."""
+    return ([*root.experts.get_expert_weights()] for root in ranks.roots)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="EPLB is for GPUs; CPUs pack weights")
+def test_all_that_belongs_to_an_expert_is_moved():
+    tensors = make_tensors()
+    ranks = Ranks().load(hand_over_experts, tensors)
+    whole = [torch.cat(parts).clone() for parts in zip(*moved_weights(ranks))]
+    assert len(whole) == 4  # weights and scales of both products
+    experts = experts_at(MOVED)
+    for rank, weights in enumerate(moved_weights(ranks)):
+        own = experts[rank * PLACES // RANKS :][: PLACES // RANKS]
+        for into, source in zip(weights, whole):
+            into.copy_(source[torch.tensor(own, device=DEVICE)])
+    ranks.assert_places(experts, tensors)

@@ -110,9 +110,9 @@ def grouped(key: Key) -> list[Key]:
     return [(*key[:3], group, *key[4:]) for group in (8, 32)]
 
 
-def fits(key: Key, tokens: int) -> bool:
+def fits(key: Key, shape: Shape, tokens: int) -> bool:
     """Whether a candidate's BLOCK_SIZE_M is worth a try for `tokens` tokens."""
-    each = tokens * TOP_K / EXPERTS
+    each = tokens * shape.top_k / shape.experts
     return key[0] <= max(16, 20 * each) and key[0] >= min(64, each / 3)
 
 
@@ -159,7 +159,7 @@ def compile_kernel(key: Key, dtype: str, target: str, source: tuple[bool, int, b
     import torch
     import triton.language as tl
     from triton.runtime import driver
-    from vllm.model_executor.layers.fused_moe.fused_moe import fused_moe_kernel
+    from vllm.model_executor.layers.fused_moe import fused_moe
 
     if _NoDriver.active != target:
         driver.set_active(_NoDriver(target))
@@ -173,7 +173,12 @@ def compile_kernel(key: Key, dtype: str, target: str, source: tuple[bool, int, b
     scale = torch.float32 if quantized else None
     n, k = (HIDDEN, WIDTH) if down else (2 * WIDTH, HIDDEN)
     config = as_config(key)
-    return fused_moe_kernel.warmup(
+    kernel = fused_moe.fused_moe_kernel
+    newer = {}
+    if "SWAP_AB" in kernel.arg_names:  # of newer releases, for fp8
+        swaps = dtype == "fp8" and fused_moe.enable_swap_ab(key[0], key[1])
+        newer["SWAP_AB"] = swaps
+    return kernel.warmup(
         *(operand, operand, torch.bfloat16, None, scale, scale, torch.float32),
         *(None if naive else torch.int32, torch.int32, torch.int32),
         *(n, k, 16 * key[0], 512 + odd),
@@ -191,6 +196,7 @@ def compile_kernel(key: Key, dtype: str, target: str, source: tuple[bool, int, b
         per_channel_quant=quantized,
         HAS_BIAS=False,
         grid=(1,),
+        **newer,
         **config,
     )
 

@@ -69,7 +69,7 @@ class Search:
         elif tokens in ANCHORS:
             # GROUP_SIZE_M orders tiles of one product: tried on the best alone
             every = space(self.shape.dtype, self.compiler.target)
-            keys += [key for key in every if fits(key, tokens)]
+            keys += [key for key in every if fits(key, self.shape, tokens)]
         return list(dict.fromkeys(keys))
 
     def poison(self, tokens: int) -> None:

@@ -115,8 +115,8 @@ test-base: $(BASE_ENV)/.made  ## the layer tests on the other base
 
 # Upstream's own tests of quantization and experts: none that passes on stock fails with the series.
 test-upstream: env  ## upstream's own tests, stock and series
-	$(BIN)/python tests/upstream/run.py $(RELEASE) --site .venv/lib/python3.11/site-packages --python $(BIN)/python
-	$(BIN)/python tests/upstream/run.py newest
+	$(BIN)/python -m tests.upstream.run $(RELEASE) --site .venv/lib/python3.11/site-packages --python $(BIN)/python
+	$(BIN)/python -m tests.upstream.run newest
 
 # Every scheme on this machine's kernels, stock and patched, and docs/matrix.md. The GPU's measurements are stored.
 matrix: env $(BASE_ENV)/.made  ## every scheme on this machine's kernels: docs/matrix.md
@@ -151,14 +151,14 @@ drift: env  ## drifted trees: docs/drift.md
 # Plots and generated pages, from the stored measurements.
 plots: env  ## plots and generated pages anew, from the stored figures
 	$(BIN)/python -m benchmarks.plot_docs
-	$(BIN)/python -m benchmarks.pages
+	$(BIN)/python -m benchmarks.write_pages
 
 # With the vLLM of the active Python (CUDA or ROCm), see requirements/cuda.in. UPSTREAM: upstream's tests, packed by
-# tests/upstream/run.py --pack, where no package index is reached.
+# python -m tests.upstream.run --pack, where no package index is reached.
 test-gpu:  ## the layer tests with the active Python's vLLM
 	@rm -rf build/shadow-gpu && python3 -m vllm_quark shadow -o build/shadow-gpu
 	PYTHONPATH=$(CURDIR)/build/shadow-gpu:$$PYTHONPATH python3 -m pytest -q tests/quantization tests/entrypoints
-	python3 tests/upstream/run.py $$(python3 -c "import importlib.metadata as m; print(m.version('vllm').split('+')[0])") \
+	python3 -m tests.upstream.run $$(python3 -c "import importlib.metadata as m; print(m.version('vllm').split('+')[0])") \
 	  --site $$(python3 -c "from vllm_quark.locate import find_installed as f; print(f())") --python python3 --jobs 4 \
 	  $(if $(UPSTREAM),--source $(UPSTREAM))
 

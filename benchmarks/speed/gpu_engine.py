@@ -156,7 +156,7 @@ def shards(args: argparse.Namespace) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     import torch
     from safetensors import safe_open
-    from vllm.model_executor.layers.fused_moe.stacked_loading import load_stacked_experts
+    from vllm.model_executor.layers.quantization.quark.int8 import load_stacked
 
     from tests.quantization.quark.utils import make_experts, quark_config, shard, vllm_environment
 
@@ -176,7 +176,7 @@ def shards(args: argparse.Namespace) -> None:
                     parameter = f"{'w2' if shard_id == 'w2' else 'w13'}_{kind}"
                     param, tensor = getattr(layer, parameter), opened.get_tensor(name)
                     if at_once:
-                        assert load_stacked_experts(param, tensor, parameter, shard_id)
+                        assert load_stacked(param, tensor, parameter, shard_id)
                         continue
                     for expert, weight in enumerate(tensor):
                         param.weight_loader(param, weight, parameter, shard_id=shard_id, expert_id=expert)

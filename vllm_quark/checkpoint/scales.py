@@ -19,7 +19,7 @@ from vllm_quark.checkpoint.values import (
 )
 
 SPREAD = "set qscheme to per_channel and ch_axis to 0 in the weight part of its config in config.json"
-DYNAMIC = "set is_dynamic to true and qscheme to per_channel in the input_tensors of config.json, for one scale a token"
+DYNAMIC = "set is_dynamic to true and qscheme to per_channel in the input_tensors of config.json: one scale per token"
 
 
 class Wanted(NamedTuple):

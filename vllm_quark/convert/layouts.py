@@ -93,7 +93,7 @@ def _stack(source: Source, name: str, group: list[str]) -> list[Tensor]:
         shape, most = entries[0].shape, max(prod(entry.shape) for entry in entries)
         if kind != "weight":
             shape = (most,) if most > 1 else ()
-        # One value an expert counts for all its rows where others have one a row.
+        # One value per expert counts for all its rows where others have one per row.
         times = [most // prod(entry.shape) if kind != "weight" else 1 for entry in entries]
         pieces = (Piece(e, 0, source.sizes[e.name], t) for e, t in zip(entries, times, strict=True))
         tensors.append(Tensor(f"{name}.{kind}", entries[0].dtype, (len(group), *shape), tuple(pieces)))

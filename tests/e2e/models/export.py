@@ -89,7 +89,7 @@ class Products(TorchFunctionMode):
 
 
 def fake_quantize(x: torch.Tensor, scheme: Scheme, scale: float, zero: int) -> torch.Tensor:
-    """x through INT8 and back: one scale a token, or the static `scale` and zero point."""
+    """x through INT8 and back: one scale per token, or the static `scale` and zero point."""
     if scheme.activation == "none":
         return x
     if scheme.activation == "static":

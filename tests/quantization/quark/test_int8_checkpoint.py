@@ -542,7 +542,7 @@ def test_scales_of_groups_are_refused(tmp_path):
     name = next(n for n in checkpoint.tensors if n.endswith("weight_scale"))
     scale = checkpoint.tensors[name].reshape(-1, 1).expand(-1, 4)
     checkpoint.tensors[name] = scale
-    with pytest.raises(ValueError, match="one scale a group .* per_channel"):
+    with pytest.raises(ValueError, match="one scale per group .* per_channel"):
         look(checkpoint, write(tmp_path, checkpoint.tensors))
 
 

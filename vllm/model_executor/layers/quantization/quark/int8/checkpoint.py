@@ -224,10 +224,12 @@ def find_problems(contents: Contents, names: Names) -> Iterator[Problem]:
             reason = f"is int8, but the checkpoint has no {module}.weight_scale"
             yield Problem.of(weight, reason, f"{_INCOMPLETE}, if it is an INT8 layer's")
         elif _is_of_groups(weight.shape, scale.shape):
-            reason = f"is {scale}, one scale a group of inputs, for weight {weight}"
+            reason = f"is {scale}, one scale per group of inputs, for weight {weight}"
             yield Problem.of(scale, reason, _NO_GROUPS)
         elif scale.dtype not in _FLOATS or not _fits(weight.shape, scale.shape):
-            reason = f"is {scale}, expected one value or one a row for weight {weight}"
+            reason = (
+                f"is {scale}, expected one value or one per row for weight {weight}"
+            )
             yield Problem.of(scale, reason, "export it again with AMD Quark")
         for kind, entry in kinds.items():
             if not _may_lie_beside(kind):

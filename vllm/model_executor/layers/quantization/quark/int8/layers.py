@@ -133,7 +133,7 @@ class Int8Layers:
         serve = Int8Scheme.for_experts if experts else Int8Scheme.for_linear
         schemes = [serve(s) if isinstance(s, Int8Scheme) else s for s in parts.values()]
         if all(isinstance(s, Int8Scheme) for s in schemes):
-            # One scale a matrix can be spread over its rows.
+            # One scale per matrix can be spread over its rows.
             per_channel = any(s.per_channel for s in schemes)
             schemes = [replace(s, per_channel=per_channel) for s in schemes]
         for name, scheme in zip(parts, schemes):

@@ -101,7 +101,7 @@ def _spec(channel: bool, axis: int, dynamic: bool, symmetric: bool) -> dict[str,
     }
 
 
-# Inputs quantized as they come, one scale a token.
+# Inputs quantized as they come, one scale per token.
 _PER_TOKEN = _spec(True, 1, True, True)
 # What no kernel runs, of the config's weight (w), inputs (i) and itself (c): whether
 # it is so, why it is refused, the way out.
@@ -169,8 +169,8 @@ _REFUSALS: tuple[tuple[Callable[[Any, Any, Any], Any], str, str], ...] = (
 class Int8Scheme:
     """How a layer's weights and inputs are quantized. Weights are symmetric.
 
-    per_channel: one weight scale a row (N), or one a matrix. static: input scales
-    come from the checkpoint. per_token: one input scale a token, or one a tensor.
+    per_channel: one weight scale per row (N), or per matrix. static: input scales
+    come from the checkpoint. per_token: one input scale per token, or per tensor.
     symmetric: inputs have no zero points.
     """
 

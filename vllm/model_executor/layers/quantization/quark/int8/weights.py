@@ -66,7 +66,7 @@ def _fit(
 ) -> torch.Tensor:
     """A checkpoint tensor in the form that vLLM's loader takes.
 
-    rows, columns: of the shard's full weight, rows 1 for one scale a matrix; None:
+    rows, columns: of the shard's full weight, rows 1 for one scale per matrix; None:
     not known. Scales [N], [N, 1], [1, N] become [N] or, for a parameter of `dim` 2,
     [N, 1]; one value counts for all rows. Raises ValueError for another dtype or
     shape, and for zero points that no kernel takes.
@@ -278,7 +278,7 @@ def load_linear(
         problem = f"is {tensor.item()}, but {param.data.item()} in another shard: vLLM "
         problem += "quantizes a fused layer's input once. Set is_dynamic to true and "
         problem += "qscheme to per_channel in the input_tensors of config.json, for "
-        _refuse(layer, where, kind, problem + "one scale a token")
+        _refuse(layer, where, kind, problem + "one scale per token")
     _note(param, shards)
     load = getattr(layer, "weight_loader_v2", layer.weight_loader)
     return _copy(layer, load, where, kind, param, tensor, *args, **kwargs)

@@ -43,6 +43,22 @@ def _table(heading: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
+def _answer_releases(results: dict) -> list[str]:
+    versions = [row["version"] for row in results["rows"]]
+    engines = results["engines"]
+    if not versions or not engines:
+        return []
+    values = [value for ways in engines.values() for way in ways.values() for value in way]
+    off = max(abs(value / results["reference"] - 1) for value in values) if all(values) else None
+    served = "" if off is None else f", all within {off:.1%} of the float reference's perplexity"
+    return [
+        f"The series applies to {len(versions)} releases, {versions[0]} to {versions[-1]}. On CPU the engine served "
+        f"the nano model on {len(engines)} releases, {list(engines)[0]} to {list(engines)[-1]}{served}. What ran on a "
+        "GPU stands in [results.md](results.md).",
+        "",
+    ]
+
+
 def releases_page(results: dict) -> str:
     """docs/releases.md: what each patch is on each release, layer tests and engines on the CPU wheels."""
     run, rows = results["run"], results["rows"]
@@ -50,6 +66,7 @@ def releases_page(results: dict) -> str:
     page = [
         "# Which releases of vLLM does the series serve?",
         "",
+        *_answer_releases(results),
         "`make releases` wrote this page; do not edit it. The top of "
         "[benchmarks/compatibility/releases.py](../benchmarks/compatibility/releases.py) says "
         f"what each release went through. Run on {run['date']}: {run['machine']}, Python {run['python']}.",
@@ -96,12 +113,27 @@ def releases_page(results: dict) -> str:
     return "\n".join(page)
 
 
+def _answer_drift(rows: dict, methods: list[str]) -> str:
+    rows = {kind: row for kind, row in rows.items() if kind != "all"}
+    total = sum(row["drifts"] for row in rows.values())
+    ours, *others = methods
+    right, refused, wrong = (sum(row[ours][i] for row in rows.values()) for i in range(3))
+    sums = {m: [sum(row[m][i] for row in rows.values()) for i in (0, 2)] for m in others}
+    rest = [f"`{m}` is right on {good} and wrong on {bad}" for m, (good, bad) in sums.items()]
+    return (
+        f"{'Yes' if right == total else 'Mostly'}. `vllm-quark` is right on {right} of {total} drifted trees, refuses "
+        f"{refused} and is wrong on {wrong}. {'; '.join(rest)}."
+    )
+
+
 def drift_page(results: dict) -> str:
     """docs/drift.md: the series on trees that drifted from a release, against git and patch."""
     run, rows = results["run"], results["rows"]
     methods = [name for name in next(iter(rows.values())) if name != "drifts"]
     page = [
         "# Does the series apply to a fork that has drifted?",
+        "",
+        _answer_drift(rows, methods),
         "",
         "`make drift` wrote this page; do not edit it. The top of "
         "[benchmarks/compatibility/drift.py](../benchmarks/compatibility/drift.py) says what a drift "

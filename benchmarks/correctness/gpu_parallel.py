@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """Speculative decoding with the MTP layers, and tensor, expert, pipeline and data parallelism, of the nano model:
-the tables in docs/results.md.
+the tables in docs/parallel.md.
 
     PYTHONPATH=SITE python -m benchmarks.correctness.gpu_parallel --ckpts DIR [--stdlib DIR] [--out DIR]
 

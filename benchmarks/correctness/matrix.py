@@ -82,12 +82,25 @@ def _summary(cells: list[dict]) -> str:
     return ", ".join(words) + (f" ({worst:.4f})" if worst is not None and len(totals) == 1 else "")
 
 
-def table(folder: Path, doc: Path) -> None:
-    pages = [json.loads(f.read_text()) for f in sorted(folder.glob("*.json"))]
-    if not pages:
-        sys.exit(f"matrix: {folder}: no measurements: run `make matrix`")
+def _answer(pages: list[dict]) -> str:
+    """The page's first paragraph: how many cells came out how, stock and patched."""
+    sentences = []
+    for patched, name in ((True, "With the series"), (False, "On stock")):
+        cells = [cell for page in pages if page["patched"] is patched for cell in page["cells"]]
+        counts = collections.Counter(cell["status"] for cell in cells)
+        said = ", ".join(f"{counts[status]} are {status}" for status in ORDER if counts[status])
+        sentences.append(
+            f"{name}, of {len(cells)} cells {said}.".replace("are stops", "stop").replace("are per", "run per")
+        )
+    return " ".join(sentences)
+
+
+def matrix_page(pages: list[dict]) -> str:
+    """docs/matrix.md, of what `measure` wrote."""
     text = [
-        "# Every INT8 W8A8 scheme, stock and patched",
+        "# Which INT8 W8A8 schemes does the series serve?",
+        "",
+        _answer(pages),
         "",
         "Made by `make matrix` (CPU) and `benchmarks/correctness/matrix.py measure` on the GPU: do not edit. "
         "What the words mean stands on top of "
@@ -136,7 +149,15 @@ def table(folder: Path, doc: Path) -> None:
                     ]
                     text.append(f"| {weight} | {activation} | {name} | " + " | ".join(statuses) + " |")
             text.append("")
-    write_file(doc, "\n".join(text))
+    return "\n".join(text)
+
+
+def table(folder: Path, doc: Path) -> None:
+    pages = [json.loads(f.read_text()) for f in sorted(folder.glob("*.json"))]
+    if not pages:
+        sys.exit(f"matrix: {folder}: no measurements: run `make matrix`")
+    write_file(doc, matrix_page(pages))
+    runs = {(p["vllm"].split("+")[0], p["device"], p["patched"]): p for p in pages}
     bad = [k for k, p in runs.items() if k[2] and any(c["status"] in ("garbage", "stops") for c in p["cells"])]
     if bad:
         sys.exit(f"matrix: patched columns with garbage: {bad}")

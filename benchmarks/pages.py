@@ -154,7 +154,7 @@ def drift_page(results: dict) -> str:
             "",
             "`tests/quantization` with the series, without mutants and reloads.",
             "",
-            *_table(["drift", "number", "result"], [[kind, str(n), said] for kind, n, said in results["tests"]]),
+            *_table(["drift", "number", "result"], [[kind, str(n), result] for kind, n, result in results["tests"]]),
             "",
         ]
     return "\n".join(page)

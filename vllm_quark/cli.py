@@ -144,8 +144,8 @@ def _guard(command: Callable[..., int | None]) -> Callable[..., None]:
         except QuarkError as e:
             reason = str(e)
         except OSError as e:
-            said = ": ".join(map(str, filter(None, (e.filename, e.strerror)))) or str(e) or type(e).__name__
-            reason = f"{said}: mend that and run again"
+            message = ": ".join(map(str, filter(None, (e.filename, e.strerror)))) or str(e) or type(e).__name__
+            reason = f"{message}: mend that and run again"
         if kwargs.get("as_json"):
             print(json.dumps({"error": reason}))
         _print_error(reason)

@@ -52,7 +52,7 @@ def pull_request(series: Series, patches: list[Patch], topic: Topic | None = Non
     tests = sorted({f for p in patches for f in p.files if Path(f).name.startswith("test_")})
     changes = "\n".join(f"- **{p.subject}**. " + " ".join(p.description.split("\n\n")[0].split()) for p in patches)
     shown = topic.results if topic else _RESULTS
-    results = "\n\n".join(f"{said}\n\n{_table(docs / page, heading)}" for page, heading, said in shown)
+    results = "\n\n".join(f"{caption}\n\n{_table(docs / page, heading)}" for page, heading, caption in shown)
     return f"""\
 ## Purpose
 

@@ -131,7 +131,7 @@ def _rules(edit: FileEdit) -> str:
     return _documents(rules)
 
 
-def _found(source: str, edit: FileEdit) -> dict[str, list[dict[str, Any]]]:
+def _find_matches(source: str, edit: FileEdit) -> dict[str, list[dict[str, Any]]]:
     """Matches of the rules of `edit`, by name. Raises SyntaxError for a CMake file that is none."""
     if not edit.is_cmake:
         return _scan(source.encode(), _rules(edit))
@@ -220,7 +220,7 @@ def edit(source: str, rules: FileEdit) -> Edited:
     """
     raw, kind = source.encode(), "CMake" if rules.is_cmake else "Python"
     try:
-        matches = _found(source, rules)
+        matches = _find_matches(source, rules)
         if matches.get("present"):
             return Edited(Outcome.PRESENT, source)
         if rules.needs and not matches.get("needs"):
@@ -260,7 +260,7 @@ def edit(source: str, rules: FileEdit) -> Edited:
                 compile(result, rules.file, "exec", dont_inherit=True)  # ast.parse takes a keyword given twice
         for statement in rules.imports:
             result = add_import(result, statement, rules.file.split("/")[0])
-        present = _found(result, rules).get("present")
+        present = _find_matches(result, rules).get("present")
     except SyntaxError as e:
         raise PatchError(f"{rules.file}:{e.lineno}: the patch leaves no valid {kind} here: {e.msg}") from e
     if not present:

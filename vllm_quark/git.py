@@ -53,8 +53,8 @@ def _call(folder: Path, environment: dict[str, str], *words: str, stdin: str | N
         errors="surrogateescape",
     )
     if process.returncode:
-        said = (process.stderr.strip() or process.stdout.strip() or "failed").splitlines()[-1]
-        raise QuarkError(f"git {next((w for w in words if w[0] != '-' and '=' not in w), '')}: {said}")
+        message = (process.stderr.strip() or process.stdout.strip() or "failed").splitlines()[-1]
+        raise QuarkError(f"git {next((w for w in words if w[0] != '-' and '=' not in w), '')}: {message}")
     return process.stdout
 
 
@@ -73,10 +73,10 @@ def _trusted() -> list[str]:
     """The user's safe.directory settings: trees of other owners that git may work in."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k in _OF_SETTINGS}
     try:
-        said = _call(Path("/"), environment, "config", "--null", "--get-all", "safe.directory")
+        listed = _call(Path("/"), environment, "config", "--null", "--get-all", "safe.directory")
     except QuarkError:
         return []  # there are none
-    return [word for folder in said.split("\0")[:-1] for word in ("-c", f"safe.directory={folder}")]
+    return [word for folder in listed.split("\0")[:-1] for word in ("-c", f"safe.directory={folder}")]
 
 
 def identity(folder: Path) -> Identity:
@@ -90,13 +90,13 @@ def identity(folder: Path) -> Identity:
     identity: Identity = {}
     for role in ("AUTHOR", "COMMITTER"):
         try:
-            said = _call(folder, environment, "-c", "user.useConfigOnly=true", "var", f"GIT_{role}_IDENT")
+            ident = _call(folder, environment, "-c", "user.useConfigOnly=true", "var", f"GIT_{role}_IDENT")
         except QuarkError as e:
             raise QuarkError(
                 f"git knows no {role.lower()} ({e}): "
                 'git config --global user.name "…" && git config --global user.email "…"'
             ) from e
-        if m := _IDENT.match(said):
+        if m := _IDENT.match(ident):
             identity |= {f"GIT_{role}_NAME": m["name"], f"GIT_{role}_EMAIL": m["mail"]}
     return identity
 

@@ -30,7 +30,7 @@ def _written(module: str, names: list[str]) -> str:
     return f"from {module} import (\n" + "".join(f"    {n},\n" for n in names) + ")"
 
 
-def _shown(alias: ast.alias) -> str:
+def _render_alias(alias: ast.alias) -> str:
     return alias.name + (f" as {alias.asname}" if alias.asname else "")
 
 
@@ -51,7 +51,7 @@ def _merged(lines: list[str], node: ast.ImportFrom, new: list[str]) -> list[str]
     at = [alias.lineno for alias in node.names]
     one_a_line = len(set(at)) == len(at) and first + 1 not in at
     if not one_a_line:
-        names = [_shown(a) for a in node.names]
+        names = [_render_alias(a) for a in node.names]
         for name in new:
             index = next((i for i, n in enumerate(names) if _key(n) > _key(name)), len(names))
             names.insert(index, name)
@@ -61,7 +61,7 @@ def _merged(lines: list[str], node: ast.ImportFrom, new: list[str]) -> list[str]
     indent = first_line[: len(first_line) - len(first_line.lstrip())]
     lines = list(lines)
     for name in sorted(new, key=_key, reverse=True):
-        later = [alias.lineno for alias in node.names if _key(_shown(alias)) > _key(name)]
+        later = [alias.lineno for alias in node.names if _key(_render_alias(alias)) > _key(name)]
         if later:
             lines.insert(later[0] - 1, f"{indent}{name},")
         else:
@@ -87,8 +87,8 @@ def add_import(source: str, statement: str, package: str = "vllm") -> str:
     if isinstance(wanted, ast.ImportFrom):
         module = wanted.module or ""
         same = [n for n in block if isinstance(n, ast.ImportFrom) and n.module == module and not n.level]
-        there = {_shown(a) for n in same for a in n.names}
-        names = [_shown(a) for a in wanted.names if _shown(a) not in there]
+        there = {_render_alias(a) for n in same for a in n.names}
+        names = [_render_alias(a) for a in wanted.names if _render_alias(a) not in there]
         if not names:
             return source
         if same:
@@ -98,7 +98,10 @@ def add_import(source: str, statement: str, package: str = "vllm") -> str:
         if not isinstance(wanted, ast.Import):
             raise SyntaxError(f"'{statement}' is no import")
         module = wanted.names[0].name
-        if any(isinstance(n, ast.Import) and any(_shown(a) == _shown(wanted.names[0]) for a in n.names) for n in block):
+        if any(
+            isinstance(n, ast.Import) and any(_render_alias(a) == _render_alias(wanted.names[0]) for a in n.names)
+            for n in block
+        ):
             return source
         text = statement.strip()
 

@@ -122,14 +122,14 @@ def sources(version: str, cache: Path = CACHE) -> dict[str, bytes]:
     whole = cache / f"vllm-{version}.tar.gz"
     if whole.is_file():
         with open(whole, "rb") as raw:
-            files = _kept(raw)
+            files = _select_sources(raw)
     else:
         with _index(f"vLLM {version}") as (index, packages):
             package = _of(packages, version)
             with index.s.get(package.url, stream=True, timeout=60) as answer:
                 answer.raise_for_status()
                 stream = _Hashed(answer.raw)
-                files = _kept(stream)
+                files = _select_sources(stream)
                 while stream.read(1 << 20):
                     pass
             wanted = package.digests.get("sha256")
@@ -151,7 +151,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return file.read() if file else b""
 
 
-def _kept(raw: "IO[bytes] | _Hashed") -> dict[str, bytes]:
+def _select_sources(raw: "IO[bytes] | _Hashed") -> dict[str, bytes]:
     """The part of a source distribution that `sources` keeps."""
     files: dict[str, bytes] = {}
     with tarfile.open(fileobj=raw, mode="r|gz") as tar:
@@ -179,8 +179,8 @@ def make_tree(version: str, series: Series, patches: list[Patch], out: Path, cac
             with tarfile.open(archive) as tar:
                 tar.extractall(new, filter="data")
         except (tarfile.TarError, EOFError, zlib.error) as e:
-            said = str(e).splitlines()[0]
-            raise QuarkError(f"{archive}: is damaged ({said}): delete it and run again") from e
+            message = str(e).splitlines()[0]
+            raise QuarkError(f"{archive}: is damaged ({message}): delete it and run again") from e
         root = new / f"vllm-{version}"
         git(root, "init", "-q", "-b", "main")
         git(root, "add", "-A", "-f")

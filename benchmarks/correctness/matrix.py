@@ -88,9 +88,9 @@ def _answer(pages: list[dict]) -> str:
     for patched, name in ((True, "With the series"), (False, "On stock")):
         cells = [cell for page in pages if page["patched"] is patched for cell in page["cells"]]
         counts = collections.Counter(cell["status"] for cell in cells)
-        said = ", ".join(f"{counts[status]} are {status}" for status in ORDER if counts[status])
+        counted = ", ".join(f"{counts[status]} are {status}" for status in ORDER if counts[status])
         sentences.append(
-            f"{name}, of {len(cells)} cells {said}.".replace("are stops", "stop").replace("are per", "run per")
+            f"{name}, of {len(cells)} cells {counted}.".replace("are stops", "stop").replace("are per", "run per")
         )
     return " ".join(sentences)
 

@@ -135,14 +135,14 @@ def models_page(files: list[Path]) -> str:
             row = [rows[name].get(v, {"what": ""})["what"] for v in columns]
             lines.append(f"| {name} | " + " | ".join(f"**{w}**" if w in ("wrong", "dies") else w for w in row) + " |")
         count = count_cells(rows)
-        said: dict[str, list[str]] = {}
+        messages: dict[str, list[str]] = {}
         for name, row in rows.items():
             for variant, verdict in row.items():
                 if verdict["said"]:
-                    said.setdefault(verdict["said"], []).append(f"{name} {variant}")
+                    messages.setdefault(verdict["said"], []).append(f"{name} {variant}")
         counted = ", ".join(f"{n} {outcome}" for outcome, n in sorted(count.items()))
         lines += ["", f"Quantized cells where `bf16` is not wrong: {counted}.", ""]
-        for words, names in said.items():
+        for words, names in messages.items():
             lines.append(f"- {', '.join(names[:3])}{', …' if names[3:] else ''}: `` {words} ``")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"

@@ -174,8 +174,8 @@ def serve(args: argparse.Namespace, name: str) -> dict:
         part = Path(folder) / "part.json"
         words = [python, "-m", "benchmarks.speed.cpu_depth", part, "--one", checkpoint]
         words += ["--moe-layers", str(args.moe_layers)]
-        with open(log, "w") as said:
-            process = subprocess.Popen(words, env=env, stdout=said, stderr=said, cwd=ROOT)
+        with open(log, "w") as log_file:
+            process = subprocess.Popen(words, env=env, stdout=log_file, stderr=log_file, cwd=ROOT)
             while process.poll() is None:
                 if available() < args.floor:
                     process.kill()

@@ -73,8 +73,8 @@ def main() -> int:
                 process = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
                 if process.returncode:
                     sys.exit(f"{way}: {process.stderr[-2000:]}")
-                said = process.stdout + process.stderr
-                assert ("expert by expert, which is slower" in said) == (way == "oneDNN"), "not the way it should be"
+                output = process.stdout + process.stderr
+                assert ("expert by expert, which is slower" in output) == (way == "oneDNN"), "not the way it should be"
                 results[way].append(json.loads(part.read_text()))
                 print(way, results[way][-1], flush=True)
     for name in [n for n in results["native"][0] if n != "threads"]:

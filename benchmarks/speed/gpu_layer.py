@@ -425,7 +425,7 @@ class Graph:
         return [a.elapsed_time(b) * 1000 / self.calls for a, b in pairs]
 
 
-def together(graphs: dict, rounds: int, replays: int = 3) -> dict:
+def time_together(graphs: dict, rounds: int, replays: int = 3) -> dict:
     """Median microseconds a call of each graph, their replays interleaved. The first
     replay of a turn warms up."""
     times: dict = {name: [] for name in graphs}

@@ -18,7 +18,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from benchmarks.speed.gpu_layer import COUNTS, SKEW, Graph, Layer, Shape, as_config, calls_of, read_cells, together
+from benchmarks.speed.gpu_layer import COUNTS, SKEW, Graph, Layer, Shape, as_config, calls_of, read_cells, time_together
 
 PROFILED = (64, 256, 1024, 4096, 8192)
 # what a kernel's name says of its part in the layer
@@ -109,7 +109,7 @@ def measure(args: argparse.Namespace) -> None:
         for name, config in configs.items():
             layer = layers.get(name, layers["int8"])
             graphs[name] = Graph(lambda x, a=layer, c=config: a(c, x), inputs)
-        took = together(graphs, rounds=6)
+        took = time_together(graphs, rounds=6)
         del graphs
         work = [layers["int8"].work(one) for one in inputs]
         moved, operations = (statistics.mean(w) for w in zip(*work, strict=True))

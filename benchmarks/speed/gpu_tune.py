@@ -37,7 +37,7 @@ from benchmarks.speed.gpu_layer import (
     grouped,
     read_cells,
     space,
-    together,
+    time_together,
 )
 
 ANCHORS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
@@ -137,7 +137,7 @@ class Search:
             config = default if key == as_key(default) else as_config(key)
             for name, inputs in (("uniform", uniform), ("skewed", skewed)):
                 graphs[key, name] = Graph(lambda x, c=config: layer(c, x), inputs)
-        times = together(graphs, rounds=4)
+        times = time_together(graphs, rounds=4)
         rows = [[key, times[key, "uniform"], times[key, "skewed"]] for key in finalists]
         rows.sort(key=lambda row: row[1] + row[2])
         del graphs

@@ -91,7 +91,7 @@ def made_up(monkeypatch):
     monkeypatch.setattr(gpu_tune, "Compiler", AllCompile)
     monkeypatch.setattr(gpu_tune.Search, "poison", lambda *a: None)
     monkeypatch.setattr(
-        gpu_tune, "together", lambda graphs, rounds: {name: graph.time for name, graph in graphs.items()}
+        gpu_tune, "time_together", lambda graphs, rounds: {name: graph.time for name, graph in graphs.items()}
     )
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)

@@ -117,8 +117,8 @@ def read_hub(name: str, report: Report) -> tuple[dict[str, Any], Any]:
         config = _read_config(Path(hf_hub_download(name, CONFIG)))
         contents = headers.contents_of_hub(name, None)
     except (OSError, ValueError, HfHubHTTPError) as e:
-        said = next(iter(str(e).strip().splitlines()), type(e).__name__).rstrip(".:")
-        reason = f"is no folder, and cannot be read from the Hugging Face hub ({said})"
+        message = next(iter(str(e).strip().splitlines()), type(e).__name__).rstrip(".:")
+        reason = f"is no folder, and cannot be read from the Hugging Face hub ({message})"
         raise NoCheckpointError(name, reason, way_out) from e
     if contents is None:
         reason = "is no folder, and has no safetensors files on the Hugging Face hub that can be read"

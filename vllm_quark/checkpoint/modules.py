@@ -146,15 +146,15 @@ class Modules:
         noted: Counter[str] = Counter()
         for module, weight in self.floats.items():
             layer, last = self.layer_of(module), module.rpartition(".")[2]
-            said = f"is {weight.dtype}, but config.json says int8, and"
+            reason = f"is {weight.dtype}, but config.json says int8, and"
             if layer in layers:
-                yield Finding.of_tensor(weight.name, weight.file, f"{said} other parts of its layer are", ALIKE)
+                yield Finding.of_tensor(weight.name, weight.file, f"{reason} other parts of its layer are", ALIKE)
             elif is_expert(module) or (layer and self.is_stacked(module)):
-                yield Finding.of_tensor(weight.name, weight.file, f"{said} experts are what it says", EXCLUDE)
+                yield Finding.of_tensor(weight.name, weight.file, f"{reason} experts are what it says", EXCLUDE)
             elif layer in excluded:
-                yield Finding.of_tensor(weight.name, weight.file, f"{said} not of other parts of its layer", EXCLUDE)
+                yield Finding.of_tensor(weight.name, weight.file, f"{reason} not of other parts of its layer", EXCLUDE)
             elif last in alike:
-                yield Finding.of_tensor(weight.name, weight.file, f"{said} other {last} are", EXCLUDE)
+                yield Finding.of_tensor(weight.name, weight.file, f"{reason} other {last} are", EXCLUDE)
             elif last not in VOCABULARY and "embed" not in last:
                 noted[f"{weight.dtype} {last}"] += 1
         for module, kinds in self.contents.modules.items():
@@ -163,8 +163,8 @@ class Modules:
                 if len(entry.shape) == 3 and entry.dtype in FLOATS:
                     is_excluded, config = self.entries.look_up(entry.name, is_stacked=True)
                     if not is_excluded and scheme.is_int8(config):
-                        said = f"is {entry.dtype}, but config.json says int8, and experts are what it says"
-                        yield Finding.of_tensor(entry.name, entry.file, said, EXCLUDE)
+                        reason = f"is {entry.dtype}, but config.json says int8, and experts are what it says"
+                        yield Finding.of_tensor(entry.name, entry.file, reason, EXCLUDE)
         if noted:
             few = ", ".join(f"{kind} ({count})" for kind, count in noted.most_common())
             notes.append(

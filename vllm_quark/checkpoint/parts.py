@@ -51,9 +51,9 @@ def _find_unlike_in_stacks(modules: Modules) -> Iterator[Finding]:
     for module in (*modules.int8, *modules.others):
         last = module.rpartition(".")[2]
         if last in PROJECTIONS and modules.is_stacked(module):
-            said = _sort_out(*modules.entries.look_up(module, is_stacked=True))
+            outcome = _sort_out(*modules.entries.look_up(module, is_stacked=True))
             names = (f"{experts_of(module)}.{e}.{last}" for e in range(modules.weight(module).shape[0]))
-            unlike = next((n for n in names if _sort_out(*modules.entries.look_up(n, stack=module)) != said), None)
+            unlike = next((n for n in names if _sort_out(*modules.entries.look_up(n, stack=module)) != outcome), None)
             if unlike:
                 reason = f"holds all experts, but config.json says of {unlike} what it does not say of others"
                 yield Finding.of_layer(module, reason, RESTORE)

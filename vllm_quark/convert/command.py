@@ -48,15 +48,15 @@ class _Progress:
     """A line on stderr that goes on at a terminal; elsewhere one a file, and one every 10 %."""
 
     def __init__(self) -> None:
-        self.said = ("", -1)
+        self.shown = ("", -1)
 
     def __call__(self, file: str, written: int, total: int) -> None:
         is_terminal = sys.stderr.isatty()
         percent = 100 * written // max(1, total)
         now = file, percent if is_terminal else percent // 10
-        if now == self.said:
+        if now == self.shown:
             return
-        self.said = now
+        self.shown = now
         line = f"{percent:3}% of {total / 1e9:.1f} GB  {file}"
         if is_terminal:
             print(f"\r{line}\x1b[K", end="\n" if written == total else "", file=sys.stderr, flush=True)

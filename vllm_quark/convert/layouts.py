@@ -109,11 +109,11 @@ def carry_config(source: Source, moved: Moved) -> dict[str, Any]:
     entries, config = source.modules.entries, source.checkpoint.own_quant_config
     added: dict[str, Any] = {}
     for new, old in moved.items():
-        _, said = entries.look_up(old, source.modules.is_stacked(old))
-        is_excluded, says = entries.look_up(new, not is_expert(new))
+        _, old_config = entries.look_up(old, source.modules.is_stacked(old))
+        is_excluded, new_config = entries.look_up(new, not is_expert(new))
         if is_excluded:
             source.refuse(new, f"would be in `exclude`, which {old} is not", "name layers in `exclude` by full names")
-        elif says != said or not scheme.is_int8(says):
+        elif new_config != old_config or not scheme.is_int8(new_config):
             layer, _, last = new.rpartition(".")
-            added[f"{layer.rpartition('.')[0]}.*.{last}" if is_expert(new) else new] = said
+            added[f"{layer.rpartition('.')[0]}.*.{last}" if is_expert(new) else new] = old_config
     return config | {"layer_quant_config": added | (config.get("layer_quant_config") or {})} if added else config

@@ -75,8 +75,8 @@ def verify(
     is_right = all(row.is_good for row in rows)
     if as_json:
         found_layers = [vars(row) | {k: _as_json(getattr(row, k)) for k in ("error", "worst")} for row in rows]
-        said = {"checkpoint": str(checkpoint), "right": is_right, "machine": machine, "layers": found_layers}
-        print(json.dumps(said, indent=1))
+        result = {"checkpoint": str(checkpoint), "right": is_right, "machine": machine, "layers": found_layers}
+        print(json.dumps(result, indent=1))
     else:
         _show(rows, machine, len(every))
         if report:

@@ -28,7 +28,7 @@ def make_page(title: str, machine: dict[str, str], notes: list[str], rows: list[
     bad = sum(not row.is_good for row in rows)
     verdict = f"{bad} of {len(rows)} layers are off" if bad else f"all {len(rows)} layers are right"
     facts = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in machine.items())
-    said = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    paragraphs = "".join(f"<p>{escape(note)}</p>" for note in notes)
     head = "".join(
         f"<th>{name}</th>"
         for name in ("layer", "kind", "shape", "scheme", "kernel", "error", "worst token", "result", "s")
@@ -38,7 +38,7 @@ def make_page(title: str, machine: dict[str, str], notes: list[str], rows: list[
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
         f"<h1>vllm-quark verify: {escape(title)}</h1>"
-        f'<p class="verdict {"bad" if bad else "good"}">{verdict}</p><table>{facts}</table>{said}'
+        f'<p class="verdict {"bad" if bad else "good"}">{verdict}</p><table>{facts}</table>{paragraphs}'
         f"{draw_errors(rows)}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></body></html>\n"
     )
 

@@ -55,7 +55,7 @@ _UNQUANTIZED = (
 Parts = dict[str, "Int8Scheme | dict[str, Any] | None"]
 
 
-def _said(scheme: Any) -> str:
+def _describe(scheme: Any) -> str:
     if scheme is None:
         return "not quantized"
     if isinstance(scheme, Int8Scheme):
@@ -139,8 +139,8 @@ class Int8Layers:
         for name, scheme in zip(parts, schemes):
             if scheme != schemes[0]:
                 raise ValueError(
-                    f"{layer_name}: {first} is {_said(exported)}, but "
-                    f"{name} is {_said(parts[name])}: vLLM runs them as one layer. "
+                    f"{layer_name}: {first} is {_describe(exported)}, but "
+                    f"{name} is {_describe(parts[name])}: vLLM runs them as one layer. "
                     "Export them alike (`exclude`, `layer_quant_config`)"
                 )
         served = schemes[0]

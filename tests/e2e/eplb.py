@@ -138,6 +138,7 @@ def main() -> None:
             engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(b)})
         except Exception as e:
             refusal = str(e)
+            steps.append(("refused", engine.perplexity(), expected[0], {}))
         else:
             steps.append(("reloaded", engine.perplexity(), expected[1], {}))
             moves = engine.rearrange(args.times)

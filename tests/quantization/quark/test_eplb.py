@@ -7,6 +7,8 @@ Run `pytest tests/quantization/quark/test_eplb.py`.
 
 import itertools
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,9 @@ from tests.quantization.quark.utils import (
 )
 from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.layers.quantization.quark import quark_moe
+from vllm.model_executor.layers.quantization.quark.int8 import refuse_async_reload
 from vllm.model_executor.model_loader import reload
+from vllm.v1.worker.gpu_worker import Worker
 
 pytestmark = pytest.mark.skipif(
     not hasattr(quark_moe, "select_int8_moe_backend"),
@@ -58,28 +62,33 @@ def make_tensors() -> Tensors:
     return tensors
 
 
+def make_runner(rank: int, copies: int = COPIES, **kwargs: Any) -> torch.nn.Module:
+    """A layer of experts on one rank; kwargs: FusedMoE's."""
+    settings: dict[str, Any] = dict(
+        num_experts=E,
+        num_redundant_experts=copies,
+        enable_eplb=True,
+        top_k=TOP_K,
+        hidden_size=K,
+        intermediate_size=I,
+        params_dtype=DTYPE,
+        renormalize=True,
+        quant_config=quark_config(),
+        prefix=f"model.layers.{next(layer_ids)}.moe.experts",
+    )
+    with shard(rank, RANKS), torch.device(DEVICE):
+        return fused_moe.FusedMoEFactory(**settings | kwargs)
+
+
 class Ranks:
     """One layer of experts on two ranks, in one process."""
 
-    def __init__(self) -> None:
+    def __init__(self, copies: int = COPIES) -> None:
         self.roots = [torch.nn.Module() for _ in range(RANKS)]
-        self.runners = []
-        for rank, root in enumerate(self.roots):
-            with shard(rank, RANKS), torch.device(DEVICE):
-                runner = fused_moe.FusedMoEFactory(
-                    num_experts=E,
-                    num_redundant_experts=COPIES,
-                    enable_eplb=True,
-                    top_k=TOP_K,
-                    hidden_size=K,
-                    intermediate_size=I,
-                    params_dtype=DTYPE,
-                    renormalize=True,
-                    quant_config=quark_config(),
-                    prefix=f"model.layers.{next(layer_ids)}.moe.experts",
-                )
-                self.runners.append(runner)
-                root.experts = runner.routed_experts
+        self.runners = [make_runner(rank, copies) for rank in range(RANKS)]
+        for runner, root in zip(self.runners, self.roots):
+            root.experts = runner.routed_experts
+            with torch.device(DEVICE):
                 reload.record_metadata_for_reloading(root)
 
     def load(self, hand_over: Callable, tensors: Tensors) -> "Ranks":
@@ -221,14 +230,66 @@ def test_a_missing_expert_is_named_after_it_moved():
 
 
 def test_no_reload_while_experts_may_be_on_their_way(layer_environment, monkeypatch):
+    """Refused by the worker before a layer is touched, and by the loader."""
     eplb_config = layer_environment.parallel_config.eplb_config
     monkeypatch.setattr(eplb_config, "use_async", True)
     tensors = make_tensors()
     ranks = Ranks().load(hand_over_experts, tensors)
-    ranks.move([[place, -1] for place in range(E)])
-    with pytest.raises(ValueError, match="expert 0: .*use_async false in eplb_config"):
-        ranks.reload(hand_over_experts, make_tensors())
-    ranks.assert_places([*range(E)], tensors)  # the old weights
+    runner = SimpleNamespace(get_model=lambda: ranks.roots[0])
+    runner.reload_weights = lambda: pytest.fail("the reload began")
+    config = SimpleNamespace(quant_config=quark_config())
+    worker = SimpleNamespace(model_runner=runner, vllm_config=config)
+    ranks.move(MOVED)
+    with pytest.raises(ValueError, match="experts: .*use_async false in eplb_config"):
+        Worker.reload_weights(worker)
+    with pytest.raises(ValueError, match="use_async false in eplb_config"):
+        load_one(ranks.roots[0].experts, 0, 0, tensors)
+    ranks.assert_places([*range(E), 0, 1], tensors)
+
+
+def test_other_reloads_begin():
+    ranks = Ranks().load(hand_over_experts, make_tensors())
+    ranks.move(MOVED)
+    refuse_async_reload(ranks.roots[0])
+
+
+def test_stacks_of_this_ranks_experts():
+    """As Llama4 hands them over: a slice, and the number of its first expert."""
+    tensors = make_tensors()
+
+    def hand_over(layer: torch.nn.Module, tensors: Tensors) -> None:
+        own = layer._expert_map.ge(0).nonzero().flatten().tolist()
+        for (shard_id, kind), tensor in tensors.items():
+            name = name_of(shard_id, kind)
+            param = getattr(layer, name)
+            if kind == "weight":
+                part = tensor[own[0] : own[-1] + 1]
+                param.weight_loader(param, part, name, shard_id, own[0])
+                continue
+            for expert in own:
+                param.weight_loader(param, tensor[expert], name, shard_id, expert)
+
+    ranks = Ranks(copies=0).load(hand_over, tensors)
+    ranks.assert_places([*range(E)], tensors)
+
+
+def test_experts_with_biases_are_not_balanced():
+    """Nothing would load their copies' biases."""
+    with pytest.raises(NotImplementedError, match="EPLB is not supported"):
+        make_runner(0, has_bias=True)
+
+
+@pytest.mark.parametrize("excluded", [0, 1])
+def test_layers_of_other_experts_beside_them_are_refused(excluded):
+    """EPLB moves all layers by way of the first one's buffers."""
+    ids = [next(layer_ids), next(layer_ids)]
+    config = quark_config(exclude=[f"*layers.{ids[excluded]}.moe.experts*"])
+    names = [f"layers.{ids[i]}.moe.experts" for i in (1 - excluded, excluded)]
+    said = f"{names[0]} is INT8 and model.{names[1]} is not, .*without --enable-eplb"
+    with pytest.raises(ValueError, match=said):
+        for number in ids:
+            prefix = f"model.layers.{number}.moe.experts"
+            make_runner(0, quant_config=config, prefix=prefix)
 
 
 def moved_weights(ranks: Ranks) -> Iterator[list[torch.Tensor]]:

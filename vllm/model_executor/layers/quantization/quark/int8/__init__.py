@@ -12,6 +12,7 @@ from .weights import (
     load_stacked,
     prepare_experts,
     prepare_linear,
+    refuse_async_reload,
 )
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "load_stacked",
     "prepare_experts",
     "prepare_linear",
+    "refuse_async_reload",
 ]

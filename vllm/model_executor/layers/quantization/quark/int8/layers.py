@@ -45,6 +45,7 @@ _SHARDS = {
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
 _BLOCK = re.compile(r"(.*?\.layers\.\d+)\.")
+_BLOCK_NUMBER = re.compile(r".*?\.layers\.(\d+)\.")
 _ROUTER = re.compile(
     r"(.*?\.layers\.\d+)\.(?:.*\.)?(gate|router|router\.layer|wg|shared_expert_gate)"
 )
@@ -86,6 +87,8 @@ class Int8Layers:
         self._blocks: set[str] = set()
         self._block = ""
         self._warned: set[str] = set()
+        # The first layer of experts that load balancing moves, and whether it is INT8.
+        self._balanced: tuple[str, bool] | None = None
 
     def expect(self, contents: Any) -> None:
         """Take what the checkpoint's files hold (`checkpoint.Contents`, or None)."""
@@ -102,6 +105,7 @@ class Int8Layers:
             self._unlisted.clear()
             self._built.clear()
             self._blocks.clear()
+            self._balanced = None
             # Not every model hands its lm_head a config, which would say it there.
             for module in self._unclaimed:
                 if module.rpartition(".")[2] == "lm_head":
@@ -256,6 +260,27 @@ class Int8Layers:
             )
             self._unlisted.clear()
 
+    def _check_balanced(self, layer_name: str, scheme: Any) -> None:
+        """Raise ValueError where experts that load balancing (EPLB) moves are INT8 in
+        some layers only: it copies each layer's by way of the first one's buffers."""
+        hf_config = getattr(
+            get_current_vllm_config().model_config, "hf_text_config", None
+        )
+        number = _BLOCK_NUMBER.match(layer_name)
+        if number and int(number[1]) >= getattr(
+            hf_config, "num_hidden_layers", 1 << 30
+        ):
+            return  # of a draft, which is balanced by itself
+        is_ours = isinstance(scheme, Int8Scheme)
+        first, is_first_ours = self._balanced = self._balanced or (layer_name, is_ours)
+        if is_ours != is_first_ours:
+            names = (first, layer_name) if is_first_ours else (layer_name, first)
+            raise ValueError(
+                "{} is INT8 and {} is not, and EPLB moves the experts of all layers "
+                "alike: start vLLM without --enable-eplb, or export them alike "
+                "(`exclude`, `layer_quant_config`)".format(*names)
+            )
+
     def select_method(
         self, config: Any, layer: torch.nn.Module, layer_name: str
     ) -> QuantizeMethodBase | None:
@@ -292,6 +317,8 @@ class Int8Layers:
             scheme = self.experts(
                 layer_name, count, tuple(names) if all(names) else None
             )
+            if moe_config.moe_parallel_config.enable_eplb:
+                self._check_balanced(layer_name, scheme)
         elif isinstance(layer, LinearBase):
             name = layer_name.rpartition(".")[2]
             shards = config.packed_modules_mapping.get(name)

@@ -34,11 +34,9 @@ _UNFILLED = 0x7FC5_1E57
 _CHUNK_BYTES = 256 * 1024 * 1024
 
 
-def _refuse(
-    layer: torch.nn.Module, where: str, kind: str, problem: str, again: bool = True
-) -> NoReturn:
+def _refuse(layer: torch.nn.Module, where: str, kind: str, problem: str) -> NoReturn:
     """Raise ValueError. During a reload `layer` has its old weights back first: the
-    next reload would begin with what this one had brought. again: it may be right."""
+    next reload would begin with what this one had brought."""
     with suppress(ImportError):
         from vllm.model_executor.model_loader.reload import layerwise
 
@@ -46,8 +44,7 @@ def _refuse(
         if info is not None and info.kernel_tensors is not None:
             layerwise._place_kernel_tensors(layer, info)
             info.reset()
-            if again:
-                problem += ". Or an earlier reload stopped halfway: reload again"
+            problem += ". Or an earlier reload stopped halfway: reload again"
     raise ValueError(f"{where}: {kind} {problem}")
 
 
@@ -422,14 +419,16 @@ def _places_of(layer: torch.nn.Module, expert: int) -> list[int]:
     At the start the copies come after all experts, from the first one on."""
     if layer.expert_places is None:  # nothing moved yet
         return list(range(expert, layer.moe_config.num_experts, _expert_count(layer)))
-    return [place for place in layer.expert_places[expert].tolist() if place >= 0]
+    copies = layer.moe_config.num_experts - _expert_count(layer)
+    places = layer.expert_places[expert, : copies + 1].tolist()
+    return [place for place in places if place >= 0]
 
 
 def _expert_at(layer: torch.nn.Module, place: int) -> int:
     """The expert of the checkpoint at a place among all ranks'."""
-    if layer.expert_places is None:
-        return place % _expert_count(layer)
-    return int(layer.expert_places.eq(place).nonzero()[0, 0])
+    found = () if layer.expert_places is None else layer.expert_places.eq(place)
+    rows = found.nonzero() if len(found) else ()
+    return int(rows[0, 0]) if len(rows) else place % _expert_count(layer)
 
 
 def load_expert(
@@ -446,23 +445,33 @@ def load_expert(
     if not layer.moe_config.moe_parallel_config.enable_eplb:
         args = param, loaded_weight, weight_name, shard_id, expert_id, return_success
         return _load_place(layer, expert_id, *args)
-    if layer.expert_places is not None and layer.moves_experts_async:
-        where = _experts_where(layer, expert_id % _expert_count(layer), shard_id)
-        problem = "cannot be reloaded while experts move asynchronously, as old ones "
-        problem += "may be on their way: start vLLM with use_async false in eplb_config"
-        _refuse(layer, where, _kind_of(weight_name), problem, again=False)
-    # Some models hand over a copy of its own for the others' places: a reload counts
-    # what comes, so it is left out.
-    is_first = expert_id < _expert_count(layer)
-    parts = enumerate(loaded_weight)
-    if loaded_weight.dim() < 3:
-        parts = [(expert_id, loaded_weight)] if is_first else []
+    refuse_async_reload(layer)
+    count = _expert_count(layer)
+    if loaded_weight.dim() == 3:  # of all experts, or of some from this one on
+        first = 0 if len(loaded_weight) == count else expert_id
+        parts = list(enumerate(loaded_weight, first))
+    else:
+        # Some models hand over a copy of its own for the others' places: a reload
+        # counts what comes, so it is left out.
+        parts = [(expert_id, loaded_weight)] if expert_id < count else []
     took = [
         _load_place(layer, expert, param, part, weight_name, shard_id, place, True)
         for expert, part in parts
         for place in _places_of(layer, expert)
     ]
     return any(took) if return_success else None
+
+
+def refuse_async_reload(model: torch.nn.Module) -> None:
+    """Raise ValueError for INT8 experts that load balancing moves asynchronously: old
+    ones may be on their way. Call it before a reload has changed anything."""
+    for layer in model.modules():
+        is_moved = getattr(layer, "expert_places", None) is not None
+        if is_moved and getattr(layer, "moves_experts_async", False):
+            raise ValueError(
+                f"{layer.layer_name}: INT8 experts cannot be reloaded while they move "
+                "asynchronously: start vLLM with use_async false in eplb_config"
+            )
 
 
 def _load_place(

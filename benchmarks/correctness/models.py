@@ -46,6 +46,8 @@ by hand.
   the row says nothing of the quantized ones.
 - An empty cell did not run.
 
+What is known of single cells stands in [results.md](results.md#models-that-people-publish).
+
 """
 
 
@@ -120,8 +122,8 @@ def models_page(files: list[Path]) -> str:
     for measured in runs:
         sums[measured["kind"]] += count_cells(measured["cells"])
     answer = [
-        f"{name} {count.total()} quantized checkpoints ran: {count['right']} are served right, {count['refused']} are "
-        f"refused by name, {count['stops']} stop, {count['wrong']} are silently wrong, {count['dies']} end the process."
+        f"{name} {count.total()} quantized checkpoints ran: {count['right']} right, {count['refused']} refused by "
+        f"name, {count['stops']} stopped elsewhere, {count['wrong']} silently wrong, {count['dies']} ended the process."
         for name, count in (("With the series", sums["series"]), ("On stock", sums["stock"]))
     ]
     lines = HEAD.format(factor=FACTOR, floor=FLOOR, answer=" ".join(answer)).splitlines()

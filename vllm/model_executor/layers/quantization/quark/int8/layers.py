@@ -44,8 +44,7 @@ _SHARDS = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
-_BLOCK = re.compile(r"(.*?\.layers\.\d+)\.")
-_BLOCK_NUMBER = re.compile(r".*?\.layers\.(\d+)\.")
+_BLOCK = re.compile(r"(.*?\.layers\.(\d+))\.")
 _ROUTER = re.compile(
     r"(.*?\.layers\.\d+)\.(?:.*\.)?(gate|router|router\.layer|wg|shared_expert_gate)"
 )
@@ -62,6 +61,11 @@ def _describe(scheme: Any) -> str:
     if isinstance(scheme, Int8Scheme):
         return f"INT8 with {scheme}"
     return f"quantized with {scheme.get('weight')}"
+
+
+def count_experts(moe_config: Any) -> int:
+    """Experts of the checkpoint, over all ranks: load balancing has copies of some."""
+    return getattr(moe_config, "num_logical_experts", moe_config.num_experts)
 
 
 class Int8Layers:
@@ -263,13 +267,11 @@ class Int8Layers:
     def _check_balanced(self, layer_name: str, scheme: Any) -> None:
         """Raise ValueError where experts that load balancing (EPLB) moves are INT8 in
         some layers only: it copies each layer's by way of the first one's buffers."""
-        hf_config = getattr(
-            get_current_vllm_config().model_config, "hf_text_config", None
-        )
-        number = _BLOCK_NUMBER.match(layer_name)
-        if number and int(number[1]) >= getattr(
-            hf_config, "num_hidden_layers", 1 << 30
-        ):
+        model_config = get_current_vllm_config().model_config
+        hf_config = getattr(model_config, "hf_text_config", None)
+        count = getattr(hf_config, "num_hidden_layers", None)
+        name_match = _BLOCK.match(layer_name)
+        if count and name_match and int(name_match[2]) >= count:
             return  # of a draft, which is balanced by itself
         is_ours = isinstance(scheme, Int8Scheme)
         first, is_first_ours = self._balanced = self._balanced or (layer_name, is_ours)
@@ -313,10 +315,8 @@ class Int8Layers:
         if moe_config := getattr(layer, "moe_config", None):
             kinds = ("gate", "up", "down")
             names = [getattr(layer, f"ckpt_{k}_proj_name", None) for k in kinds]
-            count = getattr(moe_config, "num_logical_experts", moe_config.num_experts)
-            scheme = self.experts(
-                layer_name, count, tuple(names) if all(names) else None
-            )
+            projections = tuple(names) if all(names) else None
+            scheme = self.experts(layer_name, count_experts(moe_config), projections)
             if moe_config.moe_parallel_config.enable_eplb:
                 self._check_balanced(layer_name, scheme)
         elif isinstance(layer, LinearBase):

@@ -21,6 +21,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from .layers import count_experts
+
 logger = init_logger(__name__)
 
 _AGAIN = "export it again with AMD Quark"
@@ -34,17 +36,27 @@ _UNFILLED = 0x7FC5_1E57
 _CHUNK_BYTES = 256 * 1024 * 1024
 
 
-def _refuse(layer: torch.nn.Module, where: str, kind: str, problem: str) -> NoReturn:
-    """Raise ValueError. During a reload `layer` has its old weights back first: the
-    next reload would begin with what this one had brought."""
+def _find_reload(layer: torch.nn.Module) -> Any:
+    """What vLLM keeps of a layer that it is reloading, its `kernel_tensors` among it;
+    None outside of reloads, and in releases that have none."""
     with suppress(ImportError):
         from vllm.model_executor.model_loader.reload import layerwise
 
         info = layerwise.LAYERWISE_INFO.get(layer)
         if info is not None and info.kernel_tensors is not None:
-            layerwise._place_kernel_tensors(layer, info)
-            info.reset()
-            problem += ". Or an earlier reload stopped halfway: reload again"
+            return info
+    return None
+
+
+def _refuse(layer: torch.nn.Module, where: str, kind: str, problem: str) -> NoReturn:
+    """Raise ValueError. During a reload `layer` has its old weights back first: the
+    next reload would begin with what this one had brought."""
+    if info := _find_reload(layer):
+        from vllm.model_executor.model_loader.reload import layerwise
+
+        layerwise._place_kernel_tensors(layer, info)
+        info.reset()
+        problem += ". Or an earlier reload stopped halfway: reload again"
     raise ValueError(f"{where}: {kind} {problem}")
 
 
@@ -408,27 +420,22 @@ def _local_experts(layer: torch.nn.Module) -> list[int]:
     return [experts.get(place, place) for place in places]
 
 
-def _expert_count(layer: torch.nn.Module) -> int:
-    """Experts of the checkpoint, over all ranks: load balancing has copies of some."""
-    config = layer.moe_config
-    return getattr(config, "num_logical_experts", config.num_experts)
-
-
 def _places_of(layer: torch.nn.Module, expert: int) -> list[int]:
     """The places, among all ranks', of an expert that load balancing copies and moves.
     At the start the copies come after all experts, from the first one on."""
+    count, total = count_experts(layer.moe_config), layer.moe_config.num_experts
     if layer.expert_places is None:  # nothing moved yet
-        return list(range(expert, layer.moe_config.num_experts, _expert_count(layer)))
-    copies = layer.moe_config.num_experts - _expert_count(layer)
-    places = layer.expert_places[expert, : copies + 1].tolist()
+        return list(range(expert, total, count))
+    places = layer.expert_places[expert, : total - count + 1].tolist()
     return [place for place in places if place >= 0]
 
 
 def _expert_at(layer: torch.nn.Module, place: int) -> int:
     """The expert of the checkpoint at a place among all ranks'."""
-    found = () if layer.expert_places is None else layer.expert_places.eq(place)
-    rows = found.nonzero() if len(found) else ()
-    return int(rows[0, 0]) if len(rows) else place % _expert_count(layer)
+    if layer.expert_places is not None:
+        for expert, _ in layer.expert_places.eq(place).nonzero().tolist():
+            return expert
+    return place % count_experts(layer.moe_config)
 
 
 def load_expert(
@@ -446,7 +453,7 @@ def load_expert(
         args = param, loaded_weight, weight_name, shard_id, expert_id, return_success
         return _load_place(layer, expert_id, *args)
     refuse_async_reload(layer)
-    count = _expert_count(layer)
+    count = count_experts(layer.moe_config)
     if loaded_weight.dim() == 3:  # of all experts, or of some from this one on
         first = 0 if len(loaded_weight) == count else expert_id
         parts = list(enumerate(loaded_weight, first))
@@ -634,10 +641,8 @@ def keep_scales(layer: torch.nn.Module) -> None:
     """At a reload, put the scales where they were before: the kernel is given them,
     and load balancing moves those that it has known. Call it when they have their
     last form."""
-    from vllm.model_executor.model_loader.reload import layerwise
-
-    info = layerwise.LAYERWISE_INFO.get(layer)
-    before = info.kernel_tensors[0] if info is not None and info.kernel_tensors else {}
+    info = _find_reload(layer)
+    before = info.kernel_tensors[0] if info else {}
     for name in ("w13_weight_scale", "w2_weight_scale"):
         scale, old = getattr(layer, name), before.get(name)
         if old is not None and old.shape == scale.shape:

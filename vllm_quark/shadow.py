@@ -3,7 +3,6 @@
 """Shadow trees: an installed vLLM with some patches, beside it. WRITES the shadow."""
 
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -27,18 +26,15 @@ def make_shadow(out: Path, series: Series, only: list[str], site: Path | None = 
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(tree.root / tree.package)):
         raise TreeError(f"{out}: lies in the package that it is of: name a folder outside")
     contents = tree.package_with(series, series.select(only) if only else [])
-    aside = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        _fill(aside / out.name, tree, contents)
-        (aside / out.name).rename(out)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", ignore_cleanup_errors=True) as aside:
+            new = Path(aside, out.name)
+            _fill(new, tree, contents)
+            new.rename(out)
     except OSError as e:
         e.filename = str(out)
         raise
-    finally:
-        if aside:
-            shutil.rmtree(aside, ignore_errors=True)
     return out
 
 

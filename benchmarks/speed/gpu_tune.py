@@ -207,14 +207,14 @@ def search(args: argparse.Namespace) -> None:
 def best_for_all(cells: list[dict]) -> Key:
     """The candidate whose time over the best one's is the least where it is worst, of those timed in all `cells`."""
     times = [{tuple(key): uniform + skewed for key, uniform, skewed in cell["best"]} for cell in cells]
-    common = set.intersection(*map(set, times))
+    common = [key for key in times[0] if all(key in of for of in times)]
     return min(common, key=lambda key: max(of[key] / min(of.values()) for of in times))
 
 
 def write(args: argparse.Namespace) -> None:
     """Write vLLM's config files from measured cells: one a shape and device."""
     # A name says nothing of the hidden size: models share one.
-    files: dict[str, dict[int, list[dict]]] = {}
+    files: dict[str, dict[int, dict[str, dict]]] = {}
     for file in args.results:
         for cell in read_cells([file]).values():
             dtype, experts, width, *_ = cell["shape"].split()
@@ -224,12 +224,12 @@ def write(args: argparse.Namespace) -> None:
             if "H200" in device.split("_"):
                 device = "NVIDIA_H200"
             name = f"{experts},{width},device_name={device},dtype=int8_w8a8.json"
-            files.setdefault(name, {}).setdefault(cell["tokens"], []).append(cell)
+            files.setdefault(name, {}).setdefault(cell["tokens"], {})[cell["shape"]] = cell
     for name, configs in sorted(files.items()):
         if missing := [c for c in COUNTS if c not in configs]:
             print(f"{name}: not written, not measured at {missing} tokens")
             continue
-        text = json.dumps({str(c): as_config(best_for_all(configs[c])) for c in COUNTS}, indent=4) + "\n"
+        text = json.dumps({str(c): as_config(best_for_all([*configs[c].values()])) for c in COUNTS}, indent=4) + "\n"
         new = args.configs / f".{name}.new"
         new.write_text(text)
         new.rename(args.configs / name)

@@ -158,7 +158,7 @@ def shards(args: argparse.Namespace) -> None:
     from safetensors import safe_open
     from vllm.model_executor.layers.quantization.quark.int8 import load_stacked
 
-    from tests.quantization.quark.utils import make_experts, quark_config, shard, vllm_environment
+    from tests.quantization.quark.utils import make_experts, parameter_name, quark_config, shard, vllm_environment
 
     files = [args.checkpoint / f"{stem}-1.safetensors" for stem in ("layer", "scales")]
     results = {"device": torch.cuda.get_device_name(), "ranks": {}}
@@ -173,7 +173,7 @@ def shards(args: argparse.Namespace) -> None:
                         continue
                     stem, _, kind = name.rpartition(".")
                     shard_id = {"gate": "w1", "up": "w3", "down": "w2"}[stem.rpartition(".")[2].removesuffix("_proj")]
-                    parameter = f"{'w2' if shard_id == 'w2' else 'w13'}_{kind}"
+                    parameter = parameter_name(shard_id, kind)
                     param, tensor = getattr(layer, parameter), opened.get_tensor(name)
                     if at_once:
                         assert load_stacked(param, tensor, parameter, shard_id)

@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
@@ -47,35 +46,27 @@ def load_tensors(layers: list, folder: Path) -> None:
     """Hand each tensor of `folder` to its parameter's loader."""
     from safetensors import safe_open
 
+    from tests.quantization.quark.utils import parameter_name
+
     for number, layer in enumerate(layers):
         params = dict(layer.named_parameters())
         with safe_open(folder / f"model-{number}.safetensors", "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 *_, expert, projection, kind = name.split(".")
                 shard = SHARDS[projection]
-                target = f"{'w2' if shard == 'w2' else 'w13'}_{kind}"
+                target = parameter_name(shard, kind)
                 param, tensor = params[target], file.get_tensor(name)
                 param.weight_loader(param, tensor, target, shard_id=shard, expert_id=int(expert))
 
 
 def load_model(layers: list, folder: Path, experts: int) -> None:
-    """The same by Step3p5Model.load_weights, which needs to know this much of a model."""
-    import torch
+    """The same by Step3p5Model.load_weights."""
     from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
     from vllm.model_executor.models.step3p5 import Step3p5Model
 
-    root = torch.nn.Module()
-    root.layers = torch.nn.ModuleList()
-    for layer in layers:
-        block, moe = torch.nn.Module(), torch.nn.Module()
-        moe.experts = layer
-        if type(layer).__name__ == "RoutedExperts":
-            moe.experts = torch.nn.Module()
-            moe.experts.routed_experts = layer
-        block.moe = moe
-        root.layers.append(block)
-    root.config = SimpleNamespace(num_attention_groups=2, num_hidden_layers=len(layers), num_nextn_predict_layers=0)
-    root.moe_num_experts = experts
+    from tests.quantization.quark.utils import make_step3p5
+
+    root = make_step3p5(layers, experts)
     files = sorted(map(str, folder.glob("*.safetensors")))
     tensors = safetensors_weights_iterator(files, use_tqdm_on_load=False)
     if len(Step3p5Model.load_weights(root, tensors)) != 4 * len(layers):

@@ -3,8 +3,6 @@
 """INT8 experts on CPU that the oracle picks, through the quant method, against
 float64."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -17,6 +15,7 @@ from .utils import (
     assert_close,
     emulate_moe,
     make_experts,
+    parameter_name,
     quark_config,
     random_input,
     random_weight,
@@ -34,7 +33,6 @@ pytestmark = [
 OURS = "PortableCPUExpertsInt8"
 E, I, K, TOP_K = 8, 64, 128, 2  # noqa: E741
 SIGMOID = {"scoring_func": "sigmoid", "e_score_correction_bias": torch.zeros(E)}
-layer_ids = itertools.count()
 
 
 @pytest.fixture(autouse=True)
@@ -63,11 +61,8 @@ class Experts:
             top_k=TOP_K,
             hidden_size=K,
             intermediate_size=width,
-            params_dtype=DTYPE,
-            renormalize=True,
             quant_config=quark_config(),
             activation=activation,
-            prefix=f"model.layers.{next(layer_ids)}.moe.experts",
             **kwargs,
         )
         parts = {
@@ -80,7 +75,7 @@ class Experts:
         }
         for shard, tensors in parts.items():
             for kind, tensor in zip(("weight", "weight_scale"), tensors):
-                name = f"{'w2' if shard == 'w2' else 'w13'}_{kind}"
+                name = parameter_name(shard, kind)
                 param = getattr(self.layer, name)
                 for e in range(E):
                     args = param, tensor[e].clone(), name

@@ -5,7 +5,6 @@
 Run `pytest tests/quantization/quark/test_eplb.py`.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +18,14 @@ from tests.quantization.quark.utils import (
     apply_experts,
     assert_close,
     emulate_moe,
+    layer_ids,
+    make_runner,
+    parameter_name,
     quark_config,
     random_input,
     random_weight,
     shard,
 )
-from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.layers.quantization.quark import quark_moe
 from vllm.model_executor.layers.quantization.quark.int8 import refuse_async_reload
 from vllm.model_executor.model_loader import reload
@@ -41,7 +42,6 @@ PLACES = E + COPIES
 MOVED = [[7, 2], [0, -1], [6, -1], [1, -1], [5, -1], [4, 3]]
 SHARDS = {"w1": (I, K), "w3": (I, K), "w2": (K, I)}
 Tensors = dict[tuple[str, str], torch.Tensor]
-layer_ids = itertools.count(700)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def make_tensors() -> Tensors:
     return tensors
 
 
-def make_runner(rank: int, copies: int = COPIES, **kwargs: Any) -> torch.nn.Module:
+def make_rank(rank: int, copies: int = COPIES, **kwargs: Any) -> torch.nn.Module:
     """A layer of experts on one rank; kwargs: FusedMoE's."""
     settings: dict[str, Any] = dict(
         num_experts=E,
@@ -71,13 +71,10 @@ def make_runner(rank: int, copies: int = COPIES, **kwargs: Any) -> torch.nn.Modu
         top_k=TOP_K,
         hidden_size=K,
         intermediate_size=I,
-        params_dtype=DTYPE,
-        renormalize=True,
         quant_config=quark_config(),
-        prefix=f"model.layers.{next(layer_ids)}.moe.experts",
     )
     with shard(rank, RANKS), torch.device(DEVICE):
-        return fused_moe.FusedMoEFactory(**settings | kwargs)
+        return make_runner(**settings | kwargs)
 
 
 class Ranks:
@@ -85,7 +82,7 @@ class Ranks:
 
     def __init__(self, copies: int = COPIES) -> None:
         self.roots = [torch.nn.Module() for _ in range(RANKS)]
-        self.runners = [make_runner(rank, copies) for rank in range(RANKS)]
+        self.runners = [make_rank(rank, copies) for rank in range(RANKS)]
         for runner, root in zip(self.runners, self.roots):
             root.experts = runner.routed_experts
             with torch.device(DEVICE):
@@ -146,7 +143,7 @@ def hand_over_experts(layer: torch.nn.Module, tensors: Tensors) -> None:
 def hand_over_stacks(layer: torch.nn.Module, tensors: Tensors) -> None:
     """All experts' weights at once, their scales one by one."""
     for (shard_id, kind), tensor in tensors.items():
-        name = name_of(shard_id, kind)
+        name = parameter_name(shard_id, kind)
         param = getattr(layer, name)
         if kind == "weight":
             param.weight_loader(param, tensor, name, shard_id=shard_id, expert_id=0)
@@ -155,14 +152,10 @@ def hand_over_stacks(layer: torch.nn.Module, tensors: Tensors) -> None:
             param.weight_loader(param, part, name, shard_id=shard_id, expert_id=expert)
 
 
-def name_of(shard_id: str, kind: str) -> str:
-    return f"{'w2' if shard_id == 'w2' else 'w13'}_{kind}"
-
-
 def load_one(layer: torch.nn.Module, place: int, expert: int, tensors: Tensors) -> None:
     local = layer._expert_map.tolist()
     for (shard_id, kind), tensor in tensors.items():
-        name = name_of(shard_id, kind)
+        name = parameter_name(shard_id, kind)
         param = getattr(layer, name)
         took = param.weight_loader(
             param,
@@ -260,7 +253,7 @@ def test_stacks_of_this_ranks_experts():
     def hand_over(layer: torch.nn.Module, tensors: Tensors) -> None:
         own = layer._expert_map.ge(0).nonzero().flatten().tolist()
         for (shard_id, kind), tensor in tensors.items():
-            name = name_of(shard_id, kind)
+            name = parameter_name(shard_id, kind)
             param = getattr(layer, name)
             if kind == "weight":
                 part = tensor[own[0] : own[-1] + 1]
@@ -276,7 +269,7 @@ def test_stacks_of_this_ranks_experts():
 def test_experts_with_biases_are_not_balanced():
     """Nothing would load their copies' biases."""
     with pytest.raises(NotImplementedError, match="EPLB is not supported"):
-        make_runner(0, has_bias=True)
+        make_rank(0, has_bias=True)
 
 
 @pytest.mark.parametrize("excluded", [0, 1])
@@ -289,7 +282,7 @@ def test_layers_of_other_experts_beside_them_are_refused(excluded):
     with pytest.raises(ValueError, match=said):
         for number in ids:
             prefix = f"model.layers.{number}.moe.experts"
-            make_runner(0, quant_config=config, prefix=prefix)
+            make_rank(0, quant_config=config, prefix=prefix)
 
 
 def moved_weights(ranks: Ranks) -> Iterator[list[torch.Tensor]]:

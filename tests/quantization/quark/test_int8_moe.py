@@ -7,7 +7,6 @@ Scales come per expert as [N] or [N, 1]; a stacked checkpoint's [E, N] or
 """
 
 import importlib.util
-import itertools
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ import torch
 from vllm.platforms import current_platform
 
 from .utils import (
-    DTYPE,
     apply_experts,
     assert_close,
     emulate_moe,
@@ -34,7 +32,6 @@ needs_kernel = pytest.mark.skipif(
     current_platform.is_cpu() and importlib.util.find_spec(CPU_EXPERTS) is None,
     reason="this vLLM has no INT8 experts for CPU",
 )
-layer_ids = itertools.count()
 LAYOUTS = pytest.mark.parametrize("layout", ["N", "Nx1"])
 
 
@@ -61,11 +58,8 @@ def make(activation: str = "silu") -> torch.nn.Module:
         top_k=TOP_K,
         hidden_size=K,
         intermediate_size=I,
-        params_dtype=DTYPE,
-        renormalize=True,
         quant_config=quark_config(),
         activation=activation,
-        prefix=f"model.layers.{next(layer_ids)}.moe.experts",
     )
 
 

@@ -25,7 +25,7 @@ from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.platforms import current_platform
 
 from . import checkpoints as ck
-from .utils import DEVICE, DTYPE, needs_dynamic, shard
+from .utils import DEVICE, DTYPE, needs_dynamic, parameter_name, shard
 
 reload = pytest.importorskip("vllm.model_executor.model_loader.reload")
 Tensors = dict[str, torch.Tensor]
@@ -183,7 +183,7 @@ class Model:
         for name, tensor in tensors:
             module, _, kind = name.rpartition(".")
             shard_id = SHARDS[module.rpartition(".")[2]]
-            target = f"{'w2' if shard_id == 'w2' else 'w13'}_{kind}"
+            target = parameter_name(shard_id, kind)
             if target not in params or not load_at_once(
                 params[target], tensor, target, shard_id
             ):

@@ -5,9 +5,7 @@
 Run `pytest tests/quantization/quark/test_stacked_loading.py`.
 """
 
-import itertools
 from functools import wraps
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +13,8 @@ import torch
 from tests.quantization.quark.utils import (
     DTYPE,
     make_experts,
+    make_step3p5,
+    parameter_name,
     quark_config,
     random_weight,
     shard,
@@ -23,7 +23,6 @@ from tests.quantization.quark.utils import (
 from vllm.model_executor.models.step3p5 import Step3p5Model
 
 E, TOP_K, K, I = 6, 2, 64, 32  # noqa: E741
-layer_ids = itertools.count(900)
 SHARDS = {"gate": ("w1", (I, K)), "up": ("w3", (I, K)), "down": ("w2", (K, I))}
 
 
@@ -57,27 +56,12 @@ def make(quantized: bool, experts: int = E) -> torch.nn.Module:
         top_k=TOP_K,
         hidden_size=K,
         intermediate_size=I,
-        params_dtype=DTYPE,
-        renormalize=True,
         quant_config=quark_config() if quantized else None,
-        prefix=f"model.layers.{next(layer_ids)}.moe.experts",
     )
 
 
 def model(layer: torch.nn.Module, experts: int = E) -> torch.nn.Module:
-    """What Step3p5Model.load_weights needs to know of a model of one layer."""
-    root, block, moe = (torch.nn.Module() for _ in range(3))
-    moe.experts = layer
-    if type(layer).__name__ == "RoutedExperts":
-        moe.experts = torch.nn.Module()
-        moe.experts.routed_experts = layer
-    block.moe = moe
-    root.layers = torch.nn.ModuleList([block])
-    root.config = SimpleNamespace(
-        num_attention_groups=2, num_hidden_layers=1, num_nextn_predict_layers=0
-    )
-    root.moe_num_experts = experts
-    return root
+    return make_step3p5([layer], experts)
 
 
 def tensors(quantized: bool, layout: str = "N", experts: int = E):
@@ -100,7 +84,7 @@ def one_by_one(layer: torch.nn.Module, checkpoint: dict[str, torch.Tensor]) -> N
     """By vLLM's own loader."""
     for name, tensor in checkpoint.items():
         shard_id, (rows, _) = SHARDS[name.split(".")[3].removesuffix("_proj")]
-        kind = f"{'w2' if shard_id == 'w2' else 'w13'}_{name.rpartition('.')[2]}"
+        kind = parameter_name(shard_id, name.rpartition(".")[2])
         param = getattr(layer, kind)
         for e, part in enumerate(tensor):
             part = part.flatten().expand(rows) if "scale" in kind else part

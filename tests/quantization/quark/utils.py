@@ -8,9 +8,11 @@ float64 as the checkpoint's numbers say.
 
 import contextlib
 import inspect
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +35,7 @@ from vllm.v1.worker import workspace
 DEVICE = "cuda" if current_platform.is_cuda_alike() else "cpu"
 DTYPE = torch.bfloat16
 HAS_CPU_ROUTER = hasattr(router_factory, "CPURouter")
+layer_ids = itertools.count(500)
 
 
 @contextlib.contextmanager
@@ -147,11 +150,46 @@ needs_dynamic = pytest.mark.skipif(
 )
 
 
+def make_runner(**kwargs: Any) -> torch.nn.Module:
+    """A layer of experts with its router, in any release; kwargs: FusedMoE's."""
+    make = getattr(fused_moe, "FusedMoEFactory", None) or fused_moe.FusedMoE
+    settings: dict[str, Any] = {"params_dtype": DTYPE, "renormalize": True}
+    if "prefix" not in kwargs:
+        settings["prefix"] = f"model.layers.{next(layer_ids)}.moe.experts"
+    return make(**settings | kwargs)
+
+
 def make_experts(**kwargs: Any) -> torch.nn.Module:
     """The module that holds experts' weights, in any release; kwargs: FusedMoE's."""
-    make = getattr(fused_moe, "FusedMoEFactory", None) or fused_moe.FusedMoE
-    layer = make(**kwargs)
+    layer = make_runner(**kwargs)
     return getattr(layer, "routed_experts", layer)
+
+
+def parameter_name(shard_id: str, kind: str) -> str:
+    """The experts' parameter that a projection is part of; shard_id: w1, w2 or w3."""
+    return f"{'w2' if shard_id == 'w2' else 'w13'}_{kind}"
+
+
+def make_step3p5(layers: list[torch.nn.Module], experts: int) -> torch.nn.Module:
+    """What Step3p5Model.load_weights needs to know of a model of these layers of
+    experts (see make_experts)."""
+    root = torch.nn.Module()
+    root.layers = torch.nn.ModuleList()
+    for layer in layers:
+        block, moe = torch.nn.Module(), torch.nn.Module()
+        moe.experts = layer
+        if type(layer).__name__ == "RoutedExperts":
+            moe.experts = torch.nn.Module()
+            moe.experts.routed_experts = layer
+        block.moe = moe
+        root.layers.append(block)
+    root.config = SimpleNamespace(
+        num_attention_groups=2,
+        num_hidden_layers=len(layers),
+        num_nextn_predict_layers=0,
+    )
+    root.moe_num_experts = experts
+    return root
 
 
 def apply_experts(

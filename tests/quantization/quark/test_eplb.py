@@ -27,7 +27,7 @@ from tests.quantization.quark.utils import (
     shard,
 )
 from vllm.model_executor.layers.quantization.quark import quark_moe
-from vllm.model_executor.layers.quantization.quark.int8 import refuse_async_reload
+from vllm.model_executor.layers.quantization.quark.int8 import stop_expert_moves
 from vllm.model_executor.model_loader import reload
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -222,28 +222,73 @@ def test_a_missing_expert_is_named_after_it_moved():
         ranks.reload(all_but(5), make_tensors())
 
 
-def test_no_reload_while_experts_may_be_on_their_way(layer_environment, monkeypatch):
-    """Refused by the worker before a layer is touched, and by the loader."""
+def make_worker(ranks: Ranks, reload_weights: Callable, drain: Callable) -> Any:
+    """A worker of the first rank whose reload and load balancing are stood in for."""
+    runner = SimpleNamespace(
+        get_model=lambda: ranks.roots[0],
+        reload_weights=reload_weights,
+        eplb_state=SimpleNamespace(drain_async=drain),
+    )
+    config = SimpleNamespace(quant_config=quark_config())
+    return SimpleNamespace(model_runner=runner, vllm_config=config)
+
+
+def reload_fails() -> None:
+    pytest.fail("the reload began")
+
+
+@pytest.fixture
+def async_ranks(layer_environment, monkeypatch) -> Ranks:
     eplb_config = layer_environment.parallel_config.eplb_config
     monkeypatch.setattr(eplb_config, "use_async", True)
-    tensors = make_tensors()
-    ranks = Ranks().load(hand_over_experts, tensors)
-    runner = SimpleNamespace(get_model=lambda: ranks.roots[0])
-    runner.reload_weights = lambda: pytest.fail("the reload began")
-    config = SimpleNamespace(quant_config=quark_config())
-    worker = SimpleNamespace(model_runner=runner, vllm_config=config)
-    ranks.move(MOVED)
-    with pytest.raises(ValueError, match="experts: .*use_async false in eplb_config"):
-        Worker.reload_weights(worker)
-    with pytest.raises(ValueError, match="use_async false in eplb_config"):
-        load_one(ranks.roots[0].experts, 0, 0, tensors)
-    ranks.assert_places([*range(E), 0, 1], tensors)
-
-
-def test_other_reloads_begin():
     ranks = Ranks().load(hand_over_experts, make_tensors())
     ranks.move(MOVED)
-    refuse_async_reload(ranks.roots[0])
+    return ranks
+
+
+def test_moves_end_before_a_reload(async_ranks):
+    """They would bring old experts after it."""
+    calls: list[str] = []
+    tensors = make_tensors()
+
+    def reload_weights() -> None:
+        calls.append("reload")
+        for root in async_ranks.roots:
+            root.experts.expert_moves_stopped = True  # the other rank's worker
+        async_ranks.reload(hand_over_experts, tensors)
+
+    worker = make_worker(async_ranks, reload_weights, lambda: calls.append("drain"))
+    Worker.reload_weights(worker)
+    assert calls == ["drain", "reload"]
+    async_ranks.assert_places(experts_at(MOVED), tensors)
+
+
+def test_no_tensor_is_taken_while_experts_move(async_ranks):
+    """By another way than the worker's reload; after one, too."""
+    expert = async_ranks.roots[0].experts
+    for _ in range(2):
+        with pytest.raises(ValueError, match="use_async false in eplb_config"):
+            load_one(expert, 0, 0, make_tensors())
+        for root in async_ranks.roots:
+            root.experts.expert_moves_stopped = True
+        async_ranks.reload(hand_over_experts, make_tensors())
+
+
+def test_no_reload_of_data_parallel_ranks_while_experts_move(async_ranks):
+    """One rank's drain would meet another one's step."""
+    parallel_config = async_ranks.roots[0].experts.moe_config.moe_parallel_config
+    parallel_config.dp_size = 2
+    drain = lambda: pytest.fail("waited for a rank that does not reload")  # noqa: E731
+    worker = make_worker(async_ranks, reload_fails, drain)
+    with pytest.raises(ValueError, match="experts: .*use_async false in eplb_config"):
+        Worker.reload_weights(worker)
+
+
+def test_nothing_to_end_where_experts_move_in_a_step():
+    ranks = Ranks().load(hand_over_experts, make_tensors())
+    ranks.move(MOVED)
+    drain = lambda: pytest.fail("nothing moves")  # noqa: E731
+    stop_expert_moves(make_worker(ranks, reload_fails, drain).model_runner)
 
 
 def test_stacks_of_this_ranks_experts():

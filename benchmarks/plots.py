@@ -2,7 +2,7 @@
 """Plots by matplotlib as SVG text: the same data gives the same bytes on every machine.
 
 A plot has a title that states the finding, a sentence for readers who cannot see it, and one colour for each
-contestant, the same in every plot of docs/.
+contestant and each outcome, the same in every plot of docs/. No two contestants share a colour.
 """
 
 import io
@@ -18,18 +18,32 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-# One colour for each contestant (Okabe and Ito's palette, which colour-blind readers can tell apart).
+# One colour for each contestant (Okabe and Ito's palette and four of Tol's, which colour-blind readers can tell apart).
 COLOURS = {
     "INT8": "#0072b2",
-    "INT8, stock config": "#56b4e9",
-    "INT8, oneDNN": "#56b4e9",
     "INT8, stock vLLM": "#cc79a7",
-    "INT8, expert by expert": "#56b4e9",
-    "INT8, fused_experts_cpu": "#cc79a7",
+    "INT8, stock config": "#882255",
+    "INT8, oneDNN": "#56b4e9",
+    "INT8, expert by expert": "#aa9933",
+    "INT8, fused_experts_cpu": "#44aa99",
     "INT8, compressed-tensors": "#009e73",
     "FP8": "#e69f00",
     "BF16": "#d55e00",
+    "reference": "#666666",
     "limit": "#333333",
+}
+# One colour for each way in which a run or a patch can end; a state that is not here is drawn as an empty cell.
+OUTCOMES = {
+    "right": "#1f7a8c",
+    "per token": "#a3d5dd",
+    "right in part": "#e3c16f",
+    "refused": "#c9c9c9",
+    "stops": "#8a8a8a",
+    "wrong": "#b2182b",
+    "garbage": "#b2182b",  # docs/matrix.md's word for wrong
+    "dies": "#111111",
+    "applies": "#5e4fa2",
+    "upstream": "#c5bfe0",
 }
 TOKENS = (1, 8, 64, 512, 4096)
 INK, GRID = "#222222", "#dddddd"
@@ -91,18 +105,22 @@ def _new_figure(title: str, width: float, height: float) -> tuple[Figure, float]
     return figure, 1 - (20 + 20 * len(lines)) / height
 
 
+def _round_coordinate(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
+
+
 def _to_svg(figure: Figure, title: str, description: str) -> str:
     """The figure's SVG with `title` and `description` for screen readers.
 
-    Coordinates are rounded to a hundredth of a point: their last digits are those of a processor's logarithm. Raises
-    ValueError where text ends outside.
+    Coordinates are rounded to a hundredth of a point: their last digits are those of a processor's logarithm. Text is
+    not rounded. Raises ValueError where text ends outside.
     """
     drawn = figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer())
-    if min(drawn.min) < 0 or any(drawn.max > figure.get_size_inches()):
+    if min(drawn.min) < -0.001 or any(drawn.max > figure.get_size_inches() + 0.001):
         raise ValueError(f"{title}: text ends outside the picture")
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), text.getvalue())
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"-?\d+\.\d{3,}", _round_coordinate, tag[0]), text.getvalue())
     svg = re.sub(r"[ \t]+$", "", svg[svg.index("<svg ") :], flags=re.M)
     head, _, body = svg.partition(">")
     head = re.sub(r'="([\d.]+)pt"', lambda m: f'="{float(m[1]) * INCH / 72:.0f}"', head)  # GitHub's pixels
@@ -178,6 +196,107 @@ def draw_bars(title: str, description: str, panels: Sequence[Bars]) -> str:
             axes.set_axis_off()
             axes.axhline(0, color=INK, linewidth=1.5)
             axes.text(0, 1 + 26 / (height * (top - 16 / height)), "\n".join(heading), transform=axes.transAxes)
+        return _to_svg(figure, title, description)
+
+
+def _new_canvas(figure: Figure, width: int, height: int) -> Axes:
+    """Axes over the whole of `figure`, in pixels from its upper left corner."""
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
+    return axes
+
+
+def _draw_key(axes: Axes, outcomes: Sequence[str], y: float, empty: str = "") -> None:
+    """Squares with the names of `outcomes`, and of an empty cell, in one line at `y`."""
+    x = 16.0
+    for name in [*outcomes, empty] if empty else outcomes:
+        axes.add_patch(_box(x, y - 6, 12, 12, OUTCOMES.get(name)))
+        axes.text(x + 18, y, name, va="center_baseline")
+        x += 42 + 7 * len(name)
+
+
+def _box(x: float, y: float, width: float, height: float, colour: str | None) -> matplotlib.patches.Rectangle:
+    """A filled rectangle, or only its outline where `colour` is None."""
+    if colour:
+        return matplotlib.patches.Rectangle((x, y), width, height, color=colour, linewidth=0)
+    shape = (x + 0.5, y + 0.5), width - 1, height - 1
+    return matplotlib.patches.Rectangle(*shape, facecolor="none", edgecolor=GRID, linewidth=0.75)
+
+
+def draw_shares(
+    title: str, description: str, groups: Mapping[str, Mapping[str, Mapping[str, int]]], label_width: int = 110
+) -> str:
+    """Bars of the same length, each split by how its cases ended; the counts stand in the parts or behind the bar.
+
+    groups: heading, then a bar's name, then the number of cases of each outcome.
+    """
+    bars = [counts for group in groups.values() for counts in group.values()]
+    outcomes = [name for name in OUTCOMES if any(counts.get(name) for counts in bars)]
+    headings = [heading for heading in groups if heading]
+    width, step = 760, 26
+    top = 20 + 20 * len(_wrap_title(title, width))
+    height = top + 44 + step * len(bars) + 30 * len(headings)
+    left, whole = 16 + label_width, width - 16 - label_width - 110
+    with matplotlib.rc_context(STYLE):
+        figure, _ = _new_figure(title, width, height)
+        axes = _new_canvas(figure, width, height)
+        _draw_key(axes, outcomes, top + 14)
+        y = top + 36.0
+        for heading, group in groups.items():
+            if heading:
+                axes.text(16, y + 14, heading, va="center_baseline", weight="bold")
+                y += 30
+            for name, counts in group.items():
+                axes.text(left - 8, y + 10, name, ha="right", va="center_baseline")
+                x, total, behind = float(left), sum(counts.values()), []
+                for outcome in outcomes:
+                    if not (count := counts.get(outcome, 0)):
+                        continue
+                    wide = whole * count / total
+                    axes.add_patch(_box(x, y, wide, 20, OUTCOMES[outcome]))
+                    if wide < 8 * len(str(count)) + 4:
+                        behind.append(f"{count} {outcome}")
+                    else:
+                        ink = INK if outcome in ("per token", "refused") else "#ffffff"
+                        axes.text(x + wide / 2, y + 10, count, color=ink, ha="center", va="center_baseline")
+                    x += wide
+                axes.text(x + 6, y + 10, ", ".join(behind), va="center_baseline", size=8)
+                y += step
+        return _to_svg(figure, title, description)
+
+
+def draw_grid(
+    title: str, description: str, columns: Sequence[str], groups: Mapping[str, Mapping[str, Sequence[str]]], empty: str
+) -> str:
+    """A square for each column of each row, in the colour of its state.
+
+    groups: heading, then a row's name, then its state in each column; `empty` is the state without a colour.
+    """
+    rows = [states for group in groups.values() for states in group.values()]
+    outcomes = [name for name in OUTCOMES if any(name in states for states in rows)]
+    width, step = 760, 18
+    label_width = 24 + 5.6 * max(len(name) for group in groups.values() for name in group)
+    cell = (width - 32 - label_width) / len(columns)
+    top = 20 + 20 * len(_wrap_title(title, width))
+    height = top + 84 + step * len(rows) + 26 * sum(bool(heading) for heading in groups)
+    with matplotlib.rc_context(STYLE):
+        figure, _ = _new_figure(title, width, height)
+        axes = _new_canvas(figure, width, height)
+        _draw_key(axes, outcomes, top + 14, empty)
+        left = 16 + label_width
+        for i, name in enumerate(columns):
+            axes.text(left + (i + 0.5) * cell, top + 64, name, rotation=90, ha="center", va="bottom", size=8)
+        y = top + 68.0
+        for heading, group in groups.items():
+            if heading:
+                axes.text(16, y + 14, heading, va="center_baseline", weight="bold")
+                y += 26
+            for name, states in group.items():
+                axes.text(left - 8, y + step / 2, name, ha="right", va="center_baseline", size=8)
+                for i, state in enumerate(states):
+                    axes.add_patch(_box(left + i * cell + 1, y + 1, cell - 2, step - 2, OUTCOMES.get(state)))
+                y += step
         return _to_svg(figure, title, description)
 
 

@@ -13,7 +13,7 @@ from benchmarks.correctness.matrix import matrix_page
 from benchmarks.correctness.models import models_page
 from benchmarks.pages import PAGES
 from benchmarks.plot_docs import PLOTS
-from benchmarks.plots import draw_table
+from benchmarks.plots import COLOURS, OUTCOMES, draw_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +42,16 @@ def test_plot(name: str):
     root = ElementTree.fromstring(stored)
     words = {re.sub(r"{.*}", "", element.tag): element.text for element in root}
     assert words["title"] and words["desc"]
+
+
+def test_no_two_contestants_share_a_colour():
+    outcomes = {name: colour for name, colour in OUTCOMES.items() if name != "garbage"}  # another word for wrong
+    colours = [*COLOURS.values(), *outcomes.values()]
+    assert len(set(colours)) == len(colours)
+
+
+def test_figures_in_a_plot_are_not_rounded():
+    assert "2.5229" in draw_table("A finding", "", [("perplexity", 12)], [("#000000", ["2.5229"])])
 
 
 def test_text_outside_a_plot_is_refused():

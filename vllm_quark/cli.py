@@ -35,7 +35,7 @@ from vllm_quark.locate import find_installed
 from vllm_quark.patches import Patch, QuarkError
 from vllm_quark.release import make_tree
 from vllm_quark.run import find_shadow, run_command
-from vllm_quark.series import Series, load_series
+from vllm_quark.series import Series, load_chosen, load_series
 from vllm_quark.shadow import make_shadow
 from vllm_quark.topics import find_topic
 from vllm_quark.tree import Tree
@@ -106,6 +106,10 @@ Only = Annotated[
     list[str] | None, typer.Option("--only", metavar="NAME", help="this patch only: 1, 0001 or its name; 1,2 for two")
 ]
 Until = Annotated[str | None, typer.Option("--until", metavar="NAME", help="the patches up to and with this one")]
+With = Annotated[
+    list[str] | None,
+    typer.Option("--with", metavar="NAME", help="an optional patch, too, such as 0016: int32 sums of INT8 experts"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 # Problems with the same way out are many at times; JSON has them all.
 FEW = 10
@@ -159,11 +163,16 @@ def _print_error(line: str) -> None:
 
 
 def _open(
-    tree: Path | None, only: list[str] | None, until: str | None, alone: bool = False
+    tree: Path | None,
+    only: list[str] | None,
+    until: str | None,
+    optional: list[str] | None = None,
+    alone: bool = False,
 ) -> tuple[Tree, Series, list[Patch]]:
     where = Tree(tree or find_installed())
-    series = load_series().in_package(where.package)
-    return where, series, series.select(only or (), until, alone)
+    series, only = load_chosen(only, until, optional, where.applied())
+    series = series.in_package(where.package)
+    return where, series, series.select(only, until, alone)
 
 
 def _left(verdicts: list[Verdict]) -> int:
@@ -190,12 +199,14 @@ def _show(tree: Tree, verdicts: list[Verdict], note: str, as_json: bool, error: 
 
 @app.command()
 @_guard
-def status(tree: TreeArgument = None, only: Only = None, until: Until = None, as_json: AsJson = False) -> int:
+def status(
+    tree: TreeArgument = None, only: Only = None, until: Until = None, optional: With = None, as_json: AsJson = False
+) -> int:
     """Show the status of each patch in TREE: applied, applies, upstream, absent or conflict.
 
     Example: vllm-quark status ~/my-vllm
     """
-    where, series, patches = _open(tree, only, until)
+    where, series, patches = _open(tree, only, until, optional)
     verdicts = [v for v in where.status(series) if v.patch in patches]
     reason = where.nothing_here(verdicts)
     _show(where, verdicts, where.note(), as_json, reason)
@@ -206,12 +217,14 @@ def status(tree: TreeArgument = None, only: Only = None, until: Until = None, as
 
 @app.command()
 @_guard
-def apply(tree: TreeArgument = None, only: Only = None, until: Until = None, as_json: AsJson = False) -> int:
+def apply(
+    tree: TreeArgument = None, only: Only = None, until: Until = None, optional: With = None, as_json: AsJson = False
+) -> int:
     """Apply the patches to TREE, all or nothing.
 
     Example: vllm-quark apply --only 0001
     """
-    where, series, patches = _open(tree, only, until)
+    where, series, patches = _open(tree, only, until, optional)
     note = where.note()
     verdicts = where.apply(series, patches)
     _show(where, verdicts, note, as_json)
@@ -260,6 +273,7 @@ def run_on_shadow(
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="a program and its arguments")],
     only: Only = None,
     until: Until = None,
+    optional: With = None,
 ) -> int:
     """Run COMMAND on the installed vLLM with the patches; nothing that is installed changes.
 
@@ -269,7 +283,7 @@ def run_on_shadow(
     Example: vllm-quark run -- vllm serve CKPT
     """
     started = time.monotonic()
-    shadow, is_new = find_shadow(only or [], until)
+    shadow, is_new = find_shadow(only or [], until, optional or [])
     if is_new:
         _print_error(f"the patched vLLM is in {shadow}, made in {time.monotonic() - started:.1f} s")
     run_command(command, shadow)
@@ -278,14 +292,16 @@ def run_on_shadow(
 
 @app.command("diff")
 @_guard
-def diff_command(tree: TreeArgument = None, only: Only = None, until: Until = None) -> int:
+def diff_command(
+    tree: TreeArgument = None, only: Only = None, until: Until = None, optional: With = None
+) -> int:
     """Show the changes that apply would make in TREE, as a diff.
 
     Example: vllm-quark diff ~/my-vllm | less -R
 
     Exit codes: 0 nothing, 1 something, 2 bad tree or bad use.
     """
-    where, series, patches = _open(tree, only, until)
+    where, series, patches = _open(tree, only, until, optional)
     changes = where.preview(series, patches)
     console = Console(highlight=False, soft_wrap=True)
     for line in format_diff(changes):
@@ -305,9 +321,10 @@ def format_patch(
     out: OutFolder,
     only: Only = None,
     until: Until = None,
+    optional: With = None,
     topic: Annotated[
         str | None,
-        typer.Option("--topic", metavar="NAME", help="one pull request's patches: seed, mtp, configs, cpu or schemes"),
+        typer.Option("--topic", metavar="NAME", help="one pull request's patches: seed, mtp, configs, cpu, schemes or sums"),
     ] = None,
     cover: Annotated[bool, typer.Option("--cover", help="a cover letter and the text of a pull request, too")] = False,
     as_json: AsJson = False,
@@ -316,11 +333,12 @@ def format_patch(
 
     Example: vllm-quark format-patch ~/my-vllm -o /tmp/series
     """
-    if topic and (only or until):
-        raise QuarkError("--topic excludes --only and --until")
-    where, series, patches = _open(tree, only, until)
+    if topic and (only or until or optional):
+        raise QuarkError("--topic excludes --only, --until and --with")
+    where, series, patches = _open(tree, only, until, optional)
     chosen = find_topic(series, topic) if topic else None
     if chosen:
+        series = series.with_optional(chosen.numbers)
         patches = chosen.select_patches(series)
     files = write_mails(where, series, patches, out, cover, chosen)
     if as_json:
@@ -341,14 +359,15 @@ def make_tree_command(
     out: OutFolder,
     only: Only = None,
     until: Until = None,
+    optional: With = None,
     cache: Annotated[Path, typer.Option(help="where downloads are kept")] = CACHE,
 ) -> int:
     """Make the full source tree of a release with the series as git commits.
 
     Example: vllm-quark make-tree 0.21.0 -o vllm-0.21.0
     """
-    series = load_series()
-    for patch in make_tree(version, series, series.select(only or (), until), out, cache):
+    series, only = load_chosen(only, until, optional)
+    for patch in make_tree(version, series, series.select(only, until), out, cache):
         print(patch.subject)
     print(f"{out}: vLLM {version}, tagged v{version}, with these commits on top")
     return 0
@@ -361,6 +380,7 @@ def wheel_command(
     out: OutFolder,
     only: Only = None,
     until: Until = None,
+    optional: With = None,
 ) -> int:
     """Make a patched wheel: the same, with the patches in it and +quark in its version.
 
@@ -368,7 +388,7 @@ def wheel_command(
     """
     from vllm_quark.repack import repack
 
-    wheel_path, patches = repack(wheel, load_series(), only or [], until, out)
+    wheel_path, patches = repack(wheel, *load_chosen(only, until, optional), until, out)
     for patch in patches:
         print(patch.subject)
     print(wheel_path)
@@ -381,18 +401,19 @@ def shadow_command(
     out: OutFolder,
     tree: TreeArgument = None,
     only: Only = None,
+    optional: With = None,
     stock: Annotated[bool, typer.Option("--stock", help="no patch at all")] = False,
 ) -> int:
     """Make a folder for PYTHONPATH: the installed vLLM with patches, itself untouched.
 
     Example: vllm-quark shadow -o DIR --only 0002
     """
-    if stock and only:
-        raise QuarkError("--stock and --only exclude each other")
+    if stock and (only or optional):
+        raise QuarkError("--stock excludes --only and --with")
     if out.exists():
         raise QuarkError(f"{out}: exists already: delete it to make it anew")
-    series = load_series()
-    names = [] if stock else [p.name for p in series.select(only or ())]
+    series, only = load_chosen(only, None, optional, Tree(tree or find_installed()).applied())
+    names = [] if stock else [p.name for p in series.select(only)]
     print(make_shadow(out.absolute(), series, names, tree))
     return 0
 

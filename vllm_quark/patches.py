@@ -222,6 +222,7 @@ class Patch(_Strict):
     upstream: Upstream | None = None
     absent: list[Absence] = []
     requires: list[str] = Field([], description="numbers of earlier patches that this one builds on")
+    optional: bool = Field(False, description="left out unless it is asked for by name")
     edits: list[FileEdit] = []
     files: list[TreePath] = []
 
@@ -242,6 +243,10 @@ class Patch(_Strict):
     def number(self) -> str:
         """The number by which other patches name it: NNNN."""
         return self.name.split("-")[0]
+
+    def is_called(self, name: str) -> bool:
+        """Whether `name` means this patch: its name or its number, 0001 or 1."""
+        return name in (self.name, self.number) or (name.isdecimal() and name.zfill(4) == self.number)
 
     @property
     def message(self) -> str:

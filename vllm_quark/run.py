@@ -13,7 +13,7 @@ from vllm_quark import CACHE, SERIES
 from vllm_quark.locate import SHADOW_NOTE, find_installed
 from vllm_quark.patches import QuarkError
 from vllm_quark.record import record_path
-from vllm_quark.series import home, load_series
+from vllm_quark.series import home, load_chosen
 from vllm_quark.shadow import make_shadow
 from vllm_quark.tree import Tree
 
@@ -39,7 +39,7 @@ def _shadow_key(tree: Tree, choice: str) -> str:
     return digest.hexdigest()[:24]
 
 
-def find_shadow(only: list[str], until: str | None = None) -> tuple[Path, bool]:
+def find_shadow(only: list[str], until: str | None = None, optional: list[str] | None = None) -> tuple[Path, bool]:
     """The shadow of the installed vLLM with these patches, and whether it was made now.
 
     It is built aside and renamed, so that a run that is killed, or another at the same time, does no harm. Raises
@@ -49,10 +49,10 @@ def find_shadow(only: list[str], until: str | None = None) -> tuple[Path, bool]:
         reason = f"has a '{os.pathsep}', at which PYTHONPATH is parted"
         raise QuarkError(f"{CACHE}: {reason}: name another in XDG_CACHE_HOME")
     tree = Tree(find_installed())
-    folder = CACHE / "run" / _shadow_key(tree, repr((only, until)))
+    folder = CACHE / "run" / _shadow_key(tree, repr((only, until, optional)))
     if folder.is_dir():
         return folder, False
-    series = load_series()
+    series, only = load_chosen(only, until, optional, tree.applied())
     names = [p.name for p in series.select(only, until)]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

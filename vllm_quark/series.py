@@ -14,11 +14,15 @@ OLDEST = "0.17.0"
 
 @dataclass(frozen=True)
 class Series:
-    """Patches in name order and the folder whose files they bring (same paths as in the tree)."""
+    """Patches in name order and the folder whose files they bring (same paths as in the tree).
+
+    optional: patches that the series leaves out unless they are asked for (`with_optional`).
+    """
 
     home: Path
     patches: tuple[Patch, ...]
     package: str = "vllm"
+    optional: tuple[Patch, ...] = ()
 
     def content(self, file: str) -> bytes:
         """Bytes of a file that a patch brings."""
@@ -33,7 +37,22 @@ class Series:
 
     def in_package(self, package: str) -> "Series":
         """The same for a tree whose package is not called vllm."""
-        return replace(self, patches=tuple(p.in_package(package) for p in self.patches), package=package)
+        patches, optional = (tuple(p.in_package(package) for p in group) for group in (self.patches, self.optional))
+        return replace(self, patches=patches, optional=optional, package=package)
+
+    def with_optional(self, names: Iterable[str], strict: bool = False) -> "Series":
+        """The same with those of the optional patches that `names` name, as `select` does.
+
+        strict: raises QuarkError for a name that is no optional patch's; else it is left to `select`.
+        """
+        words = {word.strip() for name in names for word in name.split(",")}
+        known = {word for word in words for p in (*self.optional, *self.patches) if p.optional and p.is_called(word)}
+        if strict and (unknown := sorted(words - known)):
+            have = ", ".join(p.name for p in (*self.patches, *self.optional) if p.optional) or "none"
+            raise QuarkError(f"--with '{unknown[0]}': no optional patch: the series has {have}")
+        taken = [p for p in self.optional if any(map(p.is_called, words))]
+        patches = sorted([*self.patches, *taken], key=lambda p: p.name)
+        return replace(self, patches=tuple(patches), optional=tuple(p for p in self.optional if p not in taken))
 
     def select(self, only: Iterable[str] = (), until: str | None = None, alone: bool = False) -> list[Patch]:
         """The patches named in `only` with those they require, or those up to and with `until`, or all.
@@ -74,7 +93,7 @@ class Series:
 
     def _find(self, name: str) -> Patch:
         for p in self.patches:
-            if name in (p.name, p.number) or (name.isdecimal() and name.zfill(4) == p.number):
+            if p.is_called(name):
                 return p
         raise QuarkError(f"no patch '{name}': the series has {', '.join(p.name for p in self.patches)}")
 
@@ -94,12 +113,38 @@ def load_series(folder: Path | None = None) -> Series:
     paths = sorted((folder / "patches").glob("[0-9]*-*.yaml"))
     if not paths:
         raise PatchError(f"{folder / 'patches'}: no patch files (NNNN-name.yaml)")
-    series = Series(folder, tuple(read_patch(p) for p in paths))
-    for path, patch in zip(paths, series.patches, strict=True):
+    patches = [read_patch(p) for p in paths]
+    series = Series(
+        folder,
+        tuple(p for p in patches if not p.optional),
+        optional=tuple(p for p in patches if p.optional),
+    )
+    for path, patch in zip(paths, patches, strict=True):
         for name in patch.requires:
+            # An optional patch may be missing where this one is.
             if not any(p.name < patch.name and p.number == name for p in series.patches):
                 raise PatchError(f"{path}: requires '{name}', which is no earlier patch: mend the patch file")
         for file in patch.files:
             if not (folder / file).is_file():
                 raise PatchError(f"{path}: brings '{file}', which is not in {folder}: mend the patch file")
     return series
+
+
+def load_chosen(
+    only: Iterable[str] | None,
+    until: str | None = None,
+    optional: Iterable[str] | None = None,
+    applied: Iterable[str] = (),
+) -> tuple[Series, list[str]]:
+    """The series with the optional patches of `--with`, of `--only` and of a tree that has them, and the names to
+    select from it.
+
+    Raises QuarkError for a name in `optional` that is no optional patch's, and for `optional` beside `until`.
+    """
+    only, optional = list(only or ()), list(optional or ())
+    if optional and until:
+        raise QuarkError("--with and --until exclude each other")
+    series = load_series()
+    if optional:
+        series = series.with_optional(optional, strict=True)
+    return series.with_optional([*only, *applied]), [*only, *optional] if only else []

@@ -242,6 +242,10 @@ class Tree:
         pairs = [pair for pair in zip(verdict.edited, there.edited, strict=True) if pair[0] in verdict.present]
         return any(not {*pair}.intersection(there.holders) for pair in (*pairs, *verdict.moved))
 
+    def applied(self) -> set[str]:
+        """Names of the patches that this tree has by record or by wheel."""
+        return {*read_record(self.root).applied, *self.by_wheel()}
+
     def by_wheel(self) -> set[str]:
         """Patches that came with an installed wheel (see repack)."""
         if self.is_source:

@@ -33,14 +33,19 @@ def author(monkeypatch):
 
 
 def test_each_patch_has_one_topic(real_series: Series):
-    counts = Counter(number for topic in TOPICS.values() for number in topic["patches"])
+    """An optional one's topic holds what it requires besides."""
+    optional = {patch.number for patch in real_series.optional}
+    topics = [topic["patches"] for topic in TOPICS.values()]
+    counts = Counter(number for numbers in topics for number in numbers if not optional.intersection(numbers))
     assert counts == Counter(patch.number for patch in real_series.patches)
+    assert optional == {number for numbers in topics for number in numbers} & optional
 
 
 def test_a_topic_holds_what_its_patches_require(real_series: Series):
     for name in TOPICS:
         topic = find_topic(real_series, name)
-        needed = {number for patch in topic.select_patches(real_series) for number in patch.requires}
+        series = real_series.with_optional(topic.numbers)
+        needed = {number for patch in topic.select_patches(series) for number in patch.requires}
         assert needed <= set(topic.numbers), name
 
 
@@ -65,7 +70,8 @@ def test_each_topic_is_a_series_of_its_own(name: str, unpacked: Path, tmp_path: 
 @pytest.mark.parametrize("name", TOPICS)
 def test_a_pull_request_has_its_topics_tables(name: str, real_series: Series):
     topic = find_topic(real_series, name)
-    text = pull_request(real_series, topic.select_patches(real_series), topic)
+    series = real_series.with_optional(topic.numbers)
+    text = pull_request(series, topic.select_patches(series), topic)
     for _, _, sentence in topic.results:
         assert f"{sentence}\n\n|" in text
     assert topic.results

@@ -292,9 +292,7 @@ def run_on_shadow(
 
 @app.command("diff")
 @_guard
-def diff_command(
-    tree: TreeArgument = None, only: Only = None, until: Until = None, optional: With = None
-) -> int:
+def diff_command(tree: TreeArgument = None, only: Only = None, until: Until = None, optional: With = None) -> int:
     """Show the changes that apply would make in TREE, as a diff.
 
     Example: vllm-quark diff ~/my-vllm | less -R
@@ -324,7 +322,7 @@ def format_patch(
     optional: With = None,
     topic: Annotated[
         str | None,
-        typer.Option("--topic", metavar="NAME", help="one pull request's patches: seed, mtp, configs, cpu, schemes or sums"),
+        typer.Option("--topic", metavar="NAME", help="a pull request's: seed, mtp, configs, cpu, schemes or sums"),
     ] = None,
     cover: Annotated[bool, typer.Option("--cover", help="a cover letter and the text of a pull request, too")] = False,
     as_json: AsJson = False,

@@ -54,8 +54,8 @@ def _answer_releases(results: dict) -> list[str]:
     served = "" if off is None else f", all within {off:.1%} of the float reference's perplexity"
     return [
         f"The series applies to {len(versions)} releases, {versions[0]} to {versions[-1]}. On CPU the engine served "
-        f"the nano model on {len(engines)} releases, {list(engines)[0]} to {list(engines)[-1]}{served}. What ran on a "
-        "GPU stands in [results.md](results.md).",
+        f"the nano model on {len(engines)} releases, {list(engines)[0]} to {list(engines)[-1]}{served}. "
+        "[results.md](results.md) has the runs on GPUs.",
         "",
     ]
 

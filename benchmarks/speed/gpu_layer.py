@@ -8,6 +8,7 @@ expert width 1280. Runs on CUDA and ROCm alike; `compile_kernel` needs no GPU.
 
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -60,6 +61,16 @@ class Shape:
         dtype, *numbers = text.split(":")
         own, width, *model = map(int, numbers)
         return cls(own, width, dtype, *model)
+
+    @property
+    def load(self) -> float:
+        """Rows that an expert gets of each token, on average."""
+        return self.top_k / self.experts
+
+    def distance(self, other: "Shape") -> float:
+        """How far apart two shapes are: logarithms of their sizes' ratios."""
+        sizes = zip((self.N, self.hidden, self.load), (other.N, other.hidden, other.load), strict=True)
+        return sum(abs(math.log(a / b)) for a, b in sizes) + abs(math.log(self.E / other.E)) / 2
 
     def __str__(self) -> str:
         model = "" if self.hidden == HIDDEN else f" K={self.hidden}"

@@ -3,14 +3,15 @@
 
     python -m benchmarks.speed.gpu_tune search OUT.jsonl --shapes int8:288:1280,int8:288:640 \\
         --seeds EARLIER.jsonl --minutes 8
-    python -m benchmarks.speed.gpu_tune write OUT.jsonl… --configs FOLDER
+    python -m benchmarks.speed.gpu_tune write OUT.jsonl… --configs FOLDER [--sums]
 
 A cell is a shape (dtype, experts, width) at a token count. `search` measures what
 OUT.jsonl lacks, one line a cell, until the minutes are over; run it again to go
 on, on another GPU of the same name with another OUT, and give `write` all of them.
-At ANCHORS every candidate that fits is timed, elsewhere the best of the anchors
-around; candidates far behind the best are dropped early; seeds narrow a shape's
-candidates to another's best at the same count. Each candidate's output is checked
+Of the first `--whole` shapes every candidate that fits is timed at ANCHORS, elsewhere
+the best of the anchors around; of later ones the best of the two nearest shapes that
+were measured, at the count that gives an expert as many rows. Candidates far behind
+the best are dropped early. Each candidate's output is checked
 against that of vLLM's default config. Times are of CUDA-graph replays of the whole
 layer, fresh inputs and routing, uniform and skewed; the best has the least sum of
 both.
@@ -18,6 +19,7 @@ both.
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -45,6 +47,8 @@ ANCHORS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 # exact; wgmma, which large tiles compile to, sums fp8 products in fewer bits.
 TOLERANCE = {"int8": 0.01, "bf16": 0.01, "fp8": 0.03}
 KEPT = 8
+# Less than this over the default at every count is no file's worth.
+GAIN = 1.05
 
 
 class Search:
@@ -58,15 +62,17 @@ class Search:
         cell = self.cells.get((shape or str(self.shape), tokens))
         return [tuple(key) for key, *_ in cell["best"]] if cell else []
 
-    def candidates(self, tokens: int, seeds: str | None) -> list[Key]:
-        """Candidates at a count, the most promising first."""
+    def candidates(self, tokens: int, seeds: list[Shape]) -> list[Key]:
+        """Candidates at a count, the most promising first; seeds: shapes whose best
+        ones are tried, or none: all that fit at ANCHORS."""
         lower = [c for c in ANCHORS if c < tokens]
         upper = [c for c in ANCHORS if c > tokens]
         near = [*lower[-1:], *upper[:1]]
         keys = [key for count in near for key in self.best_at(count)]
-        if seeds:
-            keys += self.best_at(tokens, seeds)
-        elif tokens in ANCHORS:
+        for seed in seeds:
+            count = nearest_count(tokens * self.shape.load / seed.load)
+            keys += self.best_at(count, str(seed))
+        if tokens in ANCHORS and not seeds:
             # GROUP_SIZE_M orders tiles of one product: tried on the best alone
             every = space(self.shape.dtype, self.compiler.target)
             keys += [key for key in every if fits(key, self.shape, tokens)]
@@ -88,7 +94,7 @@ class Search:
         norm = expected.norm().clamp(min=1e-9)
         return float((out.double() - expected).norm() / norm)
 
-    def cell(self, tokens: int, seeds: str | None) -> dict:
+    def cell(self, tokens: int, seeds: list[Shape]) -> dict:
         """Measure one cell."""
         import torch
 
@@ -131,7 +137,12 @@ class Search:
         if tokens >= 256:
             score([g for key in ranked[:4] if key[3] == 1 for g in grouped(key)])
             ranked = sorted(scores, key=scores.get)
-        finalists = dict.fromkeys([*ranked[:KEPT], as_key(default)])
+        # A file serves all shapes of its name: the best of one are measured at each.
+        namesakes = [seed for seed in seeds if (seed.E, seed.N) == (self.shape.E, self.shape.N)]
+        shared = [key for seed in namesakes for key in self.best_at(tokens, str(seed))[: KEPT // 2]]
+        score(shared)
+        shared = [key for key in shared if key in scores]
+        finalists = dict.fromkeys([*ranked[:KEPT], *shared, as_key(default)])
         graphs = {}
         for key in finalists:
             config = default if key == as_key(default) else as_config(key)
@@ -166,6 +177,7 @@ def search(args: argparse.Namespace) -> None:
     target = args.target
     compiler = Compiler(target, args.workers)
     shapes = [Shape.parse(text) for text in args.shapes.split(",")]
+    earlier = [Shape.parse(text) for text in args.seed_shapes]
     counts = [int(c) for c in args.counts.split(",")] if args.counts else COUNTS
     order = sorted(counts, key=lambda c: (c not in ANCHORS, c))
     for number, shape in enumerate(shapes):
@@ -174,17 +186,16 @@ def search(args: argparse.Namespace) -> None:
         todo = [c for c in order if (str(shape), c) not in stored]
         if not todo:
             continue
+        names = {name for name, _ in cells}
+        measured = [s for s in [*shapes[:number], *earlier] if str(s) in names and s.dtype == shape.dtype]
+        seeds = [] if number < args.whole else sorted(measured, key=shape.distance)[:2]
         one = Search(shape, compiler, cells)
         for tokens in todo:
             if time.monotonic() > until:
                 print(f"stopped at {shape}, {tokens} tokens: run it again to go on")
                 return
-            source = None
-            for other in [str(s) for s in shapes[:number]] + list(args.seed_shapes):
-                if (other, tokens) in cells and other.startswith(shape.dtype):
-                    source = other
             started = time.monotonic()
-            cell = one.cell(tokens, source)
+            cell = one.cell(tokens, seeds)
             cells[cell["shape"], tokens] = cell
             name = torch.cuda.get_device_name()
             with args.out.open("a") as out:
@@ -204,6 +215,20 @@ def search(args: argparse.Namespace) -> None:
     print(f"{len(failed)} candidates failed", *list(failed.items())[:3], sep="\n  ")
 
 
+def nearest_count(tokens: float) -> int:
+    """That of COUNTS whose ratio to `tokens` is nearest to 1."""
+    return min(COUNTS, key=lambda count: abs(math.log(count / tokens)))
+
+
+def gain(cells: list[dict], key: Key) -> float:
+    """The default's time over that of `key`, where it is the least of `cells`."""
+    gains = []
+    for cell in cells:
+        times = {tuple(best): uniform + skewed for best, uniform, skewed in cell["best"]}
+        gains.append(times[tuple(cell["default"])] / times[key])
+    return min(gains)
+
+
 def best_for_all(cells: list[dict]) -> Key:
     """The candidate whose time over the best one's is the least where it is worst, of those timed in all `cells`."""
     times = [{tuple(key): uniform + skewed for key, uniform, skewed in cell["best"]} for cell in cells]
@@ -212,7 +237,7 @@ def best_for_all(cells: list[dict]) -> Key:
 
 
 def write(args: argparse.Namespace) -> None:
-    """Write vLLM's config files from measured cells: one a shape and device."""
+    """Write vLLM's config files from measured cells: one a shape and device, where any count gains GAIN."""
     # A name says nothing of the hidden size: models share one.
     files: dict[str, dict[int, dict[str, dict]]] = {}
     for file in args.results:
@@ -223,17 +248,23 @@ def write(args: argparse.Namespace) -> None:
             device = cell["device"].replace(" ", "_")
             if "H200" in device.split("_"):
                 device = "NVIDIA_H200"
-            name = f"{experts},{width},device_name={device},dtype=int8_w8a8.json"
+            suffix = ",sums=int32" if args.sums else ""
+            name = f"{experts},{width},device_name={device},dtype=int8_w8a8{suffix}.json"
             files.setdefault(name, {}).setdefault(cell["tokens"], {})[cell["shape"]] = cell
     for name, configs in sorted(files.items()):
         if missing := [c for c in COUNTS if c not in configs]:
             print(f"{name}: not written, not measured at {missing} tokens")
             continue
-        text = json.dumps({str(c): as_config(best_for_all([*configs[c].values()])) for c in COUNTS}, indent=4) + "\n"
+        chosen = {count: best_for_all([*configs[count].values()]) for count in COUNTS}
+        gains = {count: gain([*configs[count].values()], key) for count, key in chosen.items()}
+        if max(gains.values()) < GAIN:
+            print(f"{name}: not written, no count gains {GAIN - 1:.0%}")
+            continue
+        text = json.dumps({str(count): as_config(key) for count, key in chosen.items()}, indent=4) + "\n"
         new = args.configs / f".{name}.new"
         new.write_text(text)
         new.rename(args.configs / name)
-        print(name)
+        print(f"{name}: {min(gains.values()):.2f}x to {max(gains.values()):.2f}x the default")
 
 
 def main() -> int:
@@ -244,7 +275,8 @@ def main() -> int:
     one.add_argument("--shapes", required=True, help="dtype:E:N[:experts:hidden:top_k],…")
     one.add_argument("--counts", help="token counts, all of vLLM's by default")
     one.add_argument("--seeds", type=Path, nargs="*", default=[])
-    one.add_argument("--seed-shapes", nargs="*", default=[], help="e.g. 'int8 E=288 …'")
+    one.add_argument("--seed-shapes", nargs="*", default=[], help="shapes of --seeds, as those of --shapes")
+    one.add_argument("--whole", type=int, default=1, help="shapes whose candidates are all tried, from the first on")
     one.add_argument("--minutes", type=float, default=8)
     one.add_argument("--target", default="sm_90", help="sm_90, gfx942, gfx950")
     one.add_argument("--workers", type=int)
@@ -252,6 +284,7 @@ def main() -> int:
     two = sub.add_parser("write")
     two.add_argument("results", type=Path, nargs="+")
     two.add_argument("--configs", type=Path, required=True)
+    two.add_argument("--sums", action="store_true", help="found with 0016's int32 sums: under names of their own")
     two.set_defaults(run=write)
     args = parser.parse_args()
     args.run(args)

@@ -99,8 +99,8 @@ def made_up(monkeypatch):
     return layers
 
 
-def run(out, *, shapes="int8:288:1280", counts="", seeds=(), seed_shapes=(), minutes=1.0):
-    args = dict(out=out, shapes=shapes, counts=counts, seeds=seeds, seed_shapes=seed_shapes)
+def run(out, *, shapes="int8:288:1280", counts="", seeds=(), seed_shapes=(), whole=1, minutes=1.0):
+    args = dict(out=out, shapes=shapes, counts=counts, seeds=seeds, seed_shapes=seed_shapes, whole=whole)
     gpu_tune.search(argparse.Namespace(**args, minutes=minutes, target="sm_90", workers=1))
     return gpu_layer.read_cells([out])
 
@@ -127,9 +127,40 @@ def test_goes_on_where_it_stopped(made_up, tmp_path, capsys):
 def test_seeds_narrow_the_search(made_up, tmp_path):
     first, second = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     run(first, counts="64")
-    cells = run(second, shapes="int8:288:640", counts="64", seeds=[first], seed_shapes=["int8 E=288 N=1280"])
+    seeds = dict(seeds=[first], seed_shapes=["int8:288:1280"], whole=0)
+    cells = run(second, shapes="int8:288:640", counts="64", **seeds)
     assert cells["int8 E=288 N=640", 64]["tried"] <= gpu_tune.KEPT + 1
     assert cells["int8 E=288 N=640", 64]["best"][0][0] == list(BEST[16])
+
+
+def test_seeds_come_from_the_nearest_shapes_at_the_same_load(made_up, tmp_path):
+    """A quarter of the rows per expert: the best at 4096 tokens is tried at 16384, and at 64 that of 16."""
+    out = tmp_path / "out.jsonl"
+    far, near = "int8:16:64:256:512:8", "int8:64:768:64:2048:8"
+    run(out, shapes=f"{far},{near}", counts="16,1024", whole=2)
+    run(out, shapes=f"{far},{near},int8:256:768:256:2048:8", counts="64", whole=2)
+    cells = gpu_layer.read_cells([out])
+    assert gpu_layer.Shape.parse("int8:256:768:256:2048:8").load == 8 / 256
+    assert cells["int8 E=256 N=768 K=2048", 64]["best"][0][0] == list(BEST[16])
+    assert cells["int8 E=256 N=768 K=2048", 64]["tried"] <= 2 * (gpu_tune.KEPT + 1) + 1
+
+
+def test_a_file_serves_all_shapes_of_its_name(made_up, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    run(out, shapes="int8:256:512:256:2048:8,int8:256:512:256:7168:8")
+    gpu_tune.write(argparse.Namespace(results=[out], configs=tmp_path, sums=True))
+    (file,) = tmp_path.glob("*.json")
+    assert file.name == "E=256,N=512,device_name=NVIDIA_H200,dtype=int8_w8a8,sums=int32.json"
+    assert gpu_layer.as_key(json.loads(file.read_text())["1024"]) == BEST[1024]
+    assert "x the default" in capsys.readouterr().out
+
+
+def test_no_file_where_the_default_is_as_good(made_up, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_tune, "GAIN", 9.0)
+    out = tmp_path / "out.jsonl"
+    run(out)
+    gpu_tune.write(argparse.Namespace(results=[out], configs=tmp_path, sums=False))
+    assert not [*tmp_path.glob("*.json")] and "no count gains" in capsys.readouterr().out
 
 
 def test_writes_whole_files_only(made_up, tmp_path, capsys):
@@ -137,7 +168,7 @@ def test_writes_whole_files_only(made_up, tmp_path, capsys):
     run(out, shapes="int8:288:1280,int8:36:1280")
     lines = [line for line in out.read_text().splitlines() if json.loads(line)["tokens"] != 48 or "E=288" in line]
     out.write_text("\n".join(lines) + "\n")
-    gpu_tune.write(argparse.Namespace(results=[out], configs=tmp_path))
+    gpu_tune.write(argparse.Namespace(results=[out], configs=tmp_path, sums=False))
     name = "E=288,N=1280,device_name=NVIDIA_H200,dtype=int8_w8a8.json"
     assert [f.name for f in tmp_path.glob("*.json")] == [name]
     assert "E=36,N=1280,device_name=NVIDIA_H200,dtype=int8_w8a8.json: not written" in capsys.readouterr().out

@@ -3,22 +3,37 @@
 
     python -m benchmarks.speed.gpu_speed measure OUT.json TUNED.jsonl…     on the GPU
     python -m benchmarks.speed.gpu_speed table OUT.json                    the table in docs/speed-gpu.md
-    python -m benchmarks.speed.gpu_speed int32 SITE FOLDER                 an experiment's vLLM
 
-One layer at Step-3.5-Flash's shape, each dtype with the best config that
-gpu_tune.py found; one run, medians of interleaved CUDA-graph replays, half of the
-inputs with uniform and half with skewed routing. The limit of a call is the larger
+One layer at Step-3.5-Flash's shape, or at `--shape`, each dtype with the best config
+that gpu_tune.py found; one run, medians of interleaved CUDA-graph replays, half of the
+inputs with uniform and half with skewed routing. `--sums TUNED.jsonl --plain SITE`, on
+a vLLM with patch 0016, measures its int32 sums ("sums") beside the kernel of SITE. The limit of a call is the larger
 of its bytes over the measured copy bandwidth and its operations over the measured
 int8 matmul rate.
 """
 
 import argparse
+import ast
+import importlib.util
 import json
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 
-from benchmarks.speed.gpu_layer import COUNTS, SKEW, Graph, Layer, Shape, as_config, calls_of, read_cells, time_together
+from benchmarks.speed.gpu_layer import (
+    COUNTS,
+    EXPERTS,
+    SKEW,
+    WIDTH,
+    Graph,
+    Layer,
+    Shape,
+    as_config,
+    calls_of,
+    read_cells,
+    time_together,
+)
 
 PROFILED = (64, 256, 1024, 4096, 8192)
 # what a kernel's name says of its part in the layer
@@ -88,30 +103,71 @@ def profiled(call, inputs: list) -> dict[str, float]:
     return {part: round(took, 1) for part, took in parts.items()}
 
 
+def read_kernel(site: Path, folder: Path):
+    """fused_moe_kernel of the vLLM in `site`, beside the one that is imported; folder: an empty one for its module."""
+    source = (site / "vllm/model_executor/layers/fused_moe/fused_moe.py").read_text()
+    functions = [
+        ast.get_source_segment(source, node)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name in ("write_zeros_to_output", "fused_moe_kernel")
+    ]
+    text = "\n\n\n".join(["from vllm.triton_utils import tl, triton", *(f"@triton.jit\n{f}" for f in functions)])
+    (folder / "plain_kernel.py").write_text(text + "\n")
+    spec = importlib.util.spec_from_file_location("plain_kernel", folder / "plain_kernel.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.fused_moe_kernel
+
+
+def with_kernel(layer: Layer, kernel):
+    """`layer` as a function, launched with `kernel` in place of vLLM's."""
+    from vllm.model_executor.layers.fused_moe import fused_moe
+
+    def call(config, inputs):
+        before, fused_moe.fused_moe_kernel = fused_moe.fused_moe_kernel, kernel
+        try:
+            return layer(config, inputs)
+        finally:
+            fused_moe.fused_moe_kernel = before
+
+    return call
+
+
 def measure(args: argparse.Namespace) -> None:
     import torch
     import triton
     import vllm
 
+    if bool(args.sums) != bool(args.plain):
+        sys.exit("--sums and --plain go together")
     cells = read_cells(args.tuned)
+    shapes = {d: Shape.parse(f"{d}:{args.shape}") for d in ("int8", "fp8", "bf16")}
     limits = ceilings()
     print({k: f"{v:.3e}" for k, v in limits.items()}, flush=True)
-    layers = {d: Layer(Shape(dtype=d)) for d in ("int8", "fp8", "bf16")}
+    layers: dict = {d: Layer(shape) for d, shape in shapes.items()}
+    int8 = layers["int8"]
+    names = {d: (cells, str(shape)) for d, shape in shapes.items()}
+    if args.sums:
+        with tempfile.TemporaryDirectory() as folder:
+            kernel = read_kernel(args.plain, Path(folder))
+        layers |= {"sums": int8, "int8": with_kernel(int8, kernel)}
+        names["sums"] = (read_cells([args.sums]), str(shapes["int8"]))
     rows = []
     for tokens in args.counts or COUNTS:
         calls = calls_of(tokens)
-        inputs = [layers["int8"].inputs(tokens, skew) for _ in range(max(1, calls // 2)) for skew in (0.0, SKEW)]
-        configs = {"default": layers["int8"].default(tokens)}
-        for dtype, layer in layers.items():
-            if cell := cells.get((str(layer.shape), tokens)):
-                configs[dtype] = as_config(tuple(cell["best"][0][0]))
+        inputs = [int8.inputs(tokens, skew) for _ in range(max(1, calls // 2)) for skew in (0.0, SKEW)]
+        configs = {"default": int8.default(tokens)}
+        for name, (tuned, shape) in names.items():
+            if cell := tuned.get((shape, tokens)):
+                configs[name] = as_config(tuple(cell["best"][0][0]))
         graphs = {}
         for name, config in configs.items():
             layer = layers.get(name, layers["int8"])
             graphs[name] = Graph(lambda x, a=layer, c=config: a(c, x), inputs)
         took = time_together(graphs, rounds=6)
         del graphs
-        work = [layers["int8"].work(one) for one in inputs]
+        work = [int8.work(one) for one in inputs]
         moved, operations = (statistics.mean(w) for w in zip(*work, strict=True))
         row = {
             "tokens": tokens,
@@ -130,6 +186,7 @@ def measure(args: argparse.Namespace) -> None:
         rows.append(row)
         print(tokens, row["us"], row["limit"]["us"], row.get("profile"), flush=True)
     result = {
+        "shape": str(shapes["int8"]),
         "device": torch.cuda.get_device_name(),
         "versions": {
             "vllm": vllm.__version__,
@@ -146,7 +203,7 @@ def ratios(row: dict) -> dict[str, float | None]:
     """How INT8 compares; more is better: BF16's, FP8's, the default config's time and
     the limit over INT8's."""
     us = row["us"]
-    others = {name: us.get(name) for name in ("bf16", "fp8", "default")}
+    others = {name: us.get(name) for name in ("bf16", "fp8", "default", "sums")}
     others["limit"] = row["limit"]["us"]
     return {name: took and took / us["int8"] for name, took in others.items()}
 
@@ -156,40 +213,15 @@ def table(args: argparse.Namespace) -> None:
     rows = result["rows"]
     print(
         "| tokens | INT8 us | default config us | FP8 us | BF16 us | limit us "
-        "| INT8 / BF16 | INT8 / FP8 | INT8 / default | of the limit |"
+        "| INT8 / BF16 | INT8 / FP8 | INT8 / default | INT8 / int32 sums | of the limit |"
     )
-    print("|" + "---|" * 10)
+    print("|" + "---|" * 11)
     for row in rows:
         us, speed = row["us"], ratios(row)
         times = [us["int8"], us["default"], us.get("fp8"), us.get("bf16")]
         cells = [f"{t:.1f}" if t else "" for t in (*times, row["limit"]["us"])]
-        cells += [f"{r:.2f}x" if r else "" for r in list(speed.values())[:3]]
+        cells += [f"{r:.2f}x" if r else "" for r in list(speed.values())[:4]]
         print("|", " | ".join([str(row["tokens"]), *cells, f"{speed['limit']:.0%}"]), "|")
-
-
-def int32(args: argparse.Namespace) -> None:
-    """Write a copy of vLLM's package whose kernel sums int8 products in int32, an
-    experiment: what the kernel's conversion to float32 at each step of K costs."""
-    import shutil
-
-    shutil.copytree(args.site / "vllm", args.out / "vllm", symlinks=True)
-    file = args.out / "vllm/model_executor/layers/fused_moe/fused_moe.py"
-    before, start, kernel = file.read_text().partition("\ndef fused_moe_kernel(")
-    for old, new in (
-        (
-            "BLOCK_SIZE_N), dtype=tl.float32)",
-            "BLOCK_SIZE_N), dtype=tl.int32 if use_int8_w8a8 else tl.float32)",
-        ),
-        (
-            f"\n{' ' * 20}accumulator += tl.dot(a, b)",
-            f"\n{' ' * 20}accumulator = tl.dot(a, b, acc=accumulator, out_dtype=tl.int32)",
-        ),
-    ):
-        if kernel.count(old) != 1:
-            sys.exit(f"{file}: {old.strip()!r} is there {kernel.count(old)} times: not the kernel this knows")
-        kernel = kernel.replace(old, new)
-    file.unlink()
-    file.write_text(before + start + kernel)
 
 
 def main() -> int:
@@ -199,14 +231,13 @@ def main() -> int:
     one.add_argument("out", type=Path)
     one.add_argument("tuned", type=Path, nargs="+")
     one.add_argument("--counts", type=int, nargs="*")
+    one.add_argument("--shape", default=f"{EXPERTS}:{WIDTH}", help="as gpu_tune's, without the dtype")
+    one.add_argument("--sums", type=Path, metavar="TUNED", help="found with patch 0016")
+    one.add_argument("--plain", type=Path, metavar="SITE", help="folder of a vllm/ without 0016")
     one.set_defaults(run=measure)
     two = sub.add_parser("table")
     two.add_argument("out", type=Path)
     two.set_defaults(run=table)
-    three = sub.add_parser("int32")
-    three.add_argument("site", type=Path, help="folder that holds vllm/")
-    three.add_argument("out", type=Path)
-    three.set_defaults(run=int32)
     args = parser.parse_args()
     args.run(args)
     return 0

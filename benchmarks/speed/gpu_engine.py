@@ -29,6 +29,7 @@ from benchmarks.speed.engine_speed import decode_speed, took_for
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFILL, DECODE = 8192, (1, 32, 128)
+COMPILATION = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": list(DECODE)}
 
 
 def twin(quark: Path, folder: Path) -> None:
@@ -95,8 +96,9 @@ def one(args: argparse.Namespace) -> None:
         max_num_seqs=max(DECODE),
         enable_prefix_caching=False,
         kv_cache_memory_bytes=6 << 30,
-        compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": list(DECODE)},
+        compilation_config=COMPILATION,
         disable_log_stats=True,
+        **json.loads(args.engine),
     )
     random.seed(0)
     took_for(llm, VOCAB, 1, PREFILL, 2)
@@ -107,12 +109,31 @@ def one(args: argparse.Namespace) -> None:
     args.out.write_text(json.dumps(result))
 
 
-RUNS = {
-    "quark-series": ("quark", "series"),
-    "quark-stock": ("quark", "stock"),
-    "compressed-tensors": ("compressed-tensors", "series"),
-    "bf16": ("bf16", "series"),
+# The experts of the BF16 checkpoint, per channel and per token, by vLLM's online quantization.
+FP8 = {"quantization": "online", "quantization_config": {"moe": "fp8_per_channel"}}
+# The checkpoint, the site and arguments of the engine.
+RUNS: dict[str, tuple[str, str, dict]] = {
+    "quark-series": ("quark", "series", {}),
+    "quark-sums": ("quark", "sums", {}),
+    "quark-stock": ("quark", "stock", {}),
+    "compressed-tensors": ("compressed-tensors", "series", {}),
+    "fp8": ("bf16", "series", FP8),
+    "bf16": ("bf16", "series", {}),
 }
+
+
+def make_checkpoint(work: Path, kind: str, layers: int) -> Path:
+    """The checkpoint `kind` of RUNS in `work`, written where it is not there yet."""
+    checkpoint, quark = work / kind, work / "quark"
+    if checkpoint.exists():
+        return checkpoint
+    if kind == "bf16":
+        write_apart(checkpoint, layers, False)
+    elif not quark.exists():
+        write_apart(quark, layers, True)
+    if kind == "compressed-tensors":
+        twin(quark, checkpoint)
+    return checkpoint
 
 
 def every(args: argparse.Namespace) -> None:
@@ -124,21 +145,14 @@ def every(args: argparse.Namespace) -> None:
     if unknown := set(wanted) - set(RUNS):
         sys.exit(f"--runs: {unknown.pop()} is none of {', '.join(RUNS)}")
     for i, name in enumerate(wanted):
-        kind, site = RUNS[name]
-        checkpoint = args.work / kind
-        quark = args.work / "quark"
-        if not checkpoint.exists():
-            if kind != "bf16" and not quark.exists():
-                write_apart(quark, layers, True)
-            if kind == "compressed-tensors":
-                twin(quark, checkpoint)
-            elif kind == "bf16":
-                write_apart(checkpoint, layers, False)
+        kind, site, engine = RUNS[name]
+        checkpoint = make_checkpoint(args.work, kind, layers)
         part = args.work / "part.json"
         part.unlink(missing_ok=True)
         env = {**os.environ, "PYTHONPATH": f"{getattr(args, site)}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         with open(args.out.with_suffix(f".{name}.log"), "w") as log:
             words = [sys.executable, "-m", "benchmarks.speed.gpu_engine", "one", checkpoint.absolute(), part.absolute()]
+            words += ["--engine", json.dumps(engine)]
             process = subprocess.run(
                 words, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=args.timeout
             )
@@ -250,6 +264,7 @@ def main() -> int:
     whole.add_argument("--work", type=Path, required=True, help="an empty or new folder with 70 GB of room")
     whole.add_argument("--stock", type=Path, required=True, help="folder that holds stock vllm/")
     whole.add_argument("--series", type=Path, required=True, help="one with the series (vllm-quark shadow)")
+    whole.add_argument("--sums", type=Path, help="one with patch 0016, too, for quark-sums")
     whole.add_argument("--moe-layers", type=int, default=4)
     default = "quark-series,compressed-tensors,quark-stock,bf16"
     whole.add_argument("--runs", default=default, help=f"in their order, names repeated at will (default {default})")
@@ -259,6 +274,7 @@ def main() -> int:
     part = sub.add_parser("one")
     part.add_argument("checkpoint", type=Path)
     part.add_argument("out", type=Path)
+    part.add_argument("--engine", default="{}", help="more arguments of LLM, as JSON")
     part.set_defaults(run=one)
     ranks = sub.add_parser("shards")
     ranks.add_argument("out", type=Path)

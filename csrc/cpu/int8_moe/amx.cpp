@@ -2,8 +2,10 @@
 // SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 //
 // AMX tiles. INT8_MOE_EMULATE_AMX computes them in plain C++, for tests on
-// processors that have none; where it is set, "amx" counts as supported.
+// processors without AMX. With it "amx" counts as supported wherever
+// AVX512-VNNI is.
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 
 #include "avx512_vnni.h"
@@ -21,15 +23,25 @@
 namespace int8_moe {
 namespace {
 
+constexpr int kTiles = 8;
+constexpr int kTileRows = 16;
+constexpr int kTileBytes = 64;  // of a row
+static_assert(kKAlign % kTileBytes == 0);
+
+// The operand of ldtilecfg.
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];
   uint16_t row_bytes[16];
   uint8_t rows[16];
 };
+static_assert(sizeof(TileConfig) == 64);
 
-// All eight tiles are whole: 16 rows of 64 bytes.
-constexpr TileConfig kWholeTiles = {
-    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+// All eight tiles have 16 rows of 64 bytes.
+constexpr TileConfig kFullTiles = {1,
+                                   0,
+                                   {},
+                                   {64, 64, 64, 64, 64, 64, 64, 64},
+                                   {16, 16, 16, 16, 16, 16, 16, 16}};
 
 #if defined(INT8_MOE_EMULATE_AMX)
 struct Emulated {
@@ -79,13 +91,15 @@ bool amx_supported() { return avx512_vnni_supported(); }
   #define TILE_ZERO(t) tile_zero<t>()
   #define TILE_DOT(c, a, b) tile_dot<c, a, b>()
 #else
-  // Macros: GCC's intrinsics write a tile's number into the assembly.
+  // These are macros because GCC's intrinsics write a tile's number into the
+  // assembly.
   #define TILE_LOAD(t, from, stride) _tile_loadd(t, from, stride)
   #define TILE_STORE(t, to, stride) _tile_stored(t, to, stride)
   #define TILE_ZERO(t) _tile_zero(t)
   #define TILE_DOT(c, a, b) _tile_dpbusd(c, a, b)
-// _tile_loadconfig tells GCC below 14 of 8 of the 64 bytes that it reads (PR 114098):
-// stores to the others may go.
+// _tile_loadconfig of GCC below 14 declares 8 of the 64 bytes as read
+// (PR 114098), and GCC drops stores to the others. The operand here is the
+// whole struct.
 void tile_configure(const TileConfig& config) {
   asm volatile("ldtilecfg %0" : : "m"(config));
 }
@@ -93,104 +107,121 @@ void tile_release() { _tile_release(); }
 
 bool amx_supported() {
   #if defined(__linux__)
-  static const bool found = [] {
-    unsigned a, b, c, d;
-    constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    if ((d & kTile) == 0 || (d & kInt8) == 0) return false;
+  static const bool supported = [] {
+    unsigned eax, ebx, ecx, edx;
+    constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    if ((edx & kAmxTile) == 0 || (edx & kAmxInt8) == 0) return false;
     if (!avx512_vnni_supported()) return false;
-    // Linux gives a process tiles when it asks for them (ARCH_REQ_XCOMP_PERM,
-    // XFEATURE_XTILEDATA).
-    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    // A process has to ask Linux for the tiles' state.
+    constexpr int kArchReqXcompPerm = 0x1023, kXfeatureXtiledata = 18;
+    return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtiledata) == 0;
   }();
-  return found;
+  return supported;
   #else
   return false;
   #endif
 }
 #endif
 
-thread_local bool configured = false;
+thread_local bool tiles_configured = false;
 
-// Tiles 0 to 3: sums of rows 0-15 and 16-31, left and right half of the columns.
-// 4, 5: the rows' activations. 6, 7: the halves' weights. All have 16 rows: those past
-// the last one may be read, for kReadsRows says so, and their sums are not.
+// Tiles 0 to 3 are sums: 0 and 1 of the first 16 rows, 2 and 3 of the next 16,
+// each for the left and the right half of the block's columns. Tiles 4 and 5
+// are the activations of the first and the next 16 rows. Tiles 6 and 7 are the
+// weights of the left and the right half.
+// Every tile has 16 rows, also where fewer rows are left. kMAlign says so: the
+// caller's rows past the last one may be read, and it ignores their sums.
 struct Amx {
-  static constexpr int kOffset = 128;
-  static constexpr int kReadsRows = 16;
-  static constexpr int64_t kTileRows = 16;
-  // Up to so many rows vpdpbusd is as fast, measured for K of 64 to 4096.
-  static constexpr int64_t kFewRows = 6;
+  static constexpr int kZeroPoint = 128;
+  static constexpr int kMAlign = kTileRows;
+  // Up to this many rows vpdpbusd is as fast, measured for K of 64 to 4096.
+  static constexpr int64_t kMaxRowsOfVnni = 6;
 
-  static void end() {
-    if (configured) tile_release();
-    configured = false;
+  static void finish_thread() {
+    if (tiles_configured) tile_release();
+    tiles_configured = false;
   }
 
-  static void configure() {
-    tile_configure(kWholeTiles);
-    configured = true;
+  static void configure_tiles() {
+    tile_configure(kFullTiles);
+    tiles_configured = true;
   }
 
-  // Rows `begin` to `end` of each tile of the block after this one are prefetched.
-  struct Next {
+  // The part of the next block that a pair of row tiles prefetches: of each of
+  // its weight tiles the rows from row_begin to row_end.
+  struct NextBlock {
     const int8_t* block;
-    int64_t begin, end;
+    int64_t row_begin, row_end;
 
-    // Into the second level, from where tiles come as fast: a block fills the first.
-    void prefetch(int64_t at) const {
-      for (int64_t r = begin; r < end; ++r) __builtin_prefetch(block + at + r * 64, 0, 2);
+    // Prefetches into the L2 cache. Tiles load as fast from there, and one
+    // block fills the L1 cache.
+    void prefetch_tile(int64_t offset) const {
+      for (int64_t r = row_begin; r < row_end; ++r) {
+        __builtin_prefetch(block + offset + r * kTileBytes, 0, 2);
+      }
     }
   };
 
-  template <bool kLower>
-  static void tiles(const uint8_t* a, int64_t stride, const int8_t* block,
-                    int64_t k, const Next& next, int32_t* c) {
+  // 16 rows or, with kTwoRowTiles, 32 times a block, to c [16 or 32, kNR].
+  template <bool kTwoRowTiles>
+  static void multiply_row_tiles(const uint8_t* a, int64_t a_stride,
+                                 const int8_t* block, int64_t k,
+                                 const NextBlock& next, int32_t* c) {
+    constexpr int64_t kSumStride = kNR * sizeof(int32_t);
     TILE_ZERO(0);
     TILE_ZERO(1);
-    if (kLower) {
+    if (kTwoRowTiles) {
       TILE_ZERO(2);
       TILE_ZERO(3);
     }
-    for (int64_t i = 0; i < k; i += 64) {
-      TILE_LOAD(6, block + i * kHalf, 64);
-      TILE_LOAD(7, block + (k + i) * kHalf, 64);
-      TILE_LOAD(4, a + i, stride);
-      next.prefetch(i * kHalf);
+    for (int64_t i = 0; i < k; i += kTileBytes) {
+      TILE_LOAD(6, block + i * kHalf, kTileBytes);
+      TILE_LOAD(7, block + (k + i) * kHalf, kTileBytes);
+      TILE_LOAD(4, a + i, a_stride);
+      next.prefetch_tile(i * kHalf);
       TILE_DOT(0, 4, 6);
       TILE_DOT(1, 4, 7);
-      if (kLower) TILE_LOAD(5, a + 16 * stride + i, stride);
-      next.prefetch((k + i) * kHalf);
-      if (kLower) {
+      if (kTwoRowTiles) TILE_LOAD(5, a + kTileRows * a_stride + i, a_stride);
+      next.prefetch_tile((k + i) * kHalf);
+      if (kTwoRowTiles) {
         TILE_DOT(2, 5, 6);
         TILE_DOT(3, 5, 7);
       }
     }
-    TILE_STORE(0, c, 4 * kNR);
-    TILE_STORE(1, c + kHalf, 4 * kNR);
-    if (kLower) {
-      TILE_STORE(2, c + 16 * kNR, 4 * kNR);
-      TILE_STORE(3, c + 16 * kNR + kHalf, 4 * kNR);
+    TILE_STORE(0, c, kSumStride);
+    TILE_STORE(1, c + kHalf, kSumStride);
+    if (kTwoRowTiles) {
+      TILE_STORE(2, c + kTileRows * kNR, kSumStride);
+      TILE_STORE(3, c + kTileRows * kNR + kHalf, kSumStride);
     }
   }
 
-  static void gemv(const uint8_t* a, const int8_t* half, int64_t k, int32_t* c) {
+  static void gemv(const uint8_t* a, const int8_t* half, int64_t k,
+                   int32_t* c) {
     int8_moe::gemv<Avx512Vnni>(a, half, k, c);
   }
 
-  static void gemm(const uint8_t* a, int64_t stride, const int8_t* block,
-                   int64_t k, int64_t m, const int8_t* after, int32_t* c) {
-    if (m <= kFewRows) return int8_moe::gemm<Avx512Vnni>(a, stride, block, k, m, c);
-    if (!configured) configure();
-    // Each pair of 16 rows prefetches its share: memory is asked for evenly.
-    const int64_t pairs = (m + 31) / 32;
-    const int64_t rows = after == nullptr ? 0 : (kTileRows + pairs - 1) / pairs;
-    for (Next next = {after, 0, 0}; m > 0; m -= 32) {
-      next.end = std::min(next.begin + rows, kTileRows);
-      (m > 16 ? tiles<true> : tiles<false>)(a, stride, block, k, next, c);
-      next.begin = next.end;
-      a += 32 * stride;
-      c += 32 * kNR;
+  static void gemm(const uint8_t* a, int64_t a_stride, const int8_t* block,
+                   int64_t k, int64_t m, const int8_t* next_block, int32_t* c) {
+    if (m <= kMaxRowsOfVnni) {
+      return int8_moe::gemm<Avx512Vnni>(a, a_stride, block, k, m, c);
+    }
+    if (!tiles_configured) configure_tiles();
+    constexpr int64_t kPairRows = 2 * kTileRows;
+    // Each pair of row tiles prefetches its share of the next block, so that
+    // requests to memory are spread evenly.
+    const int64_t pairs = (m + kPairRows - 1) / kPairRows;
+    const int64_t share =
+        next_block == nullptr ? 0 : (kTileRows + pairs - 1) / pairs;
+    for (NextBlock next = {next_block, 0, 0}; m > 0; m -= kPairRows) {
+      next.row_end = std::min<int64_t>(next.row_begin + share, kTileRows);
+      (m > kTileRows
+           ? multiply_row_tiles<true>
+           : multiply_row_tiles<false>)(a, a_stride, block, k, next, c);
+      next.row_begin = next.row_end;
+      a += kPairRows * a_stride;
+      c += kPairRows * kNR;
     }
   }
 };

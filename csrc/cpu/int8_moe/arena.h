@@ -9,68 +9,79 @@
 #include <cstdlib>
 #include <new>
 
+#include "int8_moe.h"
+
 namespace int8_moe {
 namespace {
 
-// What of a call's scratch stays for the next call, in bytes.
-constexpr size_t kKept = 64 << 20;
+// The most scratch that stays allocated for the next call, in bytes.
+constexpr size_t kMaxRetainedBytes = 64 << 20;
+constexpr size_t kPageBytes = 4096;
 
-// Scratch of one call, its threads' included: of the thread that calls.
+// The scratch of one call, for all of its threads. Its buffer is thread_local
+// to the calling thread, so a thread has at most one Arena at a time.
 class Arena {
  public:
-  explicit Arena(size_t bytes) : kept_(last()) {
-    if (bytes <= kept_.size) return;
-    kept_.give_back();
-    // a little more, for a call with a few more tokens, but no more than is kept
-    const size_t wanted = std::max(bytes, std::min(kKept, bytes + bytes / 4));
-    const size_t size = (wanted + 4095) / 4096 * 4096;
-    kept_.data = static_cast<char*>(std::aligned_alloc(4096, size));
-    if (kept_.data == nullptr) throw std::bad_alloc();
-    kept_.size = size;
+  // `bytes` is the sum of padded_bytes of all that is allocated at once.
+  explicit Arena(size_t bytes) : buffer_(retained_buffer()) {
+    if (bytes <= buffer_.size) return;
+    buffer_.release();
+    // A quarter more serves a call with a few more tokens. What exceeds
+    // kMaxRetainedBytes would be released anyway.
+    const size_t size =
+        std::max(bytes, std::min(kMaxRetainedBytes, bytes + bytes / 4));
+    const size_t whole_pages =
+        (size + kPageBytes - 1) / kPageBytes * kPageBytes;
+    buffer_.data =
+        static_cast<char*>(std::aligned_alloc(kPageBytes, whole_pages));
+    if (buffer_.data == nullptr) throw std::bad_alloc();
+    buffer_.size = whole_pages;
   }
   ~Arena() {
-    if (kept_.size > kKept) kept_.give_back();
+    if (buffer_.size > kMaxRetainedBytes) buffer_.release();
   }
-  // Gives back, at its end, what was taken after it.
-  struct Mark {
-    explicit Mark(Arena& arena) : arena(arena), used(arena.used_) {}
-    ~Mark() { arena.used_ = used; }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  // The end of a Scope frees what was allocated after its start.
+  struct Scope {
+    explicit Scope(Arena& arena) : arena(arena), used(arena.used_) {}
+    ~Scope() { arena.used_ = used; }
     Arena& arena;
     size_t used;
   };
 
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-
+  // Not initialized, aligned to a cache line.
   template <typename T>
-  T* take(int64_t count) {
-    char* found = kept_.data + used_;
-    used_ += space<T>(count);
-    return reinterpret_cast<T*>(found);
+  T* allocate(int64_t count) {
+    char* start = buffer_.data + used_;
+    used_ += padded_bytes<T>(count);
+    return reinterpret_cast<T*>(start);
   }
   template <typename T>
-  static size_t space(int64_t count) {
-    return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+  static size_t padded_bytes(int64_t count) {
+    return (static_cast<size_t>(count) * sizeof(T) + kCacheLine - 1) /
+           kCacheLine * kCacheLine;
   }
 
  private:
-  struct Kept {
+  struct Buffer {
     char* data = nullptr;
     size_t size = 0;
 
-    ~Kept() { give_back(); }
-    void give_back() {
+    ~Buffer() { release(); }
+    void release() {
       std::free(data);
       data = nullptr;
       size = 0;
     }
   };
-  static Kept& last() {
-    thread_local Kept kept;
-    return kept;
+  static Buffer& retained_buffer() {
+    thread_local Buffer buffer;
+    return buffer;
   }
 
-  Kept& kept_;
+  Buffer& buffer_;
   size_t used_ = 0;
 };
 

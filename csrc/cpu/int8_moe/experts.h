@@ -1,17 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 //
-// Routed experts on a Microkernel, one instruction set's:
-//   kOffset     what is added to quantized activations: 128 (unsigned) or 0
-//   kReadsRows  rows that are read, and sums written, come in multiples of it
-//   gemm(a, stride, block, k, m, next, c)
-//               a [m, k] times a block -> c [m, kNR] int32; `next`, most likely the
-//               block of the call after it, may be prefetched; null: at hand, or not known
+// Routed experts on a Microkernel, the struct of one instruction set:
+//   kZeroPoint       of quantized activations: 128 (unsigned) or 0 (signed)
+//   kMAlign          gemm may read rows of a, and write rows of c, up to the
+//                    next multiple of it
+//   gemm(a, a_stride, block, k, m, next_block, c)
+//                    a [m, k] times a block, to c [m, kNR] int32. It may
+//                    prefetch next_block, which is most likely the next call's
+//                    block. null: that one is in the cache, or not known.
 //   gemv(a, half, k, c)
-//               a [k] times half a block -> c [kHalf] int32
-//   end()                            after what a thread computes
-// In steps that threads share: quantization, gate and up product, activation,
-// quantization, down product and its weighted sum.
+//                    a [k] times half a block, to c [kHalf] int32
+//   finish_thread()  called by each thread after its last product
+//
+// The steps that threads share are: quantization of x, gate and up product,
+// activation, its quantization, down product and weighted sum over the experts.
+// A call is cut up as follows:
+//   chunk   tokens, so many that the call's scratch is bounded
+//   piece   rows of a chunk, so many that the activations between both products
+//           are bounded; a piece may begin and end within an expert
+//   item    what one thread takes of a step at a time
 #pragma once
 
 #include <algorithm>
@@ -28,79 +36,91 @@
 namespace int8_moe {
 namespace {
 
-// Rows are pairs of token and expert, expert after expert.
+// M blocking: the rows of one expert whose int32 sums are in memory at once.
+constexpr int64_t kMC = 192;
+constexpr int64_t kMaxBlocksPerItem = 4;
+constexpr int64_t kRowsPerItem = 4;  // of quantization
+constexpr int64_t kMinTokensPerPart = 32;
+// Fewer products do not keep a thread busy for as long as it takes to wake it.
+constexpr int64_t kMinProductsPerThread = 1 << 20;
+// Limits of a call's scratch, in bytes: of a piece's rows, and of a chunk.
+constexpr int64_t kMaxPieceBytes = 24 << 20, kMaxChunkBytes = 96 << 20;
+
+// A row is a pair of a token and one of its experts. Rows are sorted by expert,
+// and by token within an expert.
 struct Rows {
   int64_t count;
-  int64_t active;       // experts that have rows
-  int32_t* expert;      // [active]
-  int64_t* start;       // [active + 1]
-  int32_t* token;       // [count]
-  float* weight;        // [count]
-  int32_t* row_of;      // [tokens, top_k], negative: none
+  int64_t active_experts;  // those that have rows
+  int32_t* expert;         // [active_experts]
+  int64_t* start;          // [active_experts + 1], first row of each
+  int32_t* token;          // [count]
+  float* weight;           // [count]
+  int32_t* row_of;         // [tokens, top_k], negative: no expert
 };
 
-// Rows whose activations are in memory at once: a range of all rows.
+// The rows from begin to end, and the active experts that they belong to.
 struct Piece {
   int64_t begin, end;
-  int64_t first, last;  // of the active experts that have some of them
+  int64_t first_expert, end_expert;
 };
 
+// A chunk's problem and scratch.
 struct Plan {
-  Problem p;
+  Problem problem;
   Rows rows;
   int64_t pieces, piece_rows;
-  uint8_t* x_q;      // [tokens, row_bytes of w13], where there are more pieces
-  float* x_s;        // [tokens]
-  uint8_t* piece_q;  // [piece_rows, row_bytes of w13]: rows of x_q
-  float* act;        // [piece_rows, act_stride]
-  uint8_t* act_q;    // [rows, row_bytes of w2]
-  float* act_s;      // [rows]
+  uint8_t* x_q;        // [tokens, row_bytes(w13)], if there are several pieces
+  float* x_scale;      // [tokens]
+  uint8_t* piece_x_q;  // [piece_rows, row_bytes(w13)], x_q by row
+  float* act;          // [piece_rows, act_stride]
+  uint8_t* act_q;      // [rows, row_bytes(w2)]
+  float* act_scale;    // [rows]
   int64_t act_stride;
 
-  Piece piece(int64_t i) const {
-    Piece found;
-    found.begin = rows.count * i / pieces;
-    found.end = rows.count * (i + 1) / pieces;
-    found.first = found.last = 0;
-    if (found.begin == found.end) return found;
-    int64_t* const last = rows.start + rows.active;
-    found.first = std::upper_bound(rows.start, last, found.begin) - rows.start - 1;
-    found.last = std::lower_bound(rows.start, last, found.end) - rows.start;
-    return found;
+  Piece piece(int64_t index) const {
+    Piece piece;
+    piece.begin = rows.count * index / pieces;
+    piece.end = rows.count * (index + 1) / pieces;
+    piece.first_expert = piece.end_expert = 0;
+    if (piece.begin == piece.end) return piece;
+    int64_t* const end = rows.start + rows.active_experts;
+    piece.first_expert =
+        std::upper_bound(rows.start, end, piece.begin) - rows.start - 1;
+    piece.end_expert =
+        std::lower_bound(rows.start, end, piece.end) - rows.start;
+    return piece;
   }
 };
 
-// From one quantized row to the next: an odd number of cache lines, so that the same
-// place of many rows is not in one set of the cache, as with K = 4096 it would be.
+// The stride of quantized rows, an odd number of cache lines. With a multiple
+// of 4096, as K often is one, the same column of many rows would lie in one set
+// of the cache.
 inline int64_t row_bytes(const Weight& w) { return w.k_padded() | kKAlign; }
 
-constexpr int64_t kMC = 192;         // rows whose products are in memory at once
-constexpr int64_t kMostBlocks = 4;   // of an item
-constexpr int64_t kRowsAtOnce = 4;   // that one thread quantizes
-constexpr int64_t kTokensAPart = 32;
-
+// counts: [experts], scratch
 inline void sort_rows(const Problem& p, Rows& rows, int64_t* counts) {
   const int64_t pairs = p.tokens * p.top_k;
   std::fill(counts, counts + p.experts, 0);
   for (int64_t i = 0; i < pairs; ++i) {
     if (p.experts_of[i] >= 0) ++counts[p.experts_of[i]];
   }
-  rows.active = rows.count = 0;
+  int64_t* const next_row = counts;  // of each expert, from here on
+  rows.active_experts = rows.count = 0;
   for (int64_t e = 0; e < p.experts; ++e) {
-    const int64_t found = counts[e];
-    counts[e] = rows.count;
-    if (found == 0) continue;
-    rows.expert[rows.active] = static_cast<int32_t>(e);
-    rows.start[rows.active++] = rows.count;
-    rows.count += found;
+    const int64_t count = counts[e];
+    next_row[e] = rows.count;
+    if (count == 0) continue;
+    rows.expert[rows.active_experts] = static_cast<int32_t>(e);
+    rows.start[rows.active_experts++] = rows.count;
+    rows.count += count;
   }
-  rows.start[rows.active] = rows.count;
+  rows.start[rows.active_experts] = rows.count;
   for (int64_t t = 0, i = 0; t < p.tokens; ++t) {
     for (int64_t k = 0; k < p.top_k; ++k, ++i) {
-      const int32_t e = p.experts_of[i];
+      const int32_t expert = p.experts_of[i];
       rows.row_of[i] = -1;
-      if (e < 0) continue;
-      const int64_t row = counts[e]++;
+      if (expert < 0) continue;
+      const int64_t row = next_row[expert]++;
       rows.row_of[i] = static_cast<int32_t>(row);
       rows.token[row] = static_cast<int32_t>(t);
       rows.weight[row] = p.topk_weights[i];
@@ -108,408 +128,512 @@ inline void sort_rows(const Problem& p, Rows& rows, int64_t* counts) {
   }
 }
 
-// row: [hidden], scratch
-template <class Microkernel>
-inline void quantize_token(const Plan& plan, int64_t t, float* row) {
-  const Problem& p = plan.p;
-  const int64_t padded = p.w13.k_padded(), stride = row_bytes(p.w13);
-  const int32_t* places = plan.rows.row_of + t * p.top_k;
-  const int32_t* last = places + p.top_k;
-  const int32_t* first = std::find_if(places, last, [](int32_t r) { return r >= 0; });
-  if (first == last) return;
-  to_float(static_cast<const char*>(p.x) + t * p.x_stride * size_of(p.dtype), p.dtype,
-           p.hidden, row);
-  if (p.weight_on_input) {
-    // in x's dtype, as PyTorch does it
-    float weight = p.topk_weights[t];
-    uint16_t buffer[1024];
-    if (p.dtype != Dtype::f32) {
-      from_float(&weight, p.dtype, 1, buffer);
-      to_float(buffer, p.dtype, 1, &weight);
-    }
-    for (int64_t i = 0; i < p.hidden; ++i) row[i] *= weight;
-    for (int64_t i = 0; p.dtype != Dtype::f32 && i < p.hidden; i += 1024) {
-      const int64_t n = std::min<int64_t>(1024, p.hidden - i);
-      from_float(row + i, p.dtype, n, buffer);
-      to_float(buffer, p.dtype, n, row + i);
-    }
+// x: [hidden]. The product is rounded to the dtype of the input, as in PyTorch.
+inline void multiply_by_weight(const Problem& p, int64_t token, float* x) {
+  float weight = p.topk_weights[token];
+  uint16_t buffer[1024];
+  if (p.dtype != Dtype::f32) {
+    convert_from_float(&weight, p.dtype, 1, buffer);
+    convert_to_float(buffer, p.dtype, 1, &weight);
   }
-  const bool whole = plan.pieces == 1;
-  uint8_t* q = whole ? plan.piece_q + *first * stride : plan.x_q + t * stride;
-  plan.x_s[t] = quantize<Microkernel::kOffset>(row, p.hidden, padded, p.a1_scale, q);
-  if (!whole) return;
-  for (const int32_t* place = first + 1; place < last; ++place) {
-    if (*place >= 0) std::memcpy(plan.piece_q + *place * stride, q, padded);
+  for (int64_t i = 0; i < p.hidden; ++i) x[i] *= weight;
+  for (int64_t i = 0; p.dtype != Dtype::f32 && i < p.hidden; i += 1024) {
+    const int64_t n = std::min<int64_t>(1024, p.hidden - i);
+    convert_from_float(x + i, p.dtype, n, buffer);
+    convert_to_float(buffer, p.dtype, n, x + i);
   }
 }
 
-// Brings a row's token to the row's place in its piece.
+// Quantizes a token's x: to each of its rows where there is one piece, or else
+// to x_q, from which gather_row copies it. x: [hidden], scratch
+template <class Microkernel>
+inline void quantize_token(const Plan& plan, int64_t token, float* x) {
+  const Problem& p = plan.problem;
+  const int64_t k_padded = p.w13.k_padded(), stride = row_bytes(p.w13);
+  const int32_t* rows = plan.rows.row_of + token * p.top_k;
+  const int32_t* end = rows + p.top_k;
+  const int32_t* first =
+      std::find_if(rows, end, [](int32_t row) { return row >= 0; });
+  if (first == end) return;
+  convert_to_float(static_cast<const char*>(p.x) +
+                       token * p.x_stride * element_size(p.dtype),
+                   p.dtype, p.hidden, x);
+  if (p.weight_on_input) multiply_by_weight(p, token, x);
+  const bool one_piece = plan.pieces == 1;
+  uint8_t* q =
+      one_piece ? plan.piece_x_q + *first * stride : plan.x_q + token * stride;
+  plan.x_scale[token] = quantize_row<Microkernel::kZeroPoint>(
+      x, p.hidden, k_padded, p.a1_scale, q);
+  if (!one_piece) return;
+  for (const int32_t* row = first + 1; row < end; ++row) {
+    if (*row >= 0) std::memcpy(plan.piece_x_q + *row * stride, q, k_padded);
+  }
+}
+
+// Copies the quantized x of a row's token to the row's place in its piece.
 inline void gather_row(const Plan& plan, const Piece& piece, int64_t row) {
-  const int64_t stride = row_bytes(plan.p.w13);
-  std::memcpy(plan.piece_q + (row - piece.begin) * stride,
-              plan.x_q + plan.rows.token[row] * stride, plan.p.w13.k_padded());
+  const Weight& w = plan.problem.w13;
+  const int64_t stride = row_bytes(w);
+  std::memcpy(plan.piece_x_q + (row - piece.begin) * stride,
+              plan.x_q + plan.rows.token[row] * stride, w.k_padded());
 }
 
-// What a block's int32 sums become: (sum - compensation) * scales + bias.
+// Dequantizes the int32 sums of a block's columns from first_column on:
+// (sum - compensation) * row_scale * scale + bias.
 template <class Microkernel>
-struct Columns {
+struct Dequantizer {
   const float *scale, *bias;
   const int32_t* compensation;
 
-  Columns(const Weight& w, int64_t expert, int64_t block, int64_t first = 0)
-      : scale(w.scale(expert) + block * kNR + first),
-        bias(w.bias(expert) + block * kNR + first),
-        compensation(Microkernel::kOffset
-                         ? w.compensation(expert) + block * kNR + first
-                         : kNone) {}
-  // of the columns from j on, kLanes of them
-  Floats value(const int32_t* sum, Floats row_scale, int j) const {
-    return floats(sum + j, compensation + j) * (row_scale * floats(scale + j)) +
-           floats(bias + j);
+  Dequantizer(const Weight& w, int64_t expert, int64_t block,
+              int64_t first_column = 0)
+      : scale(w.scale(expert) + block * kNR + first_column),
+        bias(w.bias(expert) + block * kNR + first_column),
+        compensation(Microkernel::kZeroPoint
+                         ? w.compensation(expert) + block * kNR + first_column
+                         : kNoCompensation) {}
+  // kLanes columns from j on.
+  Floats dequantize(const int32_t* sums, Floats row_scale, int j) const {
+    return load_difference(sums + j, compensation + j) *
+               (row_scale * load_floats(scale + j)) +
+           load_floats(bias + j);
   }
 
-  static constexpr int32_t kNone[kNR] = {};
+  static constexpr int32_t kNoCompensation[kNR] = {};
 };
 
-// Some rows of one expert; act is the first one's.
-struct Tile {
-  int64_t expert, first_row, last_row;
+// Rows of one expert. act is that of the row `begin`.
+struct ExpertRows {
+  int64_t expert, begin, end;
   float* act;
 };
 
-template <class Microkernel, Activation kind>
-void activate_block(const Plan& plan, const Tile& tile, int64_t block,
-                    const int32_t* c) {
-  const Columns<Microkernel> columns(plan.p.w13, tile.expert, block);
-  const float limit = plan.p.limit;
-  for (int64_t row = tile.first_row; row < tile.last_row; ++row, c += kNR) {
-    const float s = plan.x_s[plan.rows.token[row]];
-    alignas(64) float done[kHalf];
+// sums: [rows, kNR]
+template <class Microkernel, Activation kActivation>
+void activate_block(const Plan& plan, const ExpertRows& rows, int64_t block,
+                    const int32_t* sums) {
+  const Problem& p = plan.problem;
+  const Dequantizer<Microkernel> columns(p.w13, rows.expert, block);
+  const float limit = p.limit;
+  for (int64_t row = rows.begin; row < rows.end; ++row, sums += kNR) {
+    const float x_scale = plan.x_scale[plan.rows.token[row]];
+    alignas(kCacheLine) float act[kHalf];
     for (int j = 0; j < kHalf; j += kLanes) {
-      const Floats gate = columns.value(c, s, j), up = columns.value(c, s, kHalf + j);
-      store(activate<kind>(gate, up, limit), done + j);
+      const Floats gate = columns.dequantize(sums, x_scale, j);
+      const Floats up = columns.dequantize(sums, x_scale, kHalf + j);
+      store_floats(activate<kActivation>(gate, up, limit), act + j);
     }
-    float* to = tile.act + (row - tile.first_row) * plan.act_stride + block * kHalf;
-    std::memcpy(to, done, sizeof(done));
+    std::memcpy(rows.act + (row - rows.begin) * plan.act_stride + block * kHalf,
+                act, sizeof(act));
   }
 }
 
-using Activate = void (*)(const Plan&, const Tile&, int64_t, const int32_t*);
+using ActivateBlock = void (*)(const Plan&, const ExpertRows&, int64_t,
+                               const int32_t*);
 
 template <class Microkernel>
-inline Activate activate_of(Activation kind) {
+inline ActivateBlock select_activate_block(Activation activation) {
   using A = Activation;
-  switch (kind) {
-    case A::silu: return activate_block<Microkernel, A::silu>;
-    case A::gelu: return activate_block<Microkernel, A::gelu>;
-    case A::gelu_tanh: return activate_block<Microkernel, A::gelu_tanh>;
-    case A::swigluoai: return activate_block<Microkernel, A::swigluoai>;
-    case A::swiglustep: return activate_block<Microkernel, A::swiglustep>;
+  switch (activation) {
+    case A::silu:
+      return activate_block<Microkernel, A::silu>;
+    case A::gelu:
+      return activate_block<Microkernel, A::gelu>;
+    case A::gelu_tanh:
+      return activate_block<Microkernel, A::gelu_tanh>;
+    case A::swigluoai:
+      return activate_block<Microkernel, A::swigluoai>;
+    case A::swiglustep:
+      return activate_block<Microkernel, A::swiglustep>;
   }
   return nullptr;
 }
 
 template <class Microkernel>
 inline void quantize_act(const Plan& plan, const Piece& piece, int64_t row) {
-  const Problem& p = plan.p;
-  plan.act_s[row] =
-      quantize<Microkernel::kOffset>(
-          plan.act + (row - piece.begin) * plan.act_stride, p.intermediate,
-          p.w2.k_padded(), p.a2_scale, plan.act_q + row * row_bytes(p.w2));
+  const Problem& p = plan.problem;
+  plan.act_scale[row] = quantize_row<Microkernel::kZeroPoint>(
+      plan.act + (row - piece.begin) * plan.act_stride, p.intermediate,
+      p.w2.k_padded(), p.a2_scale, plan.act_q + row * row_bytes(p.w2));
 }
 
-// Some blocks of one expert, all of its rows in a piece. c: [kMC, kNR], scratch
+// The gate and up product and the activation: the blocks from first_block to
+// end_block of the active expert e, for all of its rows in a piece.
+// sums: [kMC, kNR], scratch
 template <class Microkernel>
-inline void gate_up(const Plan& plan, const Piece& piece, Activate activate, int64_t e,
-                    int64_t first, int64_t last, int32_t* c) {
-  const Weight& w = plan.p.w13;
+inline void compute_gate_up(const Plan& plan, const Piece& piece,
+                            ActivateBlock activate_block, int64_t e,
+                            int64_t first_block, int64_t end_block,
+                            int32_t* sums) {
+  const Weight& w = plan.problem.w13;
   const int64_t stride = row_bytes(w);
   const int64_t begin = std::max(piece.begin, plan.rows.start[e]);
   const int64_t end = std::min(piece.end, plan.rows.start[e + 1]);
   for (int64_t row = begin; row < end; row += kMC) {
-    const int64_t in_piece = row - piece.begin;
-    const Tile tile = {plan.rows.expert[e], row, std::min(end, row + kMC),
-                       plan.act + in_piece * plan.act_stride};
-    const int64_t m = tile.last_row - row, room = round_up(m, Microkernel::kReadsRows);
-    // Of few rows the products of some blocks first: what waits for one row's
-    // activation then has other rows to go on with.
-    const int64_t at_once = kMC / room;
-    for (int64_t block = first; block < last; block += at_once) {
-      const int64_t n = std::min(at_once, last - block);
+    const int64_t row_in_piece = row - piece.begin;
+    const ExpertRows rows = {plan.rows.expert[e], row, std::min(end, row + kMC),
+                             plan.act + row_in_piece * plan.act_stride};
+    const int64_t m = rows.end - row;
+    const int64_t m_aligned = round_up(m, Microkernel::kMAlign);
+    // Where rows are few, the products of several blocks come first, and then
+    // the activations of all of them: there the processor overlaps the
+    // latencies of independent rows.
+    const int64_t batch = kMC / m_aligned;
+    for (int64_t block = first_block; block < end_block; block += batch) {
+      const int64_t n = std::min(batch, end_block - block);
       for (int64_t i = 0; i < n; ++i) {
-        // The last rows' last block is followed by the next item's, most often the one
-        // after it. Other rows find the blocks at hand.
-        const bool comes = block + i + 1 < last ? row == begin : tile.last_row == end;
-        Microkernel::gemm(plan.piece_q + in_piece * stride, stride,
-                  w.block(tile.expert, block + i), w.k_padded(), m,
-                  comes ? w.block(tile.expert, block + i + 1) : nullptr,
-                  c + i * room * kNR);
+        // The expert's first rows bring its blocks into the cache, where later
+        // rows find them. Its last rows' last block is most often followed by
+        // the next item's first block, which lies behind it.
+        const bool prefetch_next =
+            block + i + 1 < end_block ? row == begin : rows.end == end;
+        Microkernel::gemm(
+            plan.piece_x_q + row_in_piece * stride, stride,
+            w.block(rows.expert, block + i), w.k_padded(), m,
+            prefetch_next ? w.block(rows.expert, block + i + 1) : nullptr,
+            sums + i * m_aligned * kNR);
       }
       for (int64_t i = 0; i < n; ++i) {
-        activate(plan, tile, block + i, c + i * room * kNR);
+        activate_block(plan, rows, block + i, sums + i * m_aligned * kNR);
       }
     }
   }
 }
 
-// Adds the down product of one row, `columns` of them, to its token's sum.
+// Adds `count` columns of a row's weighted down product to its token's output.
 template <class Microkernel>
-inline void add_down(const Plan& plan, const Columns<Microkernel>& values, int64_t row,
-                     int columns, const int32_t* c, float* sum) {
-  const float s = plan.act_s[row];
-  const float weight = plan.p.weight_on_input ? 1.0f : plan.rows.weight[row];
-  for (int j = 0; j < columns; j += kLanes) {
-    store(floats(sum + j) + values.value(c, s, j) * weight, sum + j);
+inline void add_weighted(const Plan& plan,
+                         const Dequantizer<Microkernel>& columns, int64_t row,
+                         int count, const int32_t* sums, float* out) {
+  const float act_scale = plan.act_scale[row];
+  const float weight =
+      plan.problem.weight_on_input ? 1.0f : plan.rows.weight[row];
+  for (int j = 0; j < count; j += kLanes) {
+    store_floats(
+        load_floats(out + j) + columns.dequantize(sums, act_scale, j) * weight,
+        out + j);
   }
 }
 
-// Some blocks of all experts, for some tokens, so that one thread sums a token's
-// parts, in the order of the experts. c: [kMC, kNR], sum: [tokens, width],
-// scratch
+// The down product and its weighted sum: the blocks from first_block to
+// end_block of all experts, for the tokens from first_token to end_token. One
+// thread sums a token's columns, in the order of the experts. So the result
+// does not depend on the number of threads.
+// sums: [kMC, kNR], out: [tokens, width], scratch
 template <class Microkernel>
-inline void down(const Plan& plan, int64_t first, int64_t last, int64_t first_token,
-                 int64_t last_token, int32_t* c, float* sum) {
-  const Problem& p = plan.p;
+inline void compute_down(const Plan& plan, int64_t first_block,
+                         int64_t end_block, int64_t first_token,
+                         int64_t end_token, int32_t* sums, float* out) {
+  const Problem& p = plan.problem;
+  const Weight& w = p.w2;
   const Rows& rows = plan.rows;
-  const int64_t stride = row_bytes(p.w2), width = (last - first) * kNR;
-  const int64_t tokens = last_token - first_token;
-  std::fill(sum, sum + tokens * width, 0.0f);
-  for (int64_t e = 0; e < rows.active; ++e) {
+  const int64_t stride = row_bytes(w), width = (end_block - first_block) * kNR;
+  const int64_t tokens = end_token - first_token;
+  std::fill(out, out + tokens * width, 0.0f);
+  for (int64_t e = 0; e < rows.active_experts; ++e) {
     const int64_t expert = rows.expert[e];
     int64_t begin = rows.start[e], end = rows.start[e + 1];
     if (tokens < p.tokens) {
-      const auto row_of = [&](int64_t token) {
+      const auto find_row = [&](int64_t token) {
         return std::lower_bound(rows.token + rows.start[e],
-                                rows.token + rows.start[e + 1], token) - rows.token;
+                                rows.token + rows.start[e + 1], token) -
+               rows.token;
       };
-      begin = row_of(first_token);
-      end = row_of(last_token);
+      begin = find_row(first_token);
+      end = find_row(end_token);
     }
     for (int64_t row = begin; row < end; row += kMC) {
       const int64_t m = std::min(kMC, end - row);
-      const int64_t next = row + kMC < end || e + 1 == rows.active
-                               ? expert : rows.expert[e + 1];
-      for (int64_t block = first; block < last; ++block) {
-        Microkernel::gemm(plan.act_q + row * stride, stride, p.w2.block(expert, block),
-                  p.w2.k_padded(), m,
-                  block + 1 < last ? p.w2.block(expert, block + 1)
-                                   : p.w2.block(next, first), c);
-        const Columns<Microkernel> values(p.w2, expert, block);
+      const int64_t next_expert =
+          row + kMC < end || e + 1 == rows.active_experts ? expert
+                                                          : rows.expert[e + 1];
+      for (int64_t block = first_block; block < end_block; ++block) {
+        Microkernel::gemm(plan.act_q + row * stride, stride,
+                          w.block(expert, block), w.k_padded(), m,
+                          block + 1 < end_block
+                              ? w.block(expert, block + 1)
+                              : w.block(next_expert, first_block),
+                          sums);
+        const Dequantizer<Microkernel> columns(w, expert, block);
         for (int64_t r = 0; r < m; ++r) {
-          float* to = sum + (rows.token[row + r] - first_token) * width +
-                      (block - first) * kNR;
-          add_down(plan, values, row + r, kNR, c + r * kNR, to);
+          float* out_row = out + (rows.token[row + r] - first_token) * width +
+                           (block - first_block) * kNR;
+          add_weighted(plan, columns, row + r, kNR, sums + r * kNR, out_row);
         }
       }
     }
   }
-  const int64_t columns = std::min(p.hidden, last * kNR) - first * kNR;
+  const int64_t columns =
+      std::min(p.hidden, end_block * kNR) - first_block * kNR;
   for (int64_t t = 0; t < tokens; ++t) {
-    from_float(sum + t * width, p.dtype, columns,
-               static_cast<char*>(p.out) +
-                   ((first_token + t) * p.hidden + first * kNR) * size_of(p.dtype));
+    convert_from_float(out + t * width, p.dtype, columns,
+                       static_cast<char*>(p.out) +
+                           ((first_token + t) * p.hidden + first_block * kNR) *
+                               element_size(p.dtype));
   }
 }
 
-// Some half blocks of all experts, for one token: blocks are too few to share evenly
-// among many threads. c: [kHalf], sum: [last - first, kHalf], scratch
+// compute_down for a single token, by halves of blocks: whole blocks are too
+// few to share evenly among many threads.
+// sums: [kHalf], out: [end_half - first_half, kHalf], scratch
 template <class Microkernel>
-inline void down_token(const Plan& plan, int64_t first, int64_t last, int32_t* c,
-                       float* sum) {
-  const Problem& p = plan.p;
+inline void compute_down_of_one_token(const Plan& plan, int64_t first_half,
+                                      int64_t end_half, int32_t* sums,
+                                      float* out) {
+  const Problem& p = plan.problem;
+  const Weight& w = p.w2;
   const Rows& rows = plan.rows;
-  const int64_t stride = row_bytes(p.w2), k = p.w2.k_padded();
-  std::fill(sum, sum + (last - first) * kHalf, 0.0f);
-  for (int64_t e = 0; e < rows.active; ++e) {
+  const int64_t stride = row_bytes(w), k = w.k_padded();
+  std::fill(out, out + (end_half - first_half) * kHalf, 0.0f);
+  for (int64_t e = 0; e < rows.active_experts; ++e) {
+    const int64_t expert = rows.expert[e];
     for (int64_t row = rows.start[e]; row < rows.start[e + 1]; ++row) {
-      for (int64_t half = first; half < last; ++half) {
-        const int64_t right = half % 2 * kHalf;
+      for (int64_t half = first_half; half < end_half; ++half) {
+        const int64_t block = half / 2, first_column = half % 2 * kHalf;
         Microkernel::gemv(plan.act_q + row * stride,
-                 p.w2.block(rows.expert[e], half / 2) + right * k, k, c);
-        const Columns<Microkernel> values(p.w2, rows.expert[e], half / 2, right);
-        add_down(plan, values, row, kHalf, c, sum + (half - first) * kHalf);
+                          w.block(expert, block) + first_column * k, k, sums);
+        const Dequantizer<Microkernel> columns(w, expert, block, first_column);
+        add_weighted(plan, columns, row, kHalf, sums,
+                     out + (half - first_half) * kHalf);
       }
     }
   }
-  const int64_t columns = std::min(p.hidden, last * kHalf) - first * kHalf;
-  from_float(sum, p.dtype, std::max<int64_t>(0, columns),
-             static_cast<char*>(p.out) + first * kHalf * size_of(p.dtype));
+  // The last half may be padding only: then no column is left.
+  const int64_t columns =
+      std::min(p.hidden, end_half * kHalf) - first_half * kHalf;
+  convert_from_float(
+      out, p.dtype, std::max<int64_t>(0, columns),
+      static_cast<char*>(p.out) + first_half * kHalf * element_size(p.dtype));
 }
 
-// How many blocks one item has: fewer where there would be too few items to share.
-inline int64_t blocks_at_once(int64_t blocks, int64_t times, int threads) {
-  int64_t found = kMostBlocks;
-  while (found > 1 && times * (blocks / found) < 4 * threads) found /= 2;
-  return found;
+// The blocks of an item: fewer where there would be too few items to share.
+inline int64_t choose_blocks_per_item(int64_t blocks, int64_t experts,
+                                      int threads) {
+  int64_t per_item = kMaxBlocksPerItem;
+  while (per_item > 1 && experts * (blocks / per_item) < 4 * threads) {
+    per_item /= 2;
+  }
+  return per_item;
 }
 
-// Into how many parts the tokens go where the blocks are too few to share.
-inline int64_t token_parts(int64_t tokens, int64_t items, int threads) {
-  const int64_t wanted = (4 * threads + items - 1) / items;
-  return std::max<int64_t>(1, std::min(wanted, tokens / kTokensAPart));
+// The parts that tokens are cut into, where blocks alone are too few to share.
+inline int64_t choose_token_parts(int64_t tokens, int64_t block_groups,
+                                  int threads) {
+  const int64_t parts = (4 * threads + block_groups - 1) / block_groups;
+  return std::max<int64_t>(1, std::min(parts, tokens / kMinTokensPerPart));
 }
 
-// How a call is cut into items.
+// How both products are cut into items.
 struct Items {
-  int64_t blocks, group, groups;              // of the gate and up product
-  int64_t out_blocks, out_group, out_groups;  // of the down product
-  int64_t parts, some_tokens;                 // of it, by tokens
-  size_t own;                                 // bytes of scratch a thread
+  // An item of the gate and up product is a group of blocks of one expert.
+  int64_t blocks, blocks_per_item, groups;
+  // An item of the down product is a group of blocks for a part of the tokens.
+  // For a single token the blocks are halves.
+  int64_t down_blocks, down_blocks_per_item, down_groups;
+  int64_t parts, tokens_per_part;
+  size_t scratch_bytes;  // per thread
 
-  Items(const Problem& p, int64_t active, int64_t tokens, int threads) {
+  Items(const Problem& p, int64_t active_experts, int64_t tokens, int threads) {
     blocks = p.w13.columns / kNR;
-    group = blocks_at_once(blocks, active, threads);
-    groups = (blocks + group - 1) / group;
-    out_blocks = p.w2.columns / kNR * (tokens == 1 ? 2 : 1);  // half ones
-    out_group = blocks_at_once(out_blocks, 1, threads);
-    out_groups = (out_blocks + out_group - 1) / out_group;
-    parts = token_parts(tokens, out_groups, threads);
-    some_tokens = (tokens + parts - 1) / parts;
-    own = std::max(Arena::space<float>(p.hidden),
-                   Arena::space<int32_t>(kMC * kNR) +
-                       Arena::space<float>(some_tokens * out_group * kNR));
+    blocks_per_item = choose_blocks_per_item(blocks, active_experts, threads);
+    groups = (blocks + blocks_per_item - 1) / blocks_per_item;
+    down_blocks = p.w2.columns / kNR * (tokens == 1 ? 2 : 1);
+    down_blocks_per_item = choose_blocks_per_item(down_blocks, 1, threads);
+    down_groups =
+        (down_blocks + down_blocks_per_item - 1) / down_blocks_per_item;
+    parts = choose_token_parts(tokens, down_groups, threads);
+    tokens_per_part = (tokens + parts - 1) / parts;
+    // quantize_token's x; or the sums and outputs of the products
+    scratch_bytes =
+        std::max(Arena::padded_bytes<float>(p.hidden),
+                 Arena::padded_bytes<int32_t>(kMC * kNR) +
+                     Arena::padded_bytes<float>(tokens_per_part *
+                                                down_blocks_per_item * kNR));
+  }
+};
+
+// The indices of a plan's steps: quantization of x, then three steps per piece,
+// then the down product.
+constexpr int kStepsPerPiece = 3;
+constexpr int count_steps(int64_t pieces) {
+  return 2 + kStepsPerPiece * static_cast<int>(pieces);
+}
+struct PieceSteps {
+  int gather, gate_up, quantize;
+
+  explicit PieceSteps(int64_t piece) {
+    gather = 1 + kStepsPerPiece * static_cast<int>(piece);
+    gate_up = gather + 1;
+    quantize = gather + 2;
   }
 };
 
 template <class Microkernel>
-inline void run(const Plan& plan, Arena& arena, const Threads& threads) {
-  const Problem& p = plan.p;
-  const Items items(p, plan.rows.active, p.tokens, threads.count);
+inline void run_plan(const Plan& plan, Arena& arena, const Threads& threads) {
+  const Problem& p = plan.problem;
+  const Items items(p, plan.rows.active_experts, p.tokens, threads.count);
   const int64_t groups = items.groups;
-  const Activate activate = activate_of<Microkernel>(p.activation);
+  const ActivateBlock activate_block =
+      select_activate_block<Microkernel>(p.activation);
   const Rows& rows = plan.rows;
-  const int gather = 1, gate_ups = 2, acts = 3, a_piece = 3;  // from a piece's first on
-  const int last = 1 + a_piece * static_cast<int>(plan.pieces);
-  Arena::Mark mark(arena);
-  Steps steps(arena, last + 1, threads.count);
-  char* const own = arena.take<char>(items.own * threads.count);
-  steps.share_evenly(0, p.tokens);
+  const int quantize_x = 0, down = count_steps(plan.pieces) - 1;
+  Arena::Scope scope(arena);
+  Steps steps(arena, count_steps(plan.pieces), threads.count);
+  char* const scratch =
+      arena.allocate<char>(items.scratch_bytes * threads.count);
+  steps.assign_evenly(quantize_x, p.tokens);
   for (int64_t i = 0; i < plan.pieces; ++i) {
     const Piece piece = plan.piece(i);
-    const int at = a_piece * static_cast<int>(i);
-    steps.share_evenly(at + gather, plan.pieces == 1 ? 0 : piece.end - piece.begin);
+    const int64_t piece_rows = piece.end - piece.begin;
+    const PieceSteps step(i);
+    steps.assign_evenly(step.gather, plan.pieces == 1 ? 0 : piece_rows);
     if (groups == 1 && plan.pieces == 1) {
-      // an expert's thread, whichever others have rows
-      steps.share(at + gate_ups, [&](int t) {
-        const int64_t next = p.experts * (t + 1) / threads.count;
-        return std::lower_bound(rows.expert, rows.expert + rows.active, next) -
+      // An expert's thread does not depend on which other experts have rows.
+      steps.assign(step.gate_up, [&](int t) {
+        const int64_t end_expert = p.experts * (t + 1) / threads.count;
+        return std::lower_bound(rows.expert, rows.expert + rows.active_experts,
+                                end_expert) -
                rows.expert;
       });
     } else {
-      steps.share_evenly(at + gate_ups, (piece.last - piece.first) * groups);
+      steps.assign_evenly(step.gate_up,
+                          (piece.end_expert - piece.first_expert) * groups);
     }
-    steps.share_evenly(at + acts, groups == 1 ? 0 : piece.end - piece.begin);
+    steps.assign_evenly(step.quantize, groups == 1 ? 0 : piece_rows);
   }
-  steps.share_evenly(last, items.out_groups * items.parts);
-  on_threads(threads, [&](int thread) {
-    char* const scratch = own + items.own * thread;
-    int32_t* const c = reinterpret_cast<int32_t*>(scratch);
-    float* const sum =
-        reinterpret_cast<float*>(scratch + Arena::space<int32_t>(kMC * kNR));
-    steps.run(0, thread, kRowsAtOnce, [&](int64_t t) {
-      quantize_token<Microkernel>(plan, t, reinterpret_cast<float*>(scratch));
+  steps.assign_evenly(down, items.down_groups * items.parts);
+  run_on_threads(threads, [&](int thread) {
+    char* const thread_scratch = scratch + items.scratch_bytes * thread;
+    int32_t* const sums = reinterpret_cast<int32_t*>(thread_scratch);
+    float* const out = reinterpret_cast<float*>(
+        thread_scratch + Arena::padded_bytes<int32_t>(kMC * kNR));
+    steps.run(quantize_x, thread, kRowsPerItem, [&](int64_t token) {
+      quantize_token<Microkernel>(plan, token,
+                                  reinterpret_cast<float*>(thread_scratch));
     });
     for (int64_t i = 0; i < plan.pieces; ++i) {
       const Piece piece = plan.piece(i);
-      const int at = a_piece * static_cast<int>(i);
-      steps.run(at + gather, thread, kRowsAtOnce,
-                [&](int64_t row) { gather_row(plan, piece, piece.begin + row); });
-      steps.run(at + gate_ups, thread, 1, [&](int64_t item) {
-        const int64_t e = piece.first + item / groups;
-        const int64_t first = item % groups * items.group;
-        gate_up<Microkernel>(plan, piece, activate, e, first,
-                std::min(items.blocks, first + items.group), c);
+      const PieceSteps step(i);
+      steps.run(step.gather, thread, kRowsPerItem, [&](int64_t row) {
+        gather_row(plan, piece, piece.begin + row);
+      });
+      steps.run(step.gate_up, thread, 1, [&](int64_t item) {
+        const int64_t e = piece.first_expert + item / groups;
+        const int64_t first_block = item % groups * items.blocks_per_item;
+        compute_gate_up<Microkernel>(
+            plan, piece, activate_block, e, first_block,
+            std::min(items.blocks, first_block + items.blocks_per_item), sums);
         if (groups > 1) return;
+        // The item computed whole rows. The step that quantizes them is empty.
         const int64_t end = std::min(piece.end, rows.start[e + 1]);
-        for (int64_t row = std::max(piece.begin, rows.start[e]); row < end; ++row) {
+        for (int64_t row = std::max(piece.begin, rows.start[e]); row < end;
+             ++row) {
           quantize_act<Microkernel>(plan, piece, row);
         }
       });
-      steps.run(at + acts, thread, kRowsAtOnce,
-                [&](int64_t row) {
-                  quantize_act<Microkernel>(plan, piece, piece.begin + row);
-                });
+      steps.run(step.quantize, thread, kRowsPerItem, [&](int64_t row) {
+        quantize_act<Microkernel>(plan, piece, piece.begin + row);
+      });
     }
-    steps.run(last, thread, 1, [&](int64_t item) {
-      const int64_t first = item / items.parts * items.out_group;
-      const int64_t end = std::min(items.out_blocks, first + items.out_group);
-      if (p.tokens == 1) return down_token<Microkernel>(plan, first, end, c, sum);
-      const int64_t token = item % items.parts * items.some_tokens;
-      down<Microkernel>(plan, first, end, std::min(p.tokens, token),
-           std::min(p.tokens, token + items.some_tokens), c, sum);
+    steps.run(down, thread, 1, [&](int64_t item) {
+      const int64_t first_block =
+          item / items.parts * items.down_blocks_per_item;
+      const int64_t end_block =
+          std::min(items.down_blocks, first_block + items.down_blocks_per_item);
+      if (p.tokens == 1) {
+        return compute_down_of_one_token<Microkernel>(plan, first_block,
+                                                      end_block, sums, out);
+      }
+      const int64_t token = item % items.parts * items.tokens_per_part;
+      compute_down<Microkernel>(
+          plan, first_block, end_block, std::min(p.tokens, token),
+          std::min(p.tokens, token + items.tokens_per_part), sums, out);
     });
-    Microkernel::end();
+    Microkernel::finish_thread();
   });
 }
 
-// Most of a call's scratch, in bytes: of what a piece has, and of the rest, by which
-// tokens are taken in chunks.
-constexpr int64_t kPieceBytes = 24 << 20, kChunkBytes = 96 << 20;
-
-// Products that keep a thread busy for longer than it takes to wake it.
-constexpr int64_t kWorthAThread = 1 << 20;
-
 template <class Microkernel>
-inline void run_experts(const Problem& whole, const Threads& all) {
-  static_assert(kMC % Microkernel::kReadsRows == 0);
+inline void run_experts(const Problem& problem, const Threads& all_threads) {
+  // A batch of blocks in compute_gate_up is at least one.
+  static_assert(kMC % Microkernel::kMAlign == 0);
   Plan plan;
-  const int64_t work = whole.tokens * whole.top_k * 3 * whole.intermediate * whole.hidden;
+  const int64_t products = problem.tokens * problem.top_k * 3 *
+                           problem.intermediate * problem.hidden;
   const Threads threads = {
       static_cast<int>(std::min<int64_t>(
-          all.count, 1 + (work + kWorthAThread / 2) / kWorthAThread)),
-      all.run};
-  Problem& p = plan.p;
-  const int64_t k1 = row_bytes(whole.w13), k2 = row_bytes(whole.w2);
-  plan.act_stride = round_up(whole.intermediate, kHalf);
-  const int64_t a_row = k1 + plan.act_stride * sizeof(float);
-  const int64_t a_token = k1 + whole.top_k * (k2 + 16) +
-                          threads.count * kMostBlocks * kNR * sizeof(float);
-  const int64_t chunks = (whole.tokens * a_token + kChunkBytes - 1) / kChunkBytes;
-  const int64_t chunk = (whole.tokens + chunks - 1) / chunks;
-  const int64_t most = chunk * whole.top_k;
-  plan.piece_rows = std::min(most, kPieceBytes / a_row);
-  const bool pieces = plan.piece_rows < most;
-  const int64_t most_pieces = (most + plan.piece_rows - 1) / plan.piece_rows;
-  // the last one is smaller
-  const size_t own = std::max(
-      Items(whole, 1, chunk, threads.count).own,
-      Items(whole, 1, (whole.tokens - 1) % chunk + 1, threads.count).own);
-  // A microkernel reads kReadsRows rows or a multiple. Those past the last one are
-  // here, whatever their bytes are: of what it makes of them nothing is read.
-  const int64_t past = Microkernel::kReadsRows - 1;
-  Arena arena(Steps::space(2 + 3 * static_cast<int>(most_pieces), threads.count) +
-              own * threads.count + Arena::space<int64_t>(whole.experts) +
-              Arena::space<int32_t>(whole.experts) +
-              Arena::space<int64_t>(whole.experts + 1) +
-              2 * Arena::space<int32_t>(most) + 2 * Arena::space<float>(most) +
-              Arena::space<float>(chunk) +
-              Arena::space<uint8_t>(pieces ? chunk * k1 : 0) +
-              Arena::space<uint8_t>((plan.piece_rows + past) * k1) +
-              Arena::space<uint8_t>((most + past) * k2) +
-              Arena::space<float>(plan.piece_rows * plan.act_stride));
-  int64_t* counts = arena.take<int64_t>(whole.experts);
-  plan.rows.expert = arena.take<int32_t>(whole.experts);
-  plan.rows.start = arena.take<int64_t>(whole.experts + 1);
-  plan.rows.token = arena.take<int32_t>(most);
-  plan.rows.row_of = arena.take<int32_t>(most);
-  plan.rows.weight = arena.take<float>(most);
-  plan.x_s = arena.take<float>(chunk);
-  plan.act_s = arena.take<float>(most);
-  plan.x_q = arena.take<uint8_t>(pieces ? chunk * k1 : 0);
-  plan.piece_q = arena.take<uint8_t>((plan.piece_rows + past) * k1);
-  plan.act_q = arena.take<uint8_t>((most + past) * k2);
-  plan.act = arena.take<float>(plan.piece_rows * plan.act_stride);
-  for (int64_t t = 0; t < whole.tokens; t += chunk) {
-    p = whole;
-    p.tokens = std::min(chunk, whole.tokens - t);
-    p.x = static_cast<const char*>(whole.x) + t * whole.x_stride * size_of(p.dtype);
-    p.out = static_cast<char*>(whole.out) + t * whole.hidden * size_of(p.dtype);
-    p.topk_weights = whole.topk_weights + t * whole.top_k;
-    p.experts_of = whole.experts_of + t * whole.top_k;
+          all_threads.count,
+          1 + (products + kMinProductsPerThread / 2) / kMinProductsPerThread)),
+      all_threads.run};
+  Problem& p = plan.problem;
+  const int64_t x_row_bytes = row_bytes(problem.w13);
+  const int64_t act_row_bytes = row_bytes(problem.w2);
+  plan.act_stride = round_up(problem.intermediate, kHalf);
+  const int64_t piece_row_bytes = x_row_bytes + plan.act_stride * sizeof(float);
+  // A row's int32 are its token and row_of, its floats weight and act_scale.
+  const int64_t bytes_per_token =
+      x_row_bytes +
+      problem.top_k *
+          (act_row_bytes + int64_t{2 * sizeof(int32_t) + 2 * sizeof(float)}) +
+      threads.count * kMaxBlocksPerItem * kNR * sizeof(float);
+  const int64_t chunks =
+      (problem.tokens * bytes_per_token + kMaxChunkBytes - 1) / kMaxChunkBytes;
+  const int64_t chunk_tokens = (problem.tokens + chunks - 1) / chunks;
+  const int64_t max_rows = chunk_tokens * problem.top_k;
+  plan.piece_rows = std::min(max_rows, kMaxPieceBytes / piece_row_bytes);
+  const bool several_pieces = plan.piece_rows < max_rows;
+  const int64_t max_pieces = (max_rows + plan.piece_rows - 1) / plan.piece_rows;
+  // The last chunk is smaller, and may be cut into larger items.
+  const int64_t last_chunk_tokens = (problem.tokens - 1) % chunk_tokens + 1;
+  const size_t thread_bytes = std::max(
+      Items(problem, 1, chunk_tokens, threads.count).scratch_bytes,
+      Items(problem, 1, last_chunk_tokens, threads.count).scratch_bytes);
+  // gemm reads rows up to the next multiple of kMAlign. So these arrays have
+  // kMAlign - 1 more rows, and no read is outside of them. The bytes there are
+  // arbitrary: a row of the product depends on its own row only, and nothing
+  // reads the products of rows past the last one.
+  const int64_t extra_rows = Microkernel::kMAlign - 1;
+  const int64_t x_q_bytes = several_pieces ? chunk_tokens * x_row_bytes : 0;
+  const int64_t piece_x_q_bytes = (plan.piece_rows + extra_rows) * x_row_bytes;
+  const int64_t act_q_bytes = (max_rows + extra_rows) * act_row_bytes;
+  const int64_t act_floats = plan.piece_rows * plan.act_stride;
+  Arena arena(Steps::scratch_bytes(count_steps(max_pieces), threads.count) +
+              thread_bytes * threads.count +
+              Arena::padded_bytes<int64_t>(problem.experts) +
+              Arena::padded_bytes<int32_t>(problem.experts) +
+              Arena::padded_bytes<int64_t>(problem.experts + 1) +
+              2 * Arena::padded_bytes<int32_t>(max_rows) +
+              2 * Arena::padded_bytes<float>(max_rows) +
+              Arena::padded_bytes<float>(chunk_tokens) +
+              Arena::padded_bytes<uint8_t>(x_q_bytes) +
+              Arena::padded_bytes<uint8_t>(piece_x_q_bytes) +
+              Arena::padded_bytes<uint8_t>(act_q_bytes) +
+              Arena::padded_bytes<float>(act_floats));
+  int64_t* counts = arena.allocate<int64_t>(problem.experts);
+  plan.rows.expert = arena.allocate<int32_t>(problem.experts);
+  plan.rows.start = arena.allocate<int64_t>(problem.experts + 1);
+  plan.rows.token = arena.allocate<int32_t>(max_rows);
+  plan.rows.row_of = arena.allocate<int32_t>(max_rows);
+  plan.rows.weight = arena.allocate<float>(max_rows);
+  plan.x_scale = arena.allocate<float>(chunk_tokens);
+  plan.act_scale = arena.allocate<float>(max_rows);
+  plan.x_q = arena.allocate<uint8_t>(x_q_bytes);
+  plan.piece_x_q = arena.allocate<uint8_t>(piece_x_q_bytes);
+  plan.act_q = arena.allocate<uint8_t>(act_q_bytes);
+  plan.act = arena.allocate<float>(act_floats);
+  for (int64_t token = 0; token < problem.tokens; token += chunk_tokens) {
+    p = problem;
+    p.tokens = std::min(chunk_tokens, problem.tokens - token);
+    p.x = static_cast<const char*>(problem.x) +
+          token * problem.x_stride * element_size(p.dtype);
+    p.out = static_cast<char*>(problem.out) +
+            token * problem.hidden * element_size(p.dtype);
+    p.topk_weights = problem.topk_weights + token * problem.top_k;
+    p.experts_of = problem.experts_of + token * problem.top_k;
     sort_rows(p, plan.rows, counts);
     plan.pieces = std::max<int64_t>(
         1, (plan.rows.count + plan.piece_rows - 1) / plan.piece_rows);
-    run<Microkernel>(plan, arena, threads);
+    run_plan<Microkernel>(plan, arena, threads);
   }
 }
 

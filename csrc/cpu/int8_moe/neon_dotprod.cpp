@@ -26,8 +26,7 @@ bool dotprod_supported() {
 }  // namespace
 
 extern const Isa INT8_MOE_TARGET(neon_dotprod) = {
-    "neon_dotprod",
-    dotprod_supported,
+    "neon_dotprod", dotprod_supported,
     run_experts<VectorMicrokernel<NeonDotprod>>, run_router};
 
 }  // namespace int8_moe

@@ -13,19 +13,22 @@ namespace {
 
 struct NeonDotprod {
   using Vector = int32x4_t;
-  static constexpr int kColumns = 4, kMR = 6, kNR = kHalf, kChains = 8, kOffset = 0;
+  static constexpr int kColumns = 4, kMR = 6, kNR = kHalf;
+  static constexpr int kAccumulators = 8, kZeroPoint = 0;
 
   static Vector zero() { return vdupq_n_s32(0); }
-  static Vector load(const int8_t* b) { return vreinterpretq_s32_s8(vld1q_s8(b)); }
+  static Vector load_weights(const int8_t* b) {
+    return vreinterpretq_s32_s8(vld1q_s8(b));
+  }
   static Vector broadcast(const uint8_t* a) {
-    return vdupq_n_s32(read_four(a));
+    return vdupq_n_s32(load_activations(a));
   }
   static Vector dot(Vector sum, Vector w, Vector x) {
     return vdotq_s32(sum, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(x));
   }
   static Vector add(Vector a, Vector b) { return vaddq_s32(a, b); }
-  static Vector read(const int32_t* c) { return vld1q_s32(c); }
-  static void store(Vector sum, int32_t* c) { vst1q_s32(c, sum); }
+  static Vector load_sums(const int32_t* c) { return vld1q_s32(c); }
+  static void store_sums(Vector sum, int32_t* c) { vst1q_s32(c, sum); }
 };
 
 }  // namespace

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 //
-// float32 activations to INT8, row by row.
+// Quantization of float32 activations to INT8, row by row.
 #pragma once
 
 #include <algorithm>
@@ -14,52 +14,60 @@
 namespace int8_moe {
 namespace {
 
-// The bits of the largest magnitude: of floats that are not negative, they order as
-// the values do, NaN above all.
-inline uint32_t largest_magnitude(const float* x, int64_t n) {
+// The bits of the largest magnitude. The bits of floats that are not negative
+// order as the floats do, with NaN above all.
+inline uint32_t find_largest_magnitude(const float* x, int64_t n) {
   uint32_t largest = 0;
   int64_t i = 0;
 #if defined(__AVX512F__)
   const __m512i mask = _mm512_set1_epi32(0x7fffffff);
-  __m512i most = _mm512_setzero_si512();
-  for (; i + 16 <= n; i += 16) {
-    most = _mm512_max_epu32(most, _mm512_and_si512(mask, _mm512_loadu_si512(x + i)));
+  __m512i largest_of_lanes = _mm512_setzero_si512();
+  for (; i + kLanes <= n; i += kLanes) {
+    largest_of_lanes = _mm512_max_epu32(
+        largest_of_lanes, _mm512_and_si512(mask, _mm512_loadu_si512(x + i)));
   }
-  largest = _mm512_reduce_max_epu32(most);
+  largest = _mm512_reduce_max_epu32(largest_of_lanes);
 #endif
-  for (; i < n; ++i) largest = std::max(largest, bits(x[i]) & 0x7fffffffu);
+  for (; i < n; ++i) largest = std::max(largest, to_bits(x[i]) & 0x7fffffffu);
   return largest;
 }
 
-// One row of float32 to INT8, `padded` values written; returns its scale. The
-// row's largest magnitude becomes 127, or `fixed` is the scale. A row that has
-// no such scale (NaN, infinity) gets NaN for one.
-template <int kOffset>
-inline float quantize(const float* x, int64_t n, int64_t padded,
-                      const float* fixed, uint8_t* q) {
-  const uint32_t largest = largest_magnitude(x, n);
-  const uint32_t first_bad = fixed == nullptr ? 0x7f800000u : 0x7f800001u;
-  float scale = fixed != nullptr ? *fixed : from_bits(largest) / 127.0f;
-  if (largest >= first_bad) {
-    std::memset(q, kOffset, padded);
+// Quantizes x [n] to q [n_padded], whose padding becomes the zero point.
+// Returns the scale: static_scale, or, where that is null, the one that makes
+// the row's largest magnitude 127. A row with NaN, or with infinity and no
+// static scale, has no scale: it becomes 0 and its scale NaN.
+template <int kZeroPoint>
+inline float quantize_row(const float* x, int64_t n, int64_t n_padded,
+                          const float* static_scale, uint8_t* q) {
+  constexpr uint32_t kInfinity = 0x7f800000;
+  const uint32_t largest = find_largest_magnitude(x, n);
+  const uint32_t first_invalid =
+      static_scale == nullptr ? kInfinity : kInfinity + 1;
+  float scale =
+      static_scale != nullptr ? *static_scale : from_bits(largest) / 127.0f;
+  if (largest >= first_invalid) {
+    std::memset(q, kZeroPoint, n_padded);
     return std::numeric_limits<float>::quiet_NaN();
   }
-  if (fixed == nullptr && largest == 0) scale = 1.0f;
-  // a division: the reciprocal may be infinite, and moves ties
+  if (static_scale == nullptr && largest == 0) scale = 1.0f;
+  // The values are divided. A reciprocal of the scale may be infinite, and
+  // products with it round other values to ties.
   int64_t i = 0;
 #if defined(__AVX512F__)
-  const __m128i offset = _mm_set1_epi8(static_cast<char>(kOffset));
-  for (; i + 16 <= n; i += 16) {
-    const Floats v = at_most(floats(x + i) / scale, 127.0f);
-    const __m128i eight = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v.v));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), _mm_xor_si128(eight, offset));
+  const __m128i zero_point = _mm_set1_epi8(static_cast<char>(kZeroPoint));
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats v = clamp_max(load_floats(x + i) / scale, 127.0f);
+    const __m128i values = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v.v));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i),
+                     _mm_xor_si128(values, zero_point));
   }
 #endif
   for (; i < n; ++i) {
-    const float v = at_least(at_most(x[i] / scale, 127.0f), -128.0f);
-    q[i] = static_cast<uint8_t>(bits(v + kRound) - 0x4B400000u + kOffset);
+    const float v = clamp_min(clamp_max(x[i] / scale, 127.0f), -128.0f);
+    q[i] = static_cast<uint8_t>(to_bits(v + kMagicBias) - kMagicBiasBits +
+                                kZeroPoint);
   }
-  std::memset(q + n, kOffset, padded - n);
+  std::memset(q + n, kZeroPoint, n_padded - n);
   return scale;
 }
 

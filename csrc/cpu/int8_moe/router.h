@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 //
-// The experts of each token.
+// The router: the top_k experts of each token and their weights.
 #pragma once
 
 #include <algorithm>
@@ -17,56 +17,71 @@
 namespace int8_moe {
 namespace {
 
-// score, choice: [experts], scratch
-inline void route_token(const Router& r, int64_t t, float* score, float* choice) {
-  to_float(static_cast<const char*>(r.logits) + t * r.experts * size_of(r.dtype),
-           r.dtype, r.experts, score);
+// scores, ranking: [experts], scratch. Experts are selected by `ranking`, the
+// biased scores, and weighted by their scores.
+inline void route_token(const Router& r, int64_t token, float* scores,
+                        float* ranking) {
+  convert_to_float(static_cast<const char*>(r.logits) +
+                       token * r.experts * element_size(r.dtype),
+                   r.dtype, r.experts, scores);
   if (r.softmax) {
-    float most = score[0], total = 0.0f;
-    for (int64_t e = 1; e < r.experts; ++e) most = std::max(most, score[e]);
-    for (int64_t e = 0; e < r.experts; ++e) score[e] = exponential(score[e] - most);
-    for (int64_t e = 0; e < r.experts; ++e) total += score[e];
-    for (int64_t e = 0; e < r.experts; ++e) score[e] /= total;
-  } else {
-    for (int64_t e = 0; e < r.experts; ++e) score[e] = sigmoid(score[e]);
-  }
-  for (int64_t e = 0; e < r.experts; ++e) {
-    const float v = r.bias == nullptr ? score[e] : score[e] + r.bias[e];
-    // NaN first, as torch.topk has it
-    choice[e] = v != v ? std::numeric_limits<float>::infinity() : v;
-  }
-  float* weights = r.weights + t * r.top_k;
-  int32_t* ids = r.ids + t * r.top_k;
-  int64_t kept = 0;
-  for (int64_t e = 0; e < r.experts; ++e) {
-    if (kept == r.top_k && !(choice[e] > choice[ids[kept - 1]])) continue;
-    int64_t place = kept < r.top_k ? kept++ : kept - 1;
-    for (; place > 0 && choice[e] > choice[ids[place - 1]]; --place) {
-      ids[place] = ids[place - 1];
+    float largest = scores[0], sum = 0.0f;
+    for (int64_t e = 1; e < r.experts; ++e) {
+      largest = std::max(largest, scores[e]);
     }
-    ids[place] = static_cast<int32_t>(e);
+    for (int64_t e = 0; e < r.experts; ++e) {
+      scores[e] = exponential(scores[e] - largest);
+    }
+    for (int64_t e = 0; e < r.experts; ++e) sum += scores[e];
+    for (int64_t e = 0; e < r.experts; ++e) scores[e] /= sum;
+  } else {
+    for (int64_t e = 0; e < r.experts; ++e) scores[e] = sigmoid(scores[e]);
   }
-  float total = 0.0f;
-  for (int64_t k = 0; k < r.top_k; ++k) total += weights[k] = score[ids[k]];
-  const float factor = r.renormalize ? r.scale / total : r.scale;
+  for (int64_t e = 0; e < r.experts; ++e) {
+    const float v = r.bias == nullptr ? scores[e] : scores[e] + r.bias[e];
+    // NaN ranks first, as in torch.topk.
+    ranking[e] = v != v ? std::numeric_limits<float>::infinity() : v;
+  }
+  // Insertion sort. Of equal experts the lower id ranks first.
+  float* weights = r.weights + token * r.top_k;
+  int32_t* ids = r.ids + token * r.top_k;
+  int64_t selected = 0;
+  for (int64_t e = 0; e < r.experts; ++e) {
+    if (selected == r.top_k && !(ranking[e] > ranking[ids[selected - 1]])) {
+      continue;
+    }
+    int64_t rank = selected < r.top_k ? selected++ : selected - 1;
+    for (; rank > 0 && ranking[e] > ranking[ids[rank - 1]]; --rank) {
+      ids[rank] = ids[rank - 1];
+    }
+    ids[rank] = static_cast<int32_t>(e);
+  }
+  float sum = 0.0f;
+  for (int64_t k = 0; k < r.top_k; ++k) sum += weights[k] = scores[ids[k]];
+  const float factor = r.renormalize ? r.scale / sum : r.scale;
   for (int64_t k = 0; k < r.top_k; ++k) weights[k] *= factor;
 }
 
-constexpr int64_t kTokensWorthAThread = 64;
+// Fewer do not keep a thread busy for as long as it takes to wake it.
+constexpr int64_t kMinTokensPerThread = 64;
 
-inline void run_router(const Router& r, const Threads& all) {
-  const Threads threads = {static_cast<int>(std::min<int64_t>(
-                               all.count, 1 + r.tokens / kTokensWorthAThread)),
-                           all.run};
-  const int64_t some = Arena::space<float>(r.experts) / sizeof(float);
-  Arena arena(Steps::space(1, threads.count) +
-              Arena::space<float>(2 * some * threads.count));
+inline void run_router(const Router& r, const Threads& all_threads) {
+  const Threads threads = {
+      static_cast<int>(std::min<int64_t>(all_threads.count,
+                                         1 + r.tokens / kMinTokensPerThread)),
+      all_threads.run};
+  // Each thread has two arrays, each padded to whole cache lines.
+  const int64_t stride = Arena::padded_bytes<float>(r.experts) / sizeof(float);
+  Arena arena(Steps::scratch_bytes(1, threads.count) +
+              Arena::padded_bytes<float>(2 * stride * threads.count));
   Steps steps(arena, 1, threads.count);
-  float* const scores = arena.take<float>(2 * some * threads.count);
-  steps.share_evenly(0, r.tokens);
-  on_threads(threads, [&](int thread) {
-    float* const own = scores + 2 * some * thread;
-    steps.run(0, thread, 16, [&](int64_t t) { route_token(r, t, own, own + some); });
+  float* const scratch = arena.allocate<float>(2 * stride * threads.count);
+  steps.assign_evenly(0, r.tokens);
+  run_on_threads(threads, [&](int thread) {
+    float* const scores = scratch + 2 * stride * thread;
+    steps.run(0, thread, 16, [&](int64_t token) {
+      route_token(r, token, scores, scores + stride);
+    });
   });
 }
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 //
-// The instruction sets of a build, best first: each is compiled as a file of its name,
-// with flags of its own (CMakeLists.txt).
+// The instruction sets of a build, best first. The file NAME.cpp defines the
+// Isa of NAME: it includes the kernels that it uses, and CMakeLists.txt
+// compiles it with that instruction set's flags.
 #pragma once
 
 #include "int8_moe.h"
@@ -25,15 +26,18 @@ INT8_MOE_TARGETS(INT8_MOE_DECLARE)
 #undef INT8_MOE_DECLARE
 
 #if defined(__x86_64__)
-// Of a file's own, as each is compiled for another instruction set.
+// Each file has its own copy. One shared copy could be that of a file whose
+// flags the processor does not have.
 namespace {
 inline bool avx2_supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
 inline bool avx512_supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
 }
 }  // namespace
 #endif

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 //
-// AMX tiles. INT8_MOE_EMULATE_AMX computes them in plain C++, for tests on
+// AMX tiles. INT8_MOE_EMULATE_AMX emulates them by AVX512-VNNI, for tests on
 // processors without AMX. With it "amx" counts as supported wherever
 // AVX512-VNNI is.
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -44,11 +46,11 @@ constexpr TileConfig kFullTiles = {1,
                                    {16, 16, 16, 16, 16, 16, 16, 16}};
 
 #if defined(INT8_MOE_EMULATE_AMX)
-struct Emulated {
+struct EmulatedTiles {
   TileConfig config;
-  uint8_t tile[8][16][64];
+  alignas(kTileBytes) uint8_t tile[kTiles][kTileRows][kTileBytes];
 };
-thread_local Emulated emulated;
+thread_local EmulatedTiles emulated;
 
 template <int T>
 void tile_load(const void* from, int64_t stride) {
@@ -69,18 +71,19 @@ template <int T>
 void tile_zero() {
   std::memset(emulated.tile[T], 0, sizeof(emulated.tile[T]));
 }
+// Values past a tile's row_bytes stay out of the sums.
 template <int C, int A, int B>
 void tile_dot() {
+  const __mmask16 columns = (1u << emulated.config.row_bytes[C] / kKR) - 1;
   for (int r = 0; r < emulated.config.rows[C]; ++r) {
-    for (int n = 0; n < emulated.config.row_bytes[C] / 4; ++n) {
-      int32_t sum;
-      std::memcpy(&sum, emulated.tile[C][r] + 4 * n, 4);
-      for (int k = 0; k < emulated.config.row_bytes[A]; ++k) {
-        sum += emulated.tile[A][r][k] *
-               static_cast<int8_t>(emulated.tile[B][k / 4][4 * n + k % 4]);
-      }
-      std::memcpy(emulated.tile[C][r] + 4 * n, &sum, 4);
+    __m512i sums = _mm512_load_si512(emulated.tile[C][r]);
+    for (int i = 0; i < emulated.config.row_bytes[A]; i += kKR) {
+      const __m512i x =
+          _mm512_set1_epi32(load_activations(emulated.tile[A][r] + i));
+      const __m512i weights = _mm512_load_si512(emulated.tile[B][i / kKR]);
+      sums = _mm512_mask_dpbusd_epi32(sums, columns, x, weights);
     }
+    _mm512_store_si512(emulated.tile[C][r], sums);
   }
 }
 void tile_configure(const TileConfig& config) { emulated.config = config; }

@@ -187,7 +187,8 @@ def search(args: argparse.Namespace) -> None:
         if not todo:
             continue
         names = {name for name, _ in cells}
-        measured = [s for s in [*shapes[:number], *earlier] if str(s) in names and s.dtype == shape.dtype]
+        known = dict.fromkeys([*shapes[:number], *earlier])
+        measured = [s for s in known if str(s) in names and s.dtype == shape.dtype]
         seeds = [] if number < args.whole else sorted(measured, key=shape.distance)[:2]
         one = Search(shape, compiler, cells)
         for tokens in todo:

@@ -72,8 +72,8 @@ void microkernel(const uint8_t* a, int64_t a_stride, const int8_t* b, int64_t k,
   });
   // Pointers to rows 0, 3, 6, ...: an address of x86 reaches the two rows after
   // each by one and two strides. The asm statement below hides from the
-  // compiler that the pointers are a stride apart. It would replace them by an
-  // offset per row, and run out of registers.
+  // compiler that the pointers are three strides apart. Otherwise it would
+  // replace them by an offset per row, and run out of registers.
   constexpr int kTriples = (MR + 2) / 3;
   const uint8_t* triples[kTriples];
   unroll<kTriples>(
@@ -127,7 +127,8 @@ void microkernel(const uint8_t* a, int64_t a_stride, const int8_t* b, int64_t k,
       };
   if (kPrefetch) {
     const int64_t right = k * kHalf + distances.right;
-    multiply_until(std::min(w_end, b + (k - kKC) * kHalf), distances.left,
+    const int64_t last_kc_begin = std::max<int64_t>(0, k - kKC);
+    multiply_until(std::min(w_end, b + last_kc_begin * kHalf), distances.left,
                    right);
     multiply_until(w_end, distances.left + distances.last_kc,
                    right + distances.last_kc);
@@ -208,8 +209,9 @@ void gemm(const uint8_t* a, int64_t a_stride, const int8_t* block, int64_t k,
         // Panels are of equal size: 37 rows are 10, 9, 9 and 9, not 12, 12, 12
         // and 1.
         const int64_t mr = (m - row + panels - panel - 1) / (panels - panel);
-        // The first panel prefetches the left half. The second one prefetches
-        // the right half, if it reads the same KC: with K blocking.
+        // The first panel prefetches the left half. With K blocking the second
+        // panel, which reads the same KC, prefetches the right half. Without it
+        // the first panel prefetches both.
         const PrefetchDistances distances = {
             panel == 0 ? kPrefetchDistance : 0,
             kBothHalves && panel == (kc < k ? 1 : 0) ? kPrefetchDistance : 0,

@@ -36,11 +36,14 @@ inline void relax_cpu() {
 
 // The steps of one parallel region. A step has items, and no two items of a
 // step write the same memory. A step begins when all items of the step before
-// it are finished. Each thread is assigned a range of a step's items. The
-// ranges are the same from call to call, so that a thread finds what it reads
-// in its cache. A thread that has finished its range takes items of the other
-// ranges. A thread waits only for items that others have begun. So threads may
-// also run one after the other, as in a nested region: then none waits.
+// it are finished.
+//
+// Each thread is assigned a range of a step's items. The ranges are the same
+// from call to call, so that a thread finds what it reads in its cache. A
+// thread that has finished its range takes items of the other ranges.
+//
+// A thread waits only for items that others have begun. So threads may also run
+// one after the other, as in a nested region: then none waits.
 class Steps {
  public:
   static size_t scratch_bytes(int steps, int threads) {

@@ -145,8 +145,8 @@ def test_extreme_weights_and_activations(isa):
     experts.pack(torch.tensor(0.5), torch.tensor(1e3))
     x = torch.full((3, 8192), -1e6)
     x[1] = 1e6
-    one, weights = torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)
-    assert_close(experts(x, weights, one, isa), experts.emulate(x, weights, one))
+    ids, weights = torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)
+    assert_close(experts(x, weights, ids, isa), experts.emulate(x, weights, ids))
 
 
 @needs_operators
@@ -207,14 +207,14 @@ def test_same_for_any_thread_count(isa, tokens):
     experts = Experts(6, 96, 160)
     x = random_input(tokens, 160)
     weights, ids = routing(tokens, 6, 3)
-    kept = torch.get_num_threads()
+    threads_before = torch.get_num_threads()
     outs = []
     try:
         for threads in (1, 2, 3, 8, 64):
             torch.set_num_threads(threads)
             outs.append(experts(x, weights, ids, isa))
     finally:
-        torch.set_num_threads(kept)
+        torch.set_num_threads(threads_before)
     assert all(torch.equal(outs[0], out) for out in outs[1:])
 
 
@@ -285,21 +285,19 @@ def test_misfits_are_refused():
     with pytest.raises(ValueError, match="k positive"):
         experts(x, weights[:, :0], ids[:, :0])
     packed = experts.packed
-    no_name = packed.clone()
-    no_name[0] = 0
-    corrupt = [packed.clone() for _ in range(4)]
-    for place, value, other in zip((32, 33, 48, 49), (5, -1, 2, -1), corrupt):
-        other[place] = value  # the activation's, and whether scales are static
-    bad = packed[:-64], packed[:0], packed.view(1, -1), packed.float(), no_name
-    bad += (*corrupt,)
-    for experts.packed in bad:
+    misfits = [packed[:-64], packed[:0], packed.view(1, -1), packed.float()]
+    # in the header: the name, the activation, and whether scales are static
+    for offset, value in [(0, 0), (32, 5), (33, -1), (48, 2), (49, -1)]:
+        misfits.append(packed.clone())
+        misfits[-1][offset] = value
+    for experts.packed in misfits:
         with pytest.raises(ValueError, match="packed has to come from pack"):
             experts(x, weights, ids)
 
 
 @needs_operators
 @pytest.mark.parametrize(
-    "place, value, match",
+    "argument, value, match",
     [
         (0, torch.zeros(4, 63, 64, dtype=torch.int8), "w13 has to be"),
         (0, torch.zeros(4, 64, 64), "w13 has to be"),
@@ -314,9 +312,9 @@ def test_misfits_are_refused():
         (3, torch.zeros(4, 64, 0, dtype=torch.int8), "between 1 and 65536"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(place, value, match):
+def test_weights_that_do_not_fit_are_refused(argument, value, match):
     args = list(Experts(4, 32, 64).to_pack)
-    args[place] = value
+    args[argument] = value
     with pytest.raises(ValueError, match=match):
         operators.pack(*args)
 
@@ -329,8 +327,8 @@ def test_inputs_that_are_not_contiguous(isa):
     for x in (wide[:, 64:], wide[:, ::2], wide[:, :64].t().contiguous().t()):
         expected = experts(x.contiguous(), weights, ids, isa)
         assert torch.equal(experts(x, weights, ids, isa), expected)
-    turned = weights.t().contiguous().t(), ids.t().contiguous().t()
-    assert torch.equal(experts(x, *turned, isa), expected)
+    strided = weights.t().contiguous().t(), ids.t().contiguous().t()
+    assert torch.equal(experts(x, *strided, isa), expected)
 
 
 @needs_operators
@@ -340,8 +338,8 @@ def test_contracts():
     args = (x, weights, ids, experts.packed)
     torch.library.opcheck(torch.ops._int8_moe_C.experts.default, args)
     torch.library.opcheck(torch.ops._int8_moe_C.pack.default, experts.to_pack)
-    odd = Experts(3, 5, 37).to_pack
-    torch.library.opcheck(torch.ops._int8_moe_C.pack.default, odd)
+    unaligned = Experts(3, 5, 37).to_pack
+    torch.library.opcheck(torch.ops._int8_moe_C.pack.default, unaligned)
     args = (torch.randn(5, 16), torch.rand(16), 4, False, True, 3.0)
     torch.library.opcheck(torch.ops._int8_moe_C.route.default, args)
 
@@ -383,8 +381,10 @@ def test_router(isa, softmax, renormalize, tokens, experts, top_k, biased):
     logits = torch.randn(tokens, experts) * 3
     bias = torch.rand(experts) if biased else None
     weights, ids = operators.route(logits, bias, top_k, softmax, renormalize, 3.0, isa)
-    reference, wanted = emulate_router(logits, bias, top_k, softmax, renormalize, 3.0)
-    assert torch.equal(ids.long(), wanted)
+    reference, reference_ids = emulate_router(
+        logits, bias, top_k, softmax, renormalize, 3.0
+    )
+    assert torch.equal(ids.long(), reference_ids)
     torch.testing.assert_close(weights.double(), reference, rtol=1e-5, atol=1e-9)
 
 
@@ -430,14 +430,16 @@ def test_its_variables_are_vllms(name):
     assert envs.environment_variables[name]
 
 
-SAYS = """
+FIND_EXPERTS = """
 from vllm.model_executor.layers.fused_moe.cpu_int8_moe import native_experts
-found = [native_experts() for _ in range(3)]
-assert all(f is None for f in found)
+operators = [native_experts() for _ in range(3)]
+assert all(operator is None for operator in operators)
 """
 
 
-def say(code: str, library: str | None = None, *args: str, **variables: str) -> str:
+def run_python(
+    code: str, library: str | None = None, *args: str, **variables: str
+) -> str:
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "WARNING", **variables}
     if library is not None:
         environment["VLLM_INT8_MOE_LIBRARY"] = library
@@ -454,11 +456,14 @@ def say(code: str, library: str | None = None, *args: str, **variables: str) -> 
 
 @pytest.mark.parametrize("library", ["", "/no/such/library.so"])
 def test_without_the_operator_experts_say_so_once(library):
-    assert say(SAYS, library).count("expert by expert, which is slower") == 1
+    assert (
+        run_python(FIND_EXPERTS, library).count("expert by expert, which is slower")
+        == 1
+    )
 
 
 # Without vLLM, which takes long to import.
-CAPPED = """
+LIST_ISAS = """
 import sys, torch
 torch.ops.load_library(sys.argv[1])
 try:
@@ -468,20 +473,20 @@ except ValueError as error:
 """
 
 
-def say_isas(cap: str) -> str:
+def list_capped_isas(cap: str) -> str:
     library = str(cpu_int8_native._library())
-    return say(CAPPED, None, library, VLLM_INT8_MOE_ISA=cap)
+    return run_python(LIST_ISAS, None, library, VLLM_INT8_MOE_ISA=cap)
 
 
 @needs_operators
 def test_the_cap_on_instruction_sets(isa):
-    assert f"isas: {' '.join(ISAS[isa:])}\n" in say_isas(ISAS[isa])
+    assert f"isas: {' '.join(ISAS[isa:])}\n" in list_capped_isas(ISAS[isa])
 
 
 @needs_operators
 def test_a_cap_that_is_no_instruction_set():
-    said = say_isas("sse9")
-    assert "VLLM_INT8_MOE_ISA=sse9 is none of " in said and "portable" in said
+    output = list_capped_isas("sse9")
+    assert "VLLM_INT8_MOE_ISA=sse9 is none of " in output and "portable" in output
 
 
 @needs_operators
@@ -500,13 +505,13 @@ def test_onednn_stays_where_it_is_faster(isa, monkeypatch):
 
 
 # [4096, 4096] through experts of width 1280, 8 a token; MiB of memory.
-GROWS = """
+MEASURE_MEMORY = """
 import re, sys, torch
 torch.ops.load_library(sys.argv[1])
 
-def memory(which):
-    found = re.search(rf"{which}:\\s+(\\d+) kB", open("/proc/self/status").read())
-    return int(found[1]) / 1024
+def read_memory(field):
+    line = re.search(rf"{field}:\\s+(\\d+) kB", open("/proc/self/status").read())
+    return int(line[1]) / 1024
 
 operators = torch.ops._int8_moe_C
 packed = operators.pack(
@@ -517,9 +522,10 @@ ids = torch.randint(0, 2, (4096, 8), dtype=torch.int32)
 x = torch.zeros(4096, 4096, dtype=torch.bfloat16)
 operators.experts(x[:1], weights[:1], ids[:1], packed)
 open("/proc/self/clear_refs", "w").write("5")
-before = memory("VmRSS")
+before = read_memory("VmRSS")
 out = operators.experts(x, weights, ids, packed)
-print("grown", memory("VmHWM") - before - 32, memory("VmRSS") - before - 32)
+peak, afterwards = read_memory("VmHWM"), read_memory("VmRSS")
+print("grown", peak - before - 32, afterwards - before - 32)
 """
 
 
@@ -531,11 +537,12 @@ print("grown", memory("VmHWM") - before - 32, memory("VmRSS") - before - 32)
 def test_scratch_is_bounded_and_given_back():
     """Beside the output of 32 MiB: 128 at most, and 64 afterwards."""
     library = str(cpu_int8_native._library())
-    peak, stays = map(float, say(GROWS, None, library).split("grown")[1].split()[:2])
-    assert peak < 130 and stays < 66
+    output = run_python(MEASURE_MEMORY, None, library)
+    peak, retained = map(float, output.split("grown")[1].split()[:2])
+    assert peak < 130 and retained < 66
 
 
-ROUTES = """
+ROUTE = """
 import torch
 from vllm.model_executor.layers.fused_moe.cpu_int8_native import route_on_cpu
 assert route_on_cpu(torch.zeros(3, 8), None, 2, True, "sigmoid", None) is None
@@ -545,20 +552,20 @@ assert route_on_cpu(torch.zeros(3, 8), None, 2, True, "sigmoid", None) is None
 @pytest.mark.parametrize("library", ["", "/no/such/library.so"])
 def test_without_the_operator_routers_say_nothing(library):
     """Models without INT8 experts are routed so too."""
-    said = say(ROUTES, library)
-    assert "INT8" not in said and "VLLM_INT8_MOE_LIBRARY" not in said
+    output = run_python(ROUTE, library)
+    assert "INT8" not in output and "VLLM_INT8_MOE_LIBRARY" not in output
 
 
 @pytest.mark.skipif(
     ISAS[0] in ("none", *cpu_int8_moe.BEHIND_ONEDNN), reason="experts run on oneDNN"
 )
 def test_its_library_and_instruction_set_are_logged(monkeypatch):
-    said = []
+    messages = []
     monkeypatch.setattr(
         cpu_int8_moe.logger,
         "info_once",
-        lambda text, *args: said.append(text % args),
+        lambda text, *args: messages.append(text % args),
     )
     assert cpu_int8_moe.native_experts() is operators
     library = cpu_int8_native._library()
-    assert said == [f"INT8 experts on CPU run on {library}, {ISAS[0]}"]
+    assert messages == [f"INT8 experts on CPU run on {library}, {ISAS[0]}"]

@@ -9,6 +9,8 @@ import multiprocessing
 import sys
 from pathlib import Path
 
+from tests.quantization.quark import quantization_config
+
 NANO = Path(__file__).resolve().parents[2] / "examples/step3p5_nano"
 HIDDEN, DENSE, EXPERTS, WIDTH, VOCAB, HEAD = 4096, 11264, 288, 1280, 128896, 128
 HEADS = {"full_attention": 64, "sliding_attention": 96}
@@ -134,42 +136,42 @@ def write_checkpoint(
     generator = torch.Generator(device=device).manual_seed(0)
     config = make_softmax_config(layers, vocabulary) if softmax else make_config(layers, vocabulary)
     drawn = EXPERTS if device == "cuda" else 8
-    where: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     excluded: list[str] = []
 
     def save(name: str, tensors: dict) -> None:
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, folder / name)
-        where.update(dict.fromkeys(tensors, name))
+        weight_map.update(dict.fromkeys(tensors, name))
 
     for layer in (None, *range(layers)):
         dense = layer in (None, 0)
         tensors = {}
         kind = "" if layer is None or softmax else config["layer_types"][layer]
         for name, shape in tensor_shapes(layer, kind, dense, vocabulary, softmax).items():
-            w = torch.zeros(shape, device=device)
+            weight = torch.zeros(shape, device=device)
             if len(shape) == 2:
-                w.normal_(generator=generator).mul_(shape[1] ** -0.5)
+                weight.normal_(generator=generator).mul_(shape[1] ** -0.5)
                 excluded.append(name.removesuffix(".weight"))
-            tensors[name] = w.bfloat16()
+            tensors[name] = weight.bfloat16()
         scales = {}
         for part in () if dense else ("gate", "up", "down"):
             rows, columns = (HIDDEN, WIDTH) if part == "down" else (WIDTH, HIDDEN)
-            stem = f"model.layers.{layer}.moe.{part}_proj.weight"
-            w = torch.empty(drawn, rows, columns, device=device, dtype=torch.int8 if int8 else torch.bfloat16)
+            stacked_name = f"model.layers.{layer}.moe.{part}_proj.weight"
+            weight = torch.empty(drawn, rows, columns, device=device, dtype=torch.int8 if int8 else torch.bfloat16)
             if int8:
-                w.random_(-127, 128, generator=generator)
+                weight.random_(-127, 128, generator=generator)
                 scale = torch.rand(EXPERTS, rows, device=device, generator=generator) + 0.5
-                scales[f"{stem}_scale"] = scale / (73 * columns**0.5)
+                scales[f"{stacked_name}_scale"] = scale / (73 * columns**0.5)
             else:
-                w.normal_(generator=generator).mul_(columns**-0.5)
+                weight.normal_(generator=generator).mul_(columns**-0.5)
             if softmax:
-                stems = [f"model.layers.{layer}.mlp.experts.{e}.{part}_proj.weight" for e in range(EXPERTS)]
-                tensors |= {name: w[e % drawn].clone() for e, name in enumerate(stems)}
+                names = [f"model.layers.{layer}.mlp.experts.{e}.{part}_proj.weight" for e in range(EXPERTS)]
+                tensors |= {name: weight[e % drawn].clone() for e, name in enumerate(names)}
                 if int8:
-                    stacked = scales.pop(f"{stem}_scale")
-                    scales |= {f"{name}_scale": stacked[e].clone() for e, name in enumerate(stems)}
+                    stacked = scales.pop(f"{stacked_name}_scale")
+                    scales |= {f"{name}_scale": stacked[e].clone() for e, name in enumerate(names)}
             else:
-                tensors[stem] = w.repeat(EXPERTS // drawn, 1, 1) if drawn < EXPERTS else w
+                tensors[stacked_name] = weight.repeat(EXPERTS // drawn, 1, 1) if drawn < EXPERTS else weight
         if not dense and not softmax:
             tensors[f"model.layers.{layer}.moe.router_bias"] = torch.zeros(EXPERTS, device=device)
         save(f"layer-{'x' if layer is None else layer}.safetensors", tensors)
@@ -178,22 +180,9 @@ def write_checkpoint(
         del tensors, scales
     if device == "cuda":
         torch.cuda.empty_cache()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    spec = {"dtype": "int8", "group_size": None, "symmetric": True, "round_method": "half_even", "scale_type": "float"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     if int8:
-        config["quantization_config"] = {
-            "quant_method": "quark",
-            "global_quant_config": {
-                "weight": spec | {"is_dynamic": False, "qscheme": "per_channel", "ch_axis": 0},
-                "input_tensors": spec | {"is_dynamic": True, "qscheme": "per_channel", "ch_axis": 1},
-                "output_tensors": None,
-                "bias": None,
-            },
-            "layer_quant_config": {},
-            "layer_type_quant_config": {},
-            "exclude": excluded,
-            "export": {"kv_cache_group": [], "pack_method": "reorder", "weight_format": "real_quantized"},
-        }
+        config["quantization_config"] = quantization_config(exclude=excluded)
     (folder / "config.json").write_text(json.dumps(config))
     return excluded
 

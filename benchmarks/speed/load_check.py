@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.quantization.quark import layer_config, quantization_config
+
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, WIDTH, EXPERTS, VOCABULARY = 4096, 1280, 288, 128896
 ATTENTION = {"q_proj": (8192, HIDDEN), "k_proj": (1024, HIDDEN), "v_proj": (1024, HIDDEN), "o_proj": (HIDDEN, 8192)}
@@ -30,7 +32,7 @@ SIZES = {"F32": 4, "BF16": 2, "I8": 1}
 Tensor = tuple[str, str, tuple[int, ...]]
 
 
-def tensors(count: int) -> Iterator[Tensor]:
+def list_tensors(count: int) -> Iterator[Tensor]:
     """Name, dtype and shape of a model's tensors: `count`, and what makes the last layer whole."""
     yield "model.embed_tokens.weight", "BF16", (VOCABULARY, HIDDEN)
     yield "model.norm.weight", "BF16", (HIDDEN,)
@@ -52,7 +54,7 @@ def tensors(count: int) -> Iterator[Tensor]:
         layer, written = layer + 1, written + 8 + 6 * (EXPERTS + 1)
 
 
-def write(path: Path, part: list[Tensor]) -> None:
+def write_file(path: Path, part: list[Tensor]) -> None:
     """A safetensors file in the library's order, with 0.01 in every F32 and nothing in the others."""
     header, end = {}, 0
     for name, dtype, shape in sorted(part, key=lambda t: (-SIZES[t[1]], t[0])):
@@ -67,33 +69,25 @@ def write(path: Path, part: list[Tensor]) -> None:
         f.truncate(8 + len(text) + end)
 
 
-def make(out: Path, count: int, files: int) -> None:
+def write_checkpoint(out: Path, count: int, files: int) -> None:
     """Write the checkpoint: at least `count` tensors in `files` files."""
-    listed = list(tensors(count))
-    spec = {"dtype": "int8", "symmetric": True, "is_dynamic": False, "qscheme": "per_channel", "ch_axis": 0}
-    default = {"weight": spec, "input_tensors": spec | {"is_dynamic": True, "ch_axis": 1}}
+    listed = list(list_tensors(count))
     modules = [name.removesuffix(".weight") for name, dtype, _ in listed if dtype == "BF16" and "norm" not in name]
-    config = {
-        "architectures": ["Step3p5ForCausalLM"],
-        "quantization_config": {
-            "quant_method": "quark",
-            "global_quant_config": default,
-            # By full names, as Quark writes them, and by patterns, as people do.
-            "exclude": [*modules, "*.vision_tower.*", "re:.*embed.*", "re:.*\\.moe\\.gate$", "*self_attn*", "*eh_proj"],
-            "layer_quant_config": {"*share_expert.*": default},
-            "export": {"kv_cache_group": [], "pack_method": "reorder"},
-        },
-    }
+    # By full names, as Quark writes them, and by patterns, as people do.
+    patterns = ["*.vision_tower.*", "re:.*embed.*", "re:.*\\.moe\\.gate$", "*self_attn*", "*eh_proj"]
+    quant_config = quantization_config(exclude=[*modules, *patterns])
+    quant_config["layer_quant_config"] = {"*share_expert.*": layer_config()}
+    config = {"architectures": ["Step3p5ForCausalLM"], "quantization_config": quant_config}
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / "config.json").write_text(json.dumps(config))
-    each = -(-len(listed) // files)
-    where = {}
+    per_file = -(-len(listed) // files)
+    weight_map = {}
     for i in range(files):
         name = f"model-{i + 1:05}-of-{files:05}.safetensors"
-        write(out / name, listed[i * each : (i + 1) * each])
-        where |= {tensor: name for tensor, _, _ in listed[i * each : (i + 1) * each]}
-    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        write_file(out / name, listed[i * per_file : (i + 1) * per_file])
+        weight_map |= {tensor: name for tensor, _, _ in listed[i * per_file : (i + 1) * per_file]}
+    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def main() -> None:
@@ -103,7 +97,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "build/check-speed")
     args = parser.parse_args()
-    make(args.out, args.tensors, args.files)
+    write_checkpoint(args.out, args.tensors, args.files)
     processor = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "regex")]
     print(

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from trees import ROOT, cli, one_line
 from typer.testing import CliRunner
 
+from tests.quantization.quark import layer_config, quantization_config
 from vllm_quark import checkpoint
 from vllm_quark.checkpoint.entries import Entries
 from vllm_quark.checkpoint.int8 import headers, names
@@ -28,19 +29,8 @@ K, N, EXPERTS = 8, 6, 3
 DTYPES = {"I8": "i1", "I32": "<i4", "F32": "<f4", "F64": "<f8", "F16": "<f2", "BF16": "<u2", "U8": "u1"}
 AGAIN = "export it again with AMD Quark"
 DYNAMIC = "set is_dynamic to true and qscheme to per_channel in the input_tensors"
+ACTIVATIONS = ("token_sym", "tensor_dynamic", "static_sym", "static_asym")
 Tensor = tuple[str, np.ndarray]
-
-
-def spec(qscheme: str, axis: int | None, dynamic: bool, symmetric: bool = True) -> dict:
-    return {"dtype": "int8", "qscheme": qscheme, "ch_axis": axis, "is_dynamic": dynamic, "symmetric": symmetric}
-
-
-INPUTS = {
-    "token": spec("per_channel", 1, True),
-    "tensor": spec("per_tensor", None, True),
-    "static": spec("per_tensor", None, False),
-    "static_asym": spec("per_tensor", None, False, symmetric=False),
-}
 
 
 def f32(*values: float) -> Tensor:
@@ -54,30 +44,23 @@ def bf16(*shape: int) -> Tensor:
 class Checkpoint:
     """Two decoder layers with attention, a router, experts and a shared expert, all INT8 but the router."""
 
-    def __init__(self, inputs: str = "token", qscheme: str = "per_channel", stacked: bool = False) -> None:
+    def __init__(self, activation: str = "token_sym", qscheme: str = "per_channel", stacked: bool = False) -> None:
         self.files: dict[str, dict[str, Tensor]] = {"model.safetensors": {}}
-        weight = spec(qscheme, 0 if qscheme == "per_channel" else None, False)
-        self.quant = {
-            "quant_method": "quark",
-            "global_quant_config": {"weight": weight, "input_tensors": copy.deepcopy(INPUTS[inputs])},
-            "exclude": ["lm_head", "*.mlp.gate"],
-            "layer_quant_config": {},
-            "export": {"kv_cache_group": [], "pack_method": "reorder"},
-        }
+        self.quant = quantization_config(qscheme, activation, exclude=["lm_head", "*.mlp.gate"])
         self.config = {"architectures": ["AForCausalLM"], "quantization_config": self.quant}
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             self.tensors[name] = bf16(N, K)
         self.tensors["model.norm.weight"] = bf16(K)
         random = np.random.default_rng(0)
 
-        def add(module: str, *experts: int, static: bool = inputs.startswith("static")) -> None:
+        def add(module: str, *experts: int, static: bool = activation.startswith("static")) -> None:
             shape = (K, N) if module.endswith("down_proj") else (N, K)
             rows = shape[:1] if qscheme == "per_channel" else ()
             self.tensors[f"{module}.weight"] = "I8", random.integers(1, 9, (*experts, *shape), np.int8)
             self.tensors[f"{module}.weight_scale"] = "F32", np.full((*experts, *rows), 0.01, np.float32)
             if static:
                 self.tensors[f"{module}.input_scale"] = f32(0.02)
-            if static and inputs == "static_asym":
+            if static and activation == "static_asym":
                 self.tensors[f"{module}.input_zero_point"] = "I32", np.array([-3], np.int32)
 
         for layer in ("model.layers.0", "model.layers.1"):
@@ -152,9 +135,9 @@ def problem(folder: Path, *parts: str, of: int = 1) -> str:
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["experts", "stacked"])
 @pytest.mark.parametrize("qscheme", ["per_channel", "per_tensor"])
-@pytest.mark.parametrize("inputs", INPUTS)
-def test_sound(tmp_path, inputs, qscheme, stacked):
-    lines = sound(Checkpoint(inputs, qscheme, stacked).write(tmp_path / "ckpt"))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_sound(tmp_path, activation, qscheme, stacked):
+    lines = sound(Checkpoint(activation, qscheme, stacked).write(tmp_path / "ckpt"))
     weights = qscheme.replace("_", "-")
     modules = 2 * (7 + (3 if stacked else 3 * EXPERTS))
     assert lines[1].startswith(f"  {modules} modules: {weights} weights, ")
@@ -171,7 +154,7 @@ def test_exports_of_amd_quark_are_sound(name):
 
 
 def test_neither_torch_nor_vllm_is_imported(tmp_path):
-    folder = Checkpoint("static").write(tmp_path / "ckpt")
+    folder = Checkpoint("static_sym").write(tmp_path / "ckpt")
     code = (
         "import sys; from vllm_quark.cli import main; sys.argv = ['vllm-quark', 'check', sys.argv[1]]\n"
         "try: main()\n"
@@ -219,40 +202,40 @@ def scaled(index: int, value: float, dtype: str = "F32") -> Tensor:
 
 
 BAD_VALUES = {
-    "nan": ("token", SCALE, scaled(4, np.nan), "is nan at [4]: export it again with AMD Quark"),
+    "nan": ("token_sym", SCALE, scaled(4, np.nan), "is nan at [4]: export it again with AMD Quark"),
     "nan of an expert": ("token", f"{EXPERT}.weight_scale", scaled(4, np.nan), "is nan at [4]"),
-    "infinite": ("token", SCALE, scaled(1, np.inf), "is inf at [1]"),
-    "negative": ("token", SCALE, scaled(0, -0.5), "is -0.5 at [0]"),
-    "zero": ("token", SCALE, scaled(5, 0), "is 0 at [5], but its weight is not"),
-    "BF16 nan": ("token", SCALE, scaled(2, np.nan, "BF16"), "is nan at [2]"),
-    "BF16 negative": ("token", SCALE, scaled(2, -0.5, "BF16"), "is -0.5 at [2]"),
-    "F16 infinite": ("token", SCALE, scaled(2, np.inf, "F16"), "is inf at [2]"),
-    "F64 beyond float32": ("token", SCALE, scaled(2, 1e300, "F64"), "is inf at [2]"),
-    "several": ("token", SCALE, f32(1, np.nan, -1, 1, np.inf, 1), "is nan at [1] (and 2 more of its values)"),
-    "column": ("token", SCALE, ("F32", np.array([[1], [1], [-1], [1], [1], [1]])), "is -1.0 at [2, 0]"),
-    "one value": ("token", SCALE, f32(0), "is 0, but its weight is not"),
+    "infinite": ("token_sym", SCALE, scaled(1, np.inf), "is inf at [1]"),
+    "negative": ("token_sym", SCALE, scaled(0, -0.5), "is -0.5 at [0]"),
+    "zero": ("token_sym", SCALE, scaled(5, 0), "is 0 at [5], but its weight is not"),
+    "BF16 nan": ("token_sym", SCALE, scaled(2, np.nan, "BF16"), "is nan at [2]"),
+    "BF16 negative": ("token_sym", SCALE, scaled(2, -0.5, "BF16"), "is -0.5 at [2]"),
+    "F16 infinite": ("token_sym", SCALE, scaled(2, np.inf, "F16"), "is inf at [2]"),
+    "F64 beyond float32": ("token_sym", SCALE, scaled(2, 1e300, "F64"), "is inf at [2]"),
+    "several": ("token_sym", SCALE, f32(1, np.nan, -1, 1, np.inf, 1), "is nan at [1] (and 2 more of its values)"),
+    "column": ("token_sym", SCALE, ("F32", np.array([[1], [1], [-1], [1], [1], [1]])), "is -1.0 at [2, 0]"),
+    "one value": ("token_sym", SCALE, f32(0), "is 0, but its weight is not"),
     "weight zero point": (
-        "token",
+        "token_sym",
         SCALE.replace("scale", "zero_point"),
         ("I32", np.array([0, 0, 7, 0, 9, 0])),
         "is 7 at [2] (and 1 more of its values): export it again with AMD Quark with symmetric=True",
     ),
     "float zero point": (
-        "token",
+        "token_sym",
         SCALE.replace("scale", "zero_point"),
         f32(0, 0, 0, 0, 0, 0),
         "is F32 [6], but expected are 1 or 6 integers: export it again",
     ),
-    "input scale nan": ("static", "model.layers.0.self_attn.o_proj.input_scale", f32(np.nan), f"is nan: {DYNAMIC}"),
-    "input scale zero": ("static", "model.layers.0.self_attn.o_proj.input_scale", f32(0), f"is 0: {DYNAMIC}"),
+    "input scale nan": ("static_sym", "model.layers.0.self_attn.o_proj.input_scale", f32(np.nan), f"is nan: {DYNAMIC}"),
+    "input scale zero": ("static_sym", "model.layers.0.self_attn.o_proj.input_scale", f32(0), f"is 0: {DYNAMIC}"),
     "input scales": (
-        "static",
+        "static_sym",
         "model.layers.0.self_attn.o_proj.input_scale",
         f32(1, 2),
         f"is F32 [2], expected one float: {DYNAMIC}",
     ),
     "symmetric input zero point": (
-        "static",
+        "static_sym",
         "model.layers.0.self_attn.o_proj.input_zero_point",
         ("I32", np.array([3])),
         f"is 3: {DYNAMIC}",
@@ -266,14 +249,14 @@ BAD_VALUES = {
 }
 
 
-@pytest.mark.parametrize("what", BAD_VALUES)
-def test_values(tmp_path, what):
-    inputs, name, tensor, said = BAD_VALUES[what]
-    ckpt = Checkpoint(inputs)
+@pytest.mark.parametrize("case", BAD_VALUES)
+def test_values(tmp_path, case):
+    activation, name, tensor, message = BAD_VALUES[case]
+    ckpt = Checkpoint(activation)
     ckpt.tensors[name] = tensor
     folder = ckpt.write(tmp_path / "ckpt")
-    assert problem(folder, said).startswith(f"{name} (model.safetensors) is ")
-    if DYNAMIC in said:
+    assert problem(folder, message).startswith(f"{name} (model.safetensors) is ")
+    if DYNAMIC in message:
         ckpt.make_dynamic()
         sound(ckpt.write(folder))
 
@@ -294,8 +277,8 @@ def test_values_of_stacked_experts(tmp_path, shape):
 def test_one_scale_an_expert(tmp_path, value):
     ckpt = Checkpoint(stacked=True, qscheme="per_tensor")
     ckpt.tensors["model.layers.0.mlp.up_proj.weight_scale"] = f32(1, 1, value)
-    where = "is nan at [2]" if value else "is 0 at [2, 0], but its weight is not"
-    problem(ckpt.write(tmp_path / "ckpt"), "mlp.up_proj.weight_scale", where)
+    message = "is nan at [2]" if value else "is 0 at [2, 0], but its weight is not"
+    problem(ckpt.write(tmp_path / "ckpt"), "mlp.up_proj.weight_scale", message)
 
 
 def test_rows_of_zeros_may_have_a_scale_of_zero(tmp_path):
@@ -307,7 +290,7 @@ def test_rows_of_zeros_may_have_a_scale_of_zero(tmp_path):
 
 def test_values_that_vllm_does_not_read(tmp_path):
     """Static scales of experts, which are served per token, and of dynamic layers."""
-    ckpt = Checkpoint("static")
+    ckpt = Checkpoint("static_sym")
     ckpt.tensors["model.layers.0.mlp.experts.0.up_proj.input_scale"] = f32(np.nan)
     del ckpt.tensors["model.layers.1.mlp.experts.0.up_proj.input_scale"]
     sound(ckpt.write(tmp_path / "ckpt"))
@@ -330,9 +313,9 @@ def test_static_inputs_of_a_fused_layer_differ(tmp_path, fused, kind):
     sound(ckpt.write(tmp_path / "ckpt"))
 
 
-@pytest.mark.parametrize("inputs, kind", [("static", "input_scale"), ("static_asym", "input_zero_point")])
-def test_static_input_missing(tmp_path, inputs, kind):
-    ckpt = Checkpoint(inputs)
+@pytest.mark.parametrize("activation, kind", [("static_sym", "input_scale"), ("static_asym", "input_zero_point")])
+def test_static_input_missing(tmp_path, activation, kind):
+    ckpt = Checkpoint(activation)
     name = f"model.layers.1.self_attn.o_proj.{kind}"
     del ckpt.tensors[name]
     # What its layer lacks is seen in the headers, too.
@@ -442,8 +425,8 @@ def test_floats_where_others_are_int8(tmp_path):
     del ckpt.tensors[f"{name}.weight_scale"]
     ckpt.tensors[f"{name}.weight"] = bf16(N, K)
     folder = ckpt.write(tmp_path / "ckpt")
-    said = "is BF16, but config.json says int8, and other o_proj are: add its layer to `exclude`"
-    problem(folder, f"{name}.weight (model.safetensors) {said}")
+    message = "is BF16, but config.json says int8, and other o_proj are: add its layer to `exclude`"
+    problem(folder, f"{name}.weight (model.safetensors) {message}")
     ckpt.quant["exclude"].append(name)
     sound(ckpt.write(folder))
 
@@ -508,8 +491,8 @@ def test_floats_beside_excluded_parts(tmp_path):
         else:
             ckpt.tensors[name] = bf16(N, K)
     ckpt.quant["exclude"] += ["*k_proj", "*v_proj", "*o_proj"]
-    said = "is BF16, but config.json says int8, and not of other parts of its layer: add its layer to `exclude`"
-    problem(ckpt.write(tmp_path / "ckpt"), f"model.layers.1.self_attn.q_proj.weight (model.safetensors) {said}", of=2)
+    reason = "is BF16, but config.json says int8, and not of other parts of its layer: add its layer to `exclude`"
+    problem(ckpt.write(tmp_path / "ckpt"), f"model.layers.1.self_attn.q_proj.weight (model.safetensors) {reason}", of=2)
     ckpt.quant["exclude"].append("*q_proj")
     sound(ckpt.write(tmp_path / "ckpt"))
 
@@ -526,7 +509,7 @@ def test_one_expert_that_is_not_like_the_others(tmp_path):
 def test_entries_of_one_expert_in_a_stack(tmp_path, entry):
     ckpt = Checkpoint(stacked=True)
     # INT8 experts are served alike.
-    ckpt.quant["layer_quant_config"][entry] = ckpt.quant["global_quant_config"] | {"input_tensors": INPUTS["static"]}
+    ckpt.quant["layer_quant_config"][entry] = layer_config(activation="static_sym")
     sound(ckpt.write(tmp_path / "ckpt"))
     ckpt.quant["layer_quant_config"][entry] = {"weight": {"dtype": "fp8_e4m3"}, "input_tensors": None}
     code, lines = check(ckpt.write(tmp_path / "ckpt"))
@@ -539,22 +522,24 @@ def test_experts_that_are_not_there(tmp_path):
     ckpt = Checkpoint()
     for name in [n for n in ckpt.tensors if n.startswith(f"{EXPERT}.")]:
         del ckpt.tensors[name]
-    said = "is not in the checkpoint, and those of other experts are: the checkpoint is incomplete"
-    problem(ckpt.write(tmp_path / "ckpt"), f"{EXPERT}.weight {said}")
+    message = "is not in the checkpoint, and those of other experts are: the checkpoint is incomplete"
+    problem(ckpt.write(tmp_path / "ckpt"), f"{EXPERT}.weight {message}")
     for name in [n for n in ckpt.tensors if ".1.mlp.experts.1." in n]:
         del ckpt.tensors[name]
     problem(ckpt.write(tmp_path / "ckpt"), "model.layers.1.mlp.experts.1.gate_proj.weight is not in", of=4)
 
 
-@pytest.mark.parametrize("stacked, left, gone", [(True, "up", "down"), (True, "gate", "up"), (False, "gate", "up")])
-def test_projections_that_are_not_there(tmp_path, stacked, left, gone):
+@pytest.mark.parametrize(
+    "stacked, present, missing", [(True, "up", "down"), (True, "gate", "up"), (False, "gate", "up")]
+)
+def test_projections_that_are_not_there(tmp_path, stacked, present, missing):
     ckpt = Checkpoint(stacked=stacked)
-    where = "mlp" if stacked else "mlp.shared_expert"
-    for name in [n for n in ckpt.tensors if f".{where}.{gone}_proj." in n]:
+    block = "mlp" if stacked else "mlp.shared_expert"
+    for name in [n for n in ckpt.tensors if f".{block}.{missing}_proj." in n]:
         del ckpt.tensors[name]
-    said = f"{where}.{gone}_proj.weight is not in the checkpoint, but {left}_proj is"
+    message = f"{block}.{missing}_proj.weight is not in the checkpoint, but {present}_proj is"
     code, lines = check(ckpt.write(tmp_path / "ckpt"))
-    assert code == 1 and sum(said in line for line in lines) == 2, lines
+    assert code == 1 and sum(message in line for line in lines) == 2, lines
 
 
 def test_an_expert_of_another_shape(tmp_path):
@@ -563,8 +548,8 @@ def test_an_expert_of_another_shape(tmp_path):
         ckpt.tensors[f"{name}.weight"] = "I8", np.ones(shape, np.int8)
         ckpt.tensors[f"{name}.weight_scale"] = f32(0.1)
         expected = [K, N] if "down" in name else [N, K]
-        said = f"{name}.weight (model.safetensors) is I8 {list(shape)}, expected {expected} by the others of its layer"
-        problem(ckpt.write(tmp_path / "ckpt"), said, AGAIN)
+        reason = f"is I8 {list(shape)}, expected {expected} by the others of its layer"
+        problem(ckpt.write(tmp_path / "ckpt"), f"{name}.weight (model.safetensors) {reason}", AGAIN)
 
 
 def test_a_stack_of_another_shape(tmp_path):
@@ -694,13 +679,13 @@ def test_a_tied_head_may_be_listed(tmp_path):
 
 def test_language_models_inside_others(tmp_path):
     """transformers calls modules model.language_model.… in memory and language_model.model.… in files, or both."""
-    for here, there in (
+    for prefix, other_prefix in (
         ("model.language_model", "language_model.model"),
         ("language_model.model", "model.language_model"),
     ):
         ckpt = Checkpoint()
-        ckpt.files["model.safetensors"] = {n.replace("model.", f"{here}.", 1): t for n, t in ckpt.tensors.items()}
-        ckpt.quant["exclude"] = ["lm_head", *(f"{there}.layers.{i}.mlp.gate" for i in (0, 1))]
+        ckpt.files["model.safetensors"] = {n.replace("model.", f"{prefix}.", 1): t for n, t in ckpt.tensors.items()}
+        ckpt.quant["exclude"] = ["lm_head", *(f"{other_prefix}.layers.{i}.mlp.gate" for i in (0, 1))]
         assert "  3 modules in `exclude`" in sound(ckpt.write(tmp_path / "ckpt"))
         assert len(sound(tmp_path / "ckpt")) == 4
 
@@ -718,12 +703,12 @@ def test_files_cut_short(tmp_path):
     ckpt = Checkpoint()
     ckpt.files["other.safetensors"] = {"model.extra.weight": bf16(K)}
     folder = ckpt.write(tmp_path / "ckpt")
-    whole = {name: (folder / name).read_bytes() for name in ckpt.files}
-    (folder / "model.safetensors").write_bytes(whole["model.safetensors"][:-1])
+    contents = {name: (folder / name).read_bytes() for name in ckpt.files}
+    (folder / "model.safetensors").write_bytes(contents["model.safetensors"][:-1])
     (folder / "other.safetensors").write_bytes(b"PK")
     problem(folder, "model.safetensors is no whole safetensors file (it is cut short)", "copy or export it again", of=2)
     problem(folder, "other.safetensors is no whole safetensors file (no header)", of=2)
-    for name, data in whole.items():
+    for name, data in contents.items():
         (folder / name).write_bytes(data)
     sound(folder)
 
@@ -743,18 +728,18 @@ HEADERS = {
 }
 
 
-@pytest.mark.parametrize("what", [*HEADERS, "nested", "a list", "longer than its tensors"])
-def test_headers_that_are_not_their_files(tmp_path, what):
+@pytest.mark.parametrize("case", [*HEADERS, "nested", "a list", "longer than its tensors"])
+def test_headers_that_are_not_their_files(tmp_path, case):
     folder = Checkpoint().write(tmp_path / "ckpt")
     path = folder / "model.safetensors"
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
-    if what in HEADERS:
-        header[SCALE] |= HEADERS[what]
-    text = {"nested": b"[" * 100_000, "a list": b"[1]"}.get(what, json.dumps(header).encode())
-    more = b"more" if what == "longer than its tensors" else b""
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[start:] + more)
+    if case in HEADERS:
+        header[SCALE] |= HEADERS[case]
+    text = {"nested": b"[" * 100_000, "a list": b"[1]"}.get(case, json.dumps(header).encode())
+    tail = b"more" if case == "longer than its tensors" else b""
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[start:] + tail)
     code, lines = check(folder)
     assert code == 1 and lines[-1] == "problems: 1" and lines[1].startswith("model.safetensors "), lines
     assert lines[1].endswith("copy or export it again")
@@ -811,12 +796,12 @@ NO_CHECKPOINT: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("what", NO_CHECKPOINT)
-def test_not_a_checkpoint(tmp_path, what):
+@pytest.mark.parametrize("case", NO_CHECKPOINT)
+def test_not_a_checkpoint(tmp_path, case):
     folder = Checkpoint().write(tmp_path / "ckpt")
-    change, said = NO_CHECKPOINT[what]
+    change, parts = NO_CHECKPOINT[case]
     change(folder)
-    line = one_line(cli(ROOT, "check", folder), str(folder), *said)
+    line = one_line(cli(ROOT, "check", folder), str(folder), *parts)
     result = cli(ROOT, "check", folder, "--json")
     data = json.loads(result.stdout)
     assert result.returncode == 2 and result.stderr.strip() == line and data["sound"] is False
@@ -853,12 +838,12 @@ OTHERS: dict[str, tuple[Callable[[Checkpoint], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", OTHERS)
-def test_not_an_int8_checkpoint_of_quark(tmp_path, what):
+@pytest.mark.parametrize("case", OTHERS)
+def test_not_an_int8_checkpoint_of_quark(tmp_path, case):
     ckpt = Checkpoint()
-    change, said = OTHERS[what]
+    change, message = OTHERS[case]
     change(ckpt)
-    one_line(cli(ROOT, "check", ckpt.write(tmp_path / "ckpt")), "ckpt/config.json", said)
+    one_line(cli(ROOT, "check", ckpt.write(tmp_path / "ckpt")), "ckpt/config.json", message)
 
 
 def test_int8_files_whose_config_does_not_say_so(tmp_path):
@@ -902,9 +887,9 @@ BROKEN_CONFIGS = {
 @pytest.mark.parametrize("key", BROKEN_CONFIGS)
 def test_broken_quantization_config(tmp_path, key):
     ckpt = Checkpoint()
-    value, *said = BROKEN_CONFIGS[key]
+    value, *parts = BROKEN_CONFIGS[key]
     ckpt.quant[key] = value
-    problem(ckpt.write(tmp_path / "ckpt"), "config.json is wrong, ", *said)
+    problem(ckpt.write(tmp_path / "ckpt"), "config.json is wrong, ", *parts)
 
 
 def test_broken_pattern(tmp_path):
@@ -1070,21 +1055,21 @@ TELLING = [
 
 
 @pytest.mark.parametrize("entry", TELLING)
-@pytest.mark.parametrize("where", ["exclude", "layer_quant_config"])
-def test_entries_say_of_each_expert_what_they_say(entry, where):
+@pytest.mark.parametrize("key", ["exclude", "layer_quant_config"])
+def test_entries_say_of_each_expert_what_they_say(entry, key):
     config = {"exclude": ["*down_proj"], "global_quant_config": {"weight": {"dtype": "int8"}}}
     special = {"weight": {"dtype": "other"}}
-    config |= {"exclude": ["*down_proj", entry]} if where == "exclude" else {"layer_quant_config": {entry: special}}
+    config |= {"exclude": ["*down_proj", entry]} if key == "exclude" else {"layer_quant_config": {entry: special}}
     entries, plain = Entries(config), names.Names(config)
     touched = 0
     for module in MODULES:
-        finding = [module]
+        spellings = [module]
         if ".experts." in module:
             # vLLM looks experts up by their layer's name, too.
-            finding.append(module.partition(".experts.")[0] + ".experts")
-        finding = names.both_prefixes(finding)
-        assert entries.look_up(module) == (plain.excludes(finding), plain.config_of(finding)), module
-        own = names.both_prefixes([module])
-        assert entries.excludes(own) == plain.excludes(own)
-        touched += names.matches(entry, finding)
+            spellings.append(module.partition(".experts.")[0] + ".experts")
+        spellings = names.both_prefixes(spellings)
+        assert entries.look_up(module) == (plain.excludes(spellings), plain.config_of(spellings)), module
+        own_spellings = names.both_prefixes([module])
+        assert entries.excludes(own_spellings) == plain.excludes(own_spellings)
+        touched += names.matches(entry, spellings)
     assert 0 < touched < len(MODULES)

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from test_check import EXPERTS, INPUTS, Checkpoint, K, N, check, f32, spec
+from test_check import ACTIVATIONS, EXPERTS, Checkpoint, K, N, check, f32
 from trees import ROOT, cli, one_line
 
+from tests.quantization.quark import layer_config
 from vllm_quark.convert.conversion import convert_checkpoint
 from vllm_quark.convert.plan import ConvertError
 
@@ -44,11 +45,11 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     return entries
 
 
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert tensor.dtype == other[name].dtype and tensor.shape == other[name].shape, name
-        assert torch.equal(tensor.reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8)), name
+def assert_same(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == expected[name].dtype and tensor.shape == expected[name].shape, name
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), expected[name].reshape(-1).view(torch.uint8)), name
 
 
 def quant(folder: Path) -> dict:
@@ -93,15 +94,15 @@ def test_compressed_tensors_is_the_twin(name, tmp_path):
     out = convert(nano(name), tmp_path / "out", "compressed-tensors")
     kind = name.replace("quark", "compressed-tensors").replace("stacked", "compressed-tensors")
     assert_same(read(out), read(nano(kind)))
-    said, twin = quant(out), quant(nano(kind))
-    assert said["config_groups"] == twin["config_groups"] and set(said["ignore"]) >= set(twin["ignore"])
+    config, twin = quant(out), quant(nano(kind))
+    assert config["config_groups"] == twin["config_groups"] and set(config["ignore"]) >= set(twin["ignore"])
     assert (out / "tokenizer.json").read_bytes() == (nano(name) / "tokenizer.json").read_bytes()
 
 
-@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("qscheme", ["per_channel", "per_tensor"])
-def test_every_scheme_stacked_and_back(inputs, qscheme, tmp_path):
-    folder = as_step(spread_over_files(Checkpoint(inputs, qscheme))).write(tmp_path / "ckpt")
+def test_every_scheme_stacked_and_back(activation, qscheme, tmp_path):
+    folder = as_step(spread_over_files(Checkpoint(activation, qscheme))).write(tmp_path / "ckpt")
     stacked = convert(folder, tmp_path / "stacked", "stacked")
     again = convert(stacked, tmp_path / "again", "per-expert")
     before, after = read(folder), read(again)
@@ -127,17 +128,17 @@ def test_experts_with_one_scale_and_with_one_a_row_are_stacked(tmp_path):
 
 @pytest.mark.parametrize("qscheme", ["per_channel", "per_tensor"])
 @pytest.mark.parametrize(
-    ("inputs", "strategy", "symmetric"),
-    [("token", "token", True), ("static", "tensor", True), ("static_asym", "tensor", False)],
+    ("activation", "strategy", "symmetric"),
+    [("token_sym", "token", True), ("static_sym", "tensor", True), ("static_asym", "tensor", False)],
 )
-def test_compressed_tensors_says_every_scheme(qscheme, inputs, strategy, symmetric, tmp_path):
+def test_compressed_tensors_says_every_scheme(qscheme, activation, strategy, symmetric, tmp_path):
     """Experts per token where they are not; scales [N, 1]; static ones [1]; no zero points of weights."""
-    checkpoint = spread_over_files(Checkpoint(inputs, qscheme, stacked=True))
+    checkpoint = spread_over_files(Checkpoint(activation, qscheme, stacked=True))
     proj = "model.layers.1.self_attn.o_proj"
     next(iter(checkpoint.files.values()))[f"{proj}.weight_zero_point"] = "I32", np.zeros(1)
     folder = checkpoint.write(tmp_path / "ckpt")
     before, out = read(folder), convert(folder, tmp_path / "out", "compressed-tensors", per_token=True)
-    after, said = read(out), quant(out)
+    after, config = read(out), quant(out)
     assert torch.equal(after[f"{proj}.weight"], before[f"{proj}.weight"])
     scale = before[f"{proj}.weight_scale"].reshape(-1, 1).expand(N, 1)
     assert torch.equal(after[f"{proj}.weight_scale"], scale)
@@ -149,7 +150,7 @@ def test_compressed_tensors_says_every_scheme(qscheme, inputs, strategy, symmetr
     assert torch.equal(after[f"{expert}.weight"], before["model.layers.1.mlp.down_proj.weight"][2])
     assert after[f"{expert}.weight_scale"].shape == (K, 1)
     assert {name.rpartition(".")[2] for name in after if ".experts." in name} == {"weight", "weight_scale"}
-    main, *others = said["config_groups"].values()
+    main, *others = config["config_groups"].values()
     assert main["targets"] == ["Linear"]
     assert {k: main["input_activations"][k] for k in ("strategy", "symmetric", "dynamic")} == {
         "strategy": "token",
@@ -165,7 +166,7 @@ def test_compressed_tensors_says_every_scheme(qscheme, inputs, strategy, symmetr
         }
         assert {proj, "model.layers.0.self_attn.qkv_proj", "model.layers.0.self_attn.v_proj"} <= set(other["targets"])
         assert not [target for target in other["targets"] if ".experts" in target]
-    assert said["ignore"][0] == "lm_head" and "model.layers.0.mlp.gate" in said["ignore"]
+    assert config["ignore"][0] == "lm_head" and "model.layers.0.mlp.gate" in config["ignore"]
 
 
 def test_ignored_layers_have_every_name_that_a_vllm_looks_for(tmp_path):
@@ -203,11 +204,11 @@ def refused(folder: Path, layout: str, *parts: str) -> str:
     return str(e.value)
 
 
-@pytest.mark.parametrize("inputs", ["static", "static_asym", "tensor"])
-def test_activations_of_experts_that_vllm_does_not_run(inputs, tmp_path):
-    folder = Checkpoint(inputs).write(tmp_path / "ckpt")
-    said = refused(folder, "compressed-tensors", "model.layers.0.mlp.experts, ", "--per-token", "vllm-quark apply")
-    assert ("shared_expert" in said) == (inputs == "tensor")
+@pytest.mark.parametrize("activation", ["static_sym", "static_asym", "tensor_dynamic"])
+def test_activations_of_experts_that_vllm_does_not_run(activation, tmp_path):
+    folder = Checkpoint(activation).write(tmp_path / "ckpt")
+    refusal = refused(folder, "compressed-tensors", "model.layers.0.mlp.experts, ", "--per-token", "vllm-quark apply")
+    assert ("shared_expert" in refusal) == (activation == "tensor_dynamic")
     convert(folder, tmp_path / "out", "compressed-tensors", per_token=True)
 
 
@@ -219,8 +220,8 @@ def test_other_formats_and_kv_caches(tmp_path):
     checkpoint.tensors[f"{proj}.weight"] = "U8", checkpoint.tensors[f"{proj}.weight"][1]
     checkpoint.tensors["model.layers.0.self_attn.k_proj.output_scale"] = f32(0.1)
     folder = checkpoint.write(tmp_path / "ckpt")
-    said = refused(folder, "compressed-tensors", f"{proj}: is quantized to fp8_e4m3", "quantized KV cache")
-    assert len(said.splitlines()) == 2 and all("--to per-expert" in line for line in said.splitlines())
+    refusal = refused(folder, "compressed-tensors", f"{proj}: is quantized to fp8_e4m3", "quantized KV cache")
+    assert len(refusal.splitlines()) == 2 and all("--to per-expert" in line for line in refusal.splitlines())
     stacked = convert(folder, tmp_path / "stacked", "stacked")
     assert_same(read(convert(stacked, tmp_path / "out", "per-expert")), read(folder))
 
@@ -246,10 +247,9 @@ def test_nothing_to_convert(tmp_path):
 
 
 def test_entries_that_name_stacks_name_experts_afterwards(tmp_path):
-    checkpoint = as_step(Checkpoint(stacked=True, inputs="static"))
-    token = {"weight": spec("per_channel", 0, False), "input_tensors": INPUTS["token"]}
+    checkpoint = as_step(Checkpoint("static_sym", stacked=True))
     for proj in ("gate_proj", "up_proj", "down_proj"):
-        checkpoint.quant["layer_quant_config"][f"model.layers.1.moe.{proj}"] = token
+        checkpoint.quant["layer_quant_config"][f"model.layers.1.moe.{proj}"] = layer_config()
     folder = checkpoint.write(tmp_path / "ckpt")
     out = convert(folder, tmp_path / "out", "per-expert")
     code, lines = check(out)
@@ -324,11 +324,11 @@ def test_killed_and_run_again(tmp_path):
     result = cli(ROOT, "convert", folder, "-o", tmp_path / "out", "--to", "compressed-tensors")
     one_line(result, "out.part", "another conversion", "delete it")
     run = start(folder, tmp_path / "out")
-    _, said = run.communicate()
-    assert run.returncode == 0, said
+    _, progress = run.communicate()
+    assert run.returncode == 0, progress
     after = (tmp_path / "out/model-00000-of-00003.safetensors").stat()
     assert (after.st_ino, after.st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
-    assert "100% of" in said and "model-00002" in said
+    assert "100% of" in progress and "model-00002" in progress
     whole = convert(folder, tmp_path / "whole", "per-expert")
     assert {p.name for p in whole.iterdir()} == {p.name for p in (tmp_path / "out").iterdir()}
     for path in whole.iterdir():

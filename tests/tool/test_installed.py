@@ -49,8 +49,8 @@ def test_revert_of_what_others_build_on(installed):
     result = cli(ROOT, "revert", installed, "--only", "0007", "--with-dependents")
     assert [line[9:13] for line in result.stdout.splitlines()] == ["0007", "0008"], result.stderr
     data = json.loads(cli(ROOT, "status", installed, "--json").stdout)
-    left = {p["name"][:4] for p in data["patches"] if p["status"] == "applies"}
-    assert left == {"0007", "0008", "0014"}
+    remaining = {p["name"][:4] for p in data["patches"] if p["status"] == "applies"}
+    assert remaining == {"0007", "0008", "0014"}
 
 
 def test_every_patch_applies_alone(installed, real_series):
@@ -72,9 +72,11 @@ def test_what_a_patch_brings_stands_alone(real_series):
         for file in patch.files:
             for node in ast.walk(ast.parse(real_series.content(file))) if file.endswith(".py") else ():
                 if isinstance(node, ast.ImportFrom) and node.level == 1:
-                    for name in [node.module] if node.module else [n.name for n in node.names]:
-                        beside = Path(file).parent / f"{name}.py"
-                        assert {str(beside), str(beside.with_name("__init__.py"))} <= files, (patch.name, file)
+                    folder = Path(file).parent
+                    modules = {f"{node.module}.py"} if node.module else {f"{n.name}.py" for n in node.names}
+                    if not node.module:  # what is no module is the package's own
+                        modules = {name for name in modules if (real_series.home / folder / name).is_file()}
+                    assert {str(folder / name) for name in modules | {"__init__.py"}} <= files, (patch.name, file)
 
 
 def test_style_is_vllms_own(unpacked, tmp_path):
@@ -121,11 +123,11 @@ def test_a_fork_with_columns_and_a_loader_that_does_not_lift(installed, real_ser
     path, real = installed / SCHEME, find_installed() / SCHEME
     half = real.read_text()
     for name in ("weight_scale", "weight_zero_point"):
-        at = half.index("sum(output_partition_sizes)", half.index(f"            {name} = Channel"))
-        end = at + len("sum(output_partition_sizes)")
-        if half[at - 1] == "(" and half[end] == ")":
-            at, end = at - 1, end + 1
-        half = f"{half[:at]}(sum(output_partition_sizes), 1){half[end:]}"
+        start = half.index("sum(output_partition_sizes)", half.index(f"            {name} = Channel"))
+        end = start + len("sum(output_partition_sizes)")
+        if half[start - 1] == "(" and half[end] == ")":
+            start, end = start - 1, end + 1
+        half = f"{half[:start]}(sum(output_partition_sizes), 1){half[end:]}"
     path.unlink()
     path.write_text(half)
     patches = real_series.select(["0002"])

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """`vllm-quark verify`: right where vLLM is, and which layer is off where a fault is planted in it."""
 
+import itertools
 import json
 import math
 import os
@@ -14,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_check import INPUTS, spec
 from test_check import Checkpoint as Small
 from trees import ROOT, cli, one_line
 
+from tests.quantization.quark import quantization_config
 from vllm_quark.checkpoint import read_checkpoint
 from vllm_quark.locate import find_installed
 from vllm_quark.series import load_series
@@ -31,7 +32,7 @@ EXPERTS, K, WIDTH = 16, 128, 96
 
 def write(
     folder: Path,
-    inputs: str = "token",
+    activation: str = "token_sym",
     qscheme: str = "per_channel",
     layers: int = 1,
     width: int = WIDTH,
@@ -48,11 +49,11 @@ def write(
         tensors[f"{module}.weight_scale"] = 10 ** (torch.rand(shape, generator=generator) * 2 - 4)
         if is_static:
             tensors[f"{module}.input_scale"] = torch.tensor(0.02)
-            tensors[f"{module}.input_zero_point"] = torch.tensor(-60 if inputs == "static_asym" else 0)
+            tensors[f"{module}.input_zero_point"] = torch.tensor(-60 if activation == "static_asym" else 0)
 
     for i in range(layers):
         stem = f"model.layers.{i}"
-        is_static = inputs.startswith("static")
+        is_static = activation.startswith("static")
         for proj, rows in (("q", 128), ("k", 64), ("v", 64)):
             add(f"{stem}.self_attn.{proj}_proj", rows, columns, is_static)
         tensors[f"{stem}.self_attn.o_proj.weight"] = torch.randn(columns, columns, generator=generator).bfloat16()
@@ -61,18 +62,8 @@ def write(
             add(f"{stem}.mlp.shared_expert.{proj}", *shape, is_static)
             for expert in range(experts):
                 add(f"{stem}.mlp.experts.{expert}.{proj}", *shape, is_static)
-    weight = spec(qscheme, 0 if qscheme == "per_channel" else None, False)
-    config = {
-        "architectures": ["NoModelOfThisVLLM"],
-        "quantization_config": {
-            "quant_method": "quark",
-            "global_quant_config": {"weight": weight, "input_tensors": INPUTS[inputs]},
-            "exclude": ["lm_head", "*.o_proj"],
-            "layer_quant_config": {},
-            "layer_type_quant_config": {},
-            "export": {"kv_cache_group": [], "pack_method": "reorder"},
-        },
-    }
+    quant_config = quantization_config(qscheme, activation, exclude=["lm_head", "*.o_proj"])
+    config = {"architectures": ["NoModelOfThisVLLM"], "quantization_config": quant_config}
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
@@ -82,14 +73,14 @@ def write(
 @pytest.fixture(scope="module")
 def series(tmp_path_factory) -> Path:
     """The installed vLLM with the series."""
-    whole = load_series(ROOT)
+    complete = load_series(ROOT)
     return make_shadow(
-        tmp_path_factory.mktemp("vllm") / "series", whole, [p.name for p in whole.patches], find_installed()
+        tmp_path_factory.mktemp("vllm") / "series", complete, [p.name for p in complete.patches], find_installed()
     )
 
 
 def run(vllm: Path | None, *words: object, **env: str) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(map(str, filter(None, [vllm, ROOT])))
+    pythonpath = os.pathsep.join(map(str, filter(None, [vllm, ROOT])))
     command = [sys.executable, *map(str, words)]
     return subprocess.run(
         command,
@@ -97,7 +88,7 @@ def run(vllm: Path | None, *words: object, **env: str) -> subprocess.CompletedPr
         text=True,
         timeout=600,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200", **env},
+        env={**os.environ, "PYTHONPATH": pythonpath, "COLUMNS": "200", **env},
     )
 
 
@@ -149,25 +140,25 @@ def test_faults_of_experts(series, tmp_path):
 
 def test_right(series, tmp_path):
     """What the series serves with other activations than the checkpoint's is said."""
-    kinds = [(inputs, qscheme) for inputs in ("token", "tensor", "static") for qscheme in ("per_channel", "per_tensor")]
+    kinds = list(itertools.product(("token_sym", "tensor_dynamic", "static_sym"), ("per_channel", "per_tensor")))
     code = (
         "import sys; from vllm_quark.cli import app\n"
         "for ckpt in sys.argv[1:]:\n"
         "    try: app(['verify', ckpt, '--json'])\n"
         "    except SystemExit as end: print(f'exit {end.code}', flush=True)"
     )
-    ckpts = [write(tmp_path / f"{inputs}-{qscheme}", inputs, qscheme) for inputs, qscheme in kinds]
+    ckpts = [write(tmp_path / "-".join(kind), *kind) for kind in kinds]
     # vLLM's log lies beside the reports, not in them.
     result = run(series, "-c", code, *ckpts, VLLM_LOGGING_LEVEL="WARNING")
     assert result.returncode == 0, (result.stdout, result.stderr[-2000:])
     reports = result.stdout.split("exit 0\n")
     assert len(reports) == len(kinds) + 1 and not reports[-1].strip(), result.stdout
-    for (inputs, _), report in zip(kinds, reports, strict=False):
-        said = json.loads(report)
-        status = {row["layer"]: row["status"] for row in said["layers"]}
-        assert said["right"] and status.keys() == ALL and "with vllm-quark's series" in said["machine"]["vLLM"]
-        served = {"token": (RIGHT, RIGHT), "tensor": (OTHER, OTHER), "static": (RIGHT, OTHER)}[inputs]
-        assert (status[QKV], status["model.layers.0.mlp.experts"]) == served, said["layers"]
+    for (activation, _), text in zip(kinds, reports, strict=False):
+        report = json.loads(text)
+        status = {row["layer"]: row["status"] for row in report["layers"]}
+        assert report["right"] and status.keys() == ALL and "with vllm-quark's series" in report["machine"]["vLLM"]
+        served = {"token_sym": (RIGHT, RIGHT), "tensor_dynamic": (OTHER, OTHER), "static_sym": (RIGHT, OTHER)}
+        assert (status[QKV], status["model.layers.0.mlp.experts"]) == served[activation], report["layers"]
 
 
 def test_stock_runs_excluded_layers_as_int8(tmp_path):
@@ -192,7 +183,7 @@ def test_stock_runs_excluded_layers_as_int8(tmp_path):
 
 
 def test_layers(tmp_path):
-    ckpt = read_checkpoint(str(write(tmp_path / "ckpt", "static", layers=3)))
+    ckpt = read_checkpoint(str(write(tmp_path / "ckpt", "static_sym", layers=3)))
     layers = find_layers(ckpt)
     assert [layer.name for layer in layers[:5]] == [
         "model.layers.0.mlp.experts",
@@ -208,8 +199,8 @@ def test_layers(tmp_path):
     experts = by_name["model.layers.0.mlp.experts"]
     assert experts.shape == (EXPERTS, WIDTH, K)
     assert experts.parts[2][11] == "model.layers.0.mlp.experts.11.down_proj"
-    few = choose_layers(layers, 5)
-    assert len({layer.alike for layer in few}) == 5 and choose_layers(layers, 99) == layers
+    chosen = choose_layers(layers, 5)
+    assert len({layer.group_key for layer in chosen}) == 5 and choose_layers(layers, 99) == layers
     ten = choose_layers(layers, 10)
     assert {layer.name.split(".")[2] for layer in ten} == {"0", "2"} and len(ten) == 10
 
@@ -225,11 +216,11 @@ def test_stacked_experts_and_limits(tmp_path):
 
 def test_deviation():
     expected = torch.tensor([[100.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
-    whole, worst = deviate(expected * 1.005, expected)
-    assert whole == pytest.approx(0.005) and worst == pytest.approx(0.005)
+    error, worst = deviate(expected * 1.005, expected)
+    assert error == pytest.approx(0.005) and worst == pytest.approx(0.005)
     # A small token that is wrong says little of the whole.
-    whole, worst = deviate(expected + torch.tensor([[0.0], [0.1]]), expected)
-    assert whole < 0.01 and worst > 0.1
+    error, worst = deviate(expected + torch.tensor([[0.0], [0.1]]), expected)
+    assert error < 0.01 and worst > 0.1
     assert deviate(expected * math.nan, expected) == (math.inf, math.inf)
 
 
@@ -335,7 +326,7 @@ def test_issue_template_asks_for_the_report():
 
     form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/verify-report.yml").read_text())
     assert form["name"] and form["description"] and form["body"]
-    said = json.dumps(form)
-    assert "vllm-quark verify" in said and "MI300X" in said and "--report" in said
+    text = json.dumps(form)
+    assert "vllm-quark verify" in text and "MI300X" in text and "--report" in text
     ids = [part["id"] for part in form["body"] if part["type"] != "markdown"]
     assert len(ids) == len(set(ids)) and all(part["attributes"] for part in form["body"])

@@ -40,7 +40,7 @@ class Layer:
     activation: str = "silu"
 
     @property
-    def alike(self) -> tuple[Any, ...]:
+    def group_key(self) -> tuple[Any, ...]:
         """Layers for which this is the same differ in their numbers alone."""
         return self.kind, self.scheme, self.shape, self.activation, self.name.rpartition(".")[2]
 
@@ -51,13 +51,13 @@ def find_layers(checkpoint: Checkpoint) -> list[Layer]:
     Of layers that draft, behind the model's own, only INT8 ones: another class of vLLM's makes them, under other names.
     """
     modules: Any = checkpoint.modules
-    own = checkpoint.config.get("num_hidden_layers") or math.inf
+    model_depth = checkpoint.config.get("num_hidden_layers") or math.inf
     linear = {m: s for m, s in modules.int8.items() if modules.is_linear(m) and not isinstance(s, Refusal)}
-    for module, why in modules.others.items():
+    for module, state in modules.others.items():
         last = module.rpartition(".")[2]
-        at = _LAYER.search(module)
-        is_own = at is not None and int(at[1]) < own
-        if why == "in `exclude`" and is_own and last in SURE and modules.is_linear(module):
+        number = _LAYER.search(module)
+        is_own = number is not None and int(number[1]) < model_depth
+        if state == "in `exclude`" and is_own and last in SURE and modules.is_linear(module):
             linear[module] = None
     layers = []
     seen: set[str] = set()
@@ -111,8 +111,8 @@ def _find_experts(checkpoint: Checkpoint) -> list[Layer]:
 def _find_activation(checkpoint: Checkpoint, layer: str) -> str:
     """The activation of a layer's experts: Step-3.5 limits those of its last layers."""
     config, text = checkpoint.config, checkpoint.text_config
-    limits, at = config.get("swiglu_limits") or text.get("swiglu_limits") or [], _LAYER.search(layer)
-    if at and int(at[1]) < len(limits) and limits[int(at[1])]:
+    limits, number = config.get("swiglu_limits") or text.get("swiglu_limits") or [], _LAYER.search(layer)
+    if number and int(number[1]) < len(limits) and limits[int(number[1])]:
         return "swiglustep"
     act = config.get("hidden_act") or text.get("hidden_act") or "silu"
     return "gelu" if "gelu" in str(act) else "silu"
@@ -122,14 +122,14 @@ def choose_layers(layers: list[Layer], count: int) -> list[Layer]:
     """`count` of them: some of each kind, shape and scheme, the first and the last before others."""
     groups: dict[Any, list[Layer]] = defaultdict(list)
     for layer in layers:
-        groups[layer.alike].append(layer)
+        groups[layer.group_key].append(layer)
     queues = []
     for group in groups.values():
         first, middle, last = group[:1], group[1:-1], group[1:][-1:]
         random.Random(0).shuffle(middle)
         queues.append(first + last + middle)
-    taken: list[Layer] = []
-    while len(taken) < min(count, len(layers)):
-        taken += [queue.pop(0) for queue in queues if queue]
-    wanted = set(taken[:count])
-    return [layer for layer in layers if layer in wanted]
+    by_turns: list[Layer] = []
+    while len(by_turns) < min(count, len(layers)):
+        by_turns += [queue.pop(0) for queue in queues if queue]
+    chosen = set(by_turns[:count])
+    return [layer for layer in layers if layer in chosen]

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from examples.step3p5_nano.lab import ROOT
 from tests.e2e.models.export import Tensors, read
 from tests.e2e.models.judge import BF16, judge, make, run
+from tests.quantization.quark import activation_config
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("models")]
 FOLDER = ROOT / "build/models"
@@ -59,9 +60,7 @@ def drop_rotation(tensors: Tensors, config: dict, published: Tensors) -> None:
 
 
 def set_inputs(tensors: Tensors, config: dict, published: Tensors) -> None:
-    config["global_quant_config"]["input_tensors"] = {
-        "dtype": "int8", "qscheme": "per_channel", "ch_axis": 1, "is_dynamic": True, "symmetric": True
-    }  # fmt: skip
+    config["global_quant_config"]["input_tensors"] = activation_config("token_sym")
 
 
 def leave_out(glob: str) -> Callable[[Tensors, dict, Tensors], None]:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 
+from tests.quantization.quark import layer_config, quantization_config, tensor_config
+
 
 def matches(module: str, globs: Iterable[str]) -> bool:
     """Whether any of `globs` names a module of the checkpoint."""
@@ -27,20 +29,8 @@ class Scheme:
         """The layer config as AMD Quark 0.13 writes it."""
         if self.weight == "none":
             return {"weight": None, "input_tensors": None, "output_tensors": None, "bias": None}
-        common = {"dtype": self.dtype, "is_dynamic": False, "symmetric": True, "group_size": None}
-        weight = common | {"qscheme": self.weight, "ch_axis": 0 if self.weight == "per_channel" else None}
-        if self.weight == "per_group":
-            weight |= {"ch_axis": 1, "group_size": 32}
-        inputs = None
-        if self.activation != "none":
-            dynamic = self.activation == "token"
-            inputs = common | {
-                "qscheme": "per_channel" if dynamic else "per_tensor",
-                "ch_axis": 1 if dynamic else None,
-                "is_dynamic": dynamic,
-                "symmetric": self.symmetric,
-            }
-        return {"weight": weight, "input_tensors": inputs, "output_tensors": None, "bias": None}
+        activation = f"{self.activation}_{'sym' if self.symmetric else 'asym'}"
+        return layer_config(self.weight, None if self.activation == "none" else activation, self.dtype)
 
 
 _ATTENTION = ("*self_attn*", "*linear_attn*")
@@ -101,18 +91,17 @@ class Variant:
 
     def to_config(self, kept: list[str], router: tuple[str, ...]) -> dict:
         """`quantization_config` as AMD Quark 0.13 writes it, for the modules `kept` in BF16."""
-        others = {glob: scheme.to_config() for glob, scheme in self.others}
-        cache = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False, "symmetric": True}
-        others |= {glob: self.scheme.to_config() | {"output_tensors": cache} for glob in self.kv}
-        return {
-            "quant_method": "quark",
+        schemes = {glob: scheme.to_config() for glob, scheme in self.others}
+        cache = tensor_config("per_tensor", dtype="fp8_e4m3")
+        schemes |= {glob: self.scheme.to_config() | {"output_tensors": cache} for glob in self.kv}
+        config = quantization_config(exclude=self.exclude(kept, router))
+        config |= {
             "global_quant_config": self.scheme.to_config(),
-            "layer_quant_config": others,
-            "layer_type_quant_config": {},
-            "exclude": self.exclude(kept, router),
+            "layer_quant_config": schemes,
             "algo_config": None,
-            "export": {"kv_cache_group": list(self.kv), "pack_method": self.pack, "min_kv_scale": 0.0},
-        }  # fmt: skip
+        }
+        config["export"] |= {"kv_cache_group": list(self.kv), "pack_method": self.pack, "min_kv_scale": 0.0}
+        return config
 
 
 BF16 = Scheme("none")

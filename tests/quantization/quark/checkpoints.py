@@ -27,13 +27,8 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 
-from .utils import (
-    DEVICE,
-    apply_experts,
-    emulate_activation,
-    make_experts,
-    quantization_config,
-)
+from . import quantization_config
+from .utils import DEVICE, apply_experts, emulate_activation, make_experts
 
 WEIGHTS = ("per_channel", "per_tensor")
 ACTIVATIONS = (
@@ -106,7 +101,9 @@ def inputs_for(case: Case, tokens: int, generator: torch.Generator) -> torch.Ten
     return x.to(case.dtype)
 
 
-def make(case: Case, x: torch.Tensor, generator: torch.Generator) -> Checkpoint:
+def draw_checkpoint(
+    case: Case, x: torch.Tensor, generator: torch.Generator
+) -> Checkpoint:
     """A random checkpoint of `case`, static scales calibrated on `x` [T, K]."""
     number = next(_layers)
     layer = f"model.layers.{number}"
@@ -114,14 +111,14 @@ def make(case: Case, x: torch.Tensor, generator: torch.Generator) -> Checkpoint:
     tensors = {}
     static = case.activation.startswith("static")
 
-    def add(module: str, n: int, k: int, seen: torch.Tensor | None) -> None:
+    def add(module: str, n: int, k: int, inputs: torch.Tensor | None) -> None:
         weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=generator)
         shape = (n,) if case.weight == "per_channel" else ()
         scale = 10 ** (torch.rand(shape, generator=generator) * 2 - 4)
         tensors[f"{module}.weight"] = weight
         tensors[f"{module}.weight_scale"] = scale
-        if static and seen is not None:
-            low, high = seen.float().min(), seen.float().max()
+        if static and inputs is not None:
+            low, high = inputs.float().min(), inputs.float().max()
             if case.activation == "static_asym":
                 step = (high - low) / 255
                 zero = (-128 - low / step).round().clamp(-128, 127)
@@ -169,6 +166,13 @@ def make(case: Case, x: torch.Tensor, generator: torch.Generator) -> Checkpoint:
                 )
         tensors = stacked
     return Checkpoint(case, config, tensors, f"{layer}.moe.experts", modules)
+
+
+def make_checkpoint(kind: str, activation: str = "token_sym") -> Checkpoint:
+    """A checkpoint of `kind`, but for its layer's number the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    case = Case(kind, activation=activation)
+    return draw_checkpoint(case, inputs_for(case, 9, generator), generator)
 
 
 def quark_config(checkpoint: Checkpoint) -> QuarkConfig:
@@ -238,6 +242,16 @@ def load(layer: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) ->
                     param.weight_loader(param, tensor, shards[proj])
             elif proj in ("up_proj", "o_proj"):
                 param.weight_loader(param, tensor)
+
+
+def build_loaded(
+    checkpoint: Checkpoint, config: QuarkConfig | None = None
+) -> torch.nn.Module:
+    """The layer with the checkpoint's tensors, as they are before `finish`."""
+    torch.set_default_dtype(checkpoint.case.dtype)
+    layer = build(checkpoint, config)
+    load(layer, checkpoint.tensors.items())
+    return layer
 
 
 def finish(layer: torch.nn.Module) -> None:
@@ -320,7 +334,7 @@ def serve(
     vllm_config = get_current_vllm_config()
     config = quark_config(checkpoint)
     vllm_config.quant_config = config
-    old = torch.get_default_dtype()
+    old_dtype = torch.get_default_dtype()
     torch.set_default_dtype(checkpoint.case.dtype)
     try:
         weights = [*checkpoint.tensors.items(), *again]
@@ -335,7 +349,7 @@ def serve(
             return run(layer, x, routes)
     finally:
         vllm_config.quant_config = None
-        torch.set_default_dtype(old)
+        torch.set_default_dtype(old_dtype)
         forget(checkpoint.prefix)
 
 
@@ -390,9 +404,9 @@ def activation_of(config: dict[str, Any], module: str) -> str | None:
         if any(_listed(p, n) for p in config.get("exclude") or [] for n in names):
             return None
         scheme = config["global_quant_config"]
-        for pattern, other in (config.get("layer_quant_config") or {}).items():
+        for pattern, layer_scheme in (config.get("layer_quant_config") or {}).items():
             if any(_listed(pattern, n) for n in names):
-                scheme = other
+                scheme = layer_scheme
                 break
         if config["export"] is None:
             raise MalformedError("export")
@@ -423,11 +437,11 @@ def activation_of(config: dict[str, Any], module: str) -> str | None:
 def _tensor(checkpoint: Checkpoint, module: str, kind: str) -> torch.Tensor | None:
     """A module's tensor, an expert's from its own name or from a stacked one."""
     if name_match := re.match(r"(.*\.moe)\.experts\.(\d+)\.(\w+)$", module):
-        whole = checkpoint.tensors.get(f"{name_match[1]}.{name_match[3]}.{kind}")
-        if whole is not None:
-            if whole.dim() == 0 or whole.size(0) not in (1, E):
+        stacked = checkpoint.tensors.get(f"{name_match[1]}.{name_match[3]}.{kind}")
+        if stacked is not None:
+            if stacked.dim() == 0 or stacked.size(0) not in (1, E):
                 raise MalformedError(f"{module}.{kind} is not stacked")
-            return whole[int(name_match[2]) if whole.size(0) == E else 0]
+            return stacked[int(name_match[2]) if stacked.size(0) == E else 0]
     return checkpoint.tensors.get(f"{module}.{kind}")
 
 
@@ -473,27 +487,27 @@ def reference(
     """
 
     def product(x: torch.Tensor, module: str) -> torch.Tensor:
-        how = activation_of(checkpoint.config, module)
-        weight = _matrix(checkpoint, module, how is not None)
-        if how is None:
+        scheme = activation_of(checkpoint.config, module)
+        weight = _matrix(checkpoint, module, scheme is not None)
+        if scheme is None:
             return x.double() @ weight.t()
-        how = activation or how
+        scheme = activation or scheme
         scale = zero = None
-        if how.startswith("static"):
+        if scheme.startswith("static"):
             scale = _tensor(checkpoint, module, "input_scale")
             zero = _tensor(checkpoint, module, "input_zero_point")
             if scale is None or scale.numel() != 1 or not scale.is_floating_point():
                 raise MalformedError(f"{module}.input_scale")
             if not (torch.isfinite(scale).all() and scale > 0):
                 raise MalformedError(f"{module}.input_scale value")
-            if zero is None and how == "static_sym":
+            if zero is None and scheme == "static_sym":
                 zero = torch.zeros(())
             if zero is None or zero.numel() != 1:
                 raise MalformedError(f"{module}.input_zero_point")
-            if how == "static_sym" and zero != 0:
+            if scheme == "static_sym" and zero != 0:
                 raise MalformedError(f"{module}.input_zero_point value")
             scale, zero = scale.reshape(()), zero.reshape(())
-        return quantize(x, how, scale, zero) @ weight.t()
+        return quantize(x, scheme, scale, zero) @ weight.t()
 
     if checkpoint.case.kind in LINEAR:
         return torch.cat([product(x, m) for m in checkpoint.modules], -1)
@@ -521,14 +535,14 @@ def deviation(out: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
         return float("inf"), float("inf")
     norms = expected.norm(dim=-1)
     floor = (1e-3 * norms.max()).clamp(min=1e-30)
-    whole = error.norm() / expected.norm().clamp(min=1e-30)
-    return whole.item(), (error.norm(dim=-1) / norms.clamp(min=floor)).max().item()
+    relative = error.norm() / expected.norm().clamp(min=1e-30)
+    return relative.item(), (error.norm(dim=-1) / norms.clamp(min=floor)).max().item()
 
 
 def is_right(out: torch.Tensor, expected: torch.Tensor) -> bool:
     """Within 1 % of the norm, the worst token within 3 %."""
-    whole, worst = deviation(out, expected)
-    return whole <= 0.01 and worst <= 0.03
+    error, worst = deviation(out, expected)
+    return error <= 0.01 and worst <= 0.03
 
 
 @dataclass
@@ -546,7 +560,7 @@ def serve_case(case: Case, seed: int = 1, tokens: int = 33) -> Cell:
     """Serve a random checkpoint of `case` and judge the output."""
     generator = torch.Generator().manual_seed(seed)
     x = inputs_for(case, tokens, generator)
-    checkpoint = make(case, x, generator)
+    checkpoint = draw_checkpoint(case, x, generator)
     routes = routing(tokens, generator)
     try:
         out = serve(checkpoint, x, routes)

@@ -61,10 +61,10 @@ class Mutator:
     def pick_name(self, names: Iterable[str]) -> str:
         """One of `names`; those that differ in a number only, as experts', count as
         one."""
-        alike = collections.defaultdict(list)
+        groups = collections.defaultdict(list)
         for name in sorted(names):
-            alike[re.sub(r"\d+", "0", name)].append(name)
-        return self.pick(self.pick(list(alike.values())))
+            groups[re.sub(r"\d+", "0", name)].append(name)
+        return self.pick(self.pick(list(groups.values())))
 
     def pick_int8(self) -> str:
         """A module whose weight is INT8."""
@@ -73,24 +73,24 @@ class Mutator:
         return self.pick_name(weights).removesuffix(".weight")
 
     def change_tensor(self) -> str:
-        how = self.pick(TENSOR_CHANGES.split())
-        axes = {"transpose": 2, "grow": 1, "cut": 1}.get(how, 0)
+        change = self.pick(TENSOR_CHANGES.split())
+        axes = {"transpose": 2, "grow": 1, "cut": 1}.get(change, 0)
         names = [n for n, t in self.tensors.items() if t.dim() >= axes]
-        if how == "poison":
+        if change == "poison":
             names = [n for n in names if n.endswith("_scale")]
-        elif how == "zero_point":
-            beside = {n: f"{n.rpartition('.')[0]}.weight_scale" for n in names}
-            names = [n for n, scale in beside.items() if scale in self.tensors]
+        elif change == "zero_point":
+            scale_names = {n: f"{n.rpartition('.')[0]}.weight_scale" for n in names}
+            names = [n for n, scale in scale_names.items() if scale in self.tensors]
         name = self.pick_name(names)
         tensor, module = self.tensors[name], name.rpartition(".")[0]
-        if how == "drop":
+        if change == "drop":
             del self.tensors[name]
-        elif how == "drop_module":
+        elif change == "drop_module":
             for other in [n for n in self.tensors if n.startswith(f"{module}.")]:
                 del self.tensors[other]
-        elif how == "rename":
+        elif change == "rename":
             del self.tensors[name]
-            others = [
+            new_names = [
                 name.replace("model.", "module."),
                 name.replace("model.", "model.model."),
                 f"{name}s",
@@ -99,22 +99,22 @@ class Mutator:
                 name.replace("_proj.", "."),
                 re.sub(r"experts\.\d+", "experts.77", name),
             ]
-            self.tensors[self.pick([n for n in others if n != name])] = tensor
-        elif how == "repeat":
+            self.tensors[self.pick([n for n in new_names if n != name])] = tensor
+        elif change == "repeat":
             self.again[name] = self.pick([tensor.clone(), tensor + 1])
             if not torch.equal(self.again[name], tensor):
                 self.flaw = "one name, two tensors"
-        elif how == "columns":
-            for other in [n for n in self.tensors if n.endswith("weight_scale")]:
-                self.tensors[other] = self.tensors[other].unsqueeze(-1)
-        elif how == "zero_point":
-            like = tensor[..., 0] if name.endswith(".weight") else tensor
-            zero = torch.zeros(like.shape, dtype=torch.int8) + self.pick([0, 3])
+        elif change == "columns":
+            for scale in [n for n in self.tensors if n.endswith("weight_scale")]:
+                self.tensors[scale] = self.tensors[scale].unsqueeze(-1)
+        elif change == "zero_point":
+            rows = tensor[..., 0] if name.endswith(".weight") else tensor
+            zero_point = torch.zeros(rows.shape, dtype=torch.int8) + self.pick([0, 3])
             kind = self.pick(["weight_zero_point", "input_zero_point"])
-            self.tensors[f"{module}.{kind}"] = zero
+            self.tensors[f"{module}.{kind}"] = zero_point
         else:
-            self.tensors[name] = getattr(self, how)(tensor)
-        return f"{how} {name}"
+            self.tensors[name] = getattr(self, change)(tensor)
+        return f"{change} {name}"
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
         dtypes = [getattr(torch, d) for d in DTYPES.split()]
@@ -140,8 +140,8 @@ class Mutator:
 
     def poison(self, scale: torch.Tensor) -> torch.Tensor:
         bad = scale.flatten().clone()
-        at = self.random.randrange(bad.numel())
-        bad[at] = self.pick([*BAD_SCALES, -bad[at].item()])
+        index = self.random.randrange(bad.numel())
+        bad[index] = self.pick([*BAD_SCALES, -bad[index].item()])
         return bad.reshape(scale.shape)
 
     def add_unasked(self) -> str:
@@ -166,19 +166,19 @@ class Mutator:
         if self.random.random() < 0.05:
             self.config.clear()
             return "no config"
-        where, path = self.config, [self.pick(sorted(self.config))]
-        while isinstance(where[path[-1]], dict) and where[path[-1]]:
+        node, path = self.config, [self.pick(sorted(self.config))]
+        while isinstance(node[path[-1]], dict) and node[path[-1]]:
             if self.random.random() < 0.15:
                 break
-            where = where[path[-1]]
-            path.append(self.pick(sorted(where)))
-        key, how = path[-1], self.pick(["missing", "null", "other"])
-        if how == "missing":
-            del where[key]
+            node = node[path[-1]]
+            path.append(self.pick(sorted(node)))
+        key, change = path[-1], self.pick(["missing", "null", "other"])
+        if change == "missing":
+            del node[key]
         else:
             values = VALUES.get(key, [{}, [], 1, "x"])
-            where[key] = None if how == "null" else self.pick(values)
-        return f"config {'.'.join(path)} {how} {where.get(key)!r}"
+            node[key] = None if change == "null" else self.pick(values)
+        return f"config {'.'.join(path)} {change} {node.get(key)!r}"
 
     def change_scheme(self) -> str:
         part, change = self.pick(SCHEMES)
@@ -189,54 +189,54 @@ class Mutator:
             return f"global_quant_config {part} {change}"
         name, value = self.pick(self.names()), self.pick([scheme, None, 3])
         self.config["layer_quant_config"] = {name: value}
-        what = f"{part} {change}" if value is scheme else value
-        return f"layer_quant_config {name}: {what}"
+        description = f"{part} {change}" if value is scheme else value
+        return f"layer_quant_config {name}: {description}"
 
     def names(self) -> list[str]:
         """Names and patterns, most of which mean one INT8 layer or what is near."""
         module = self.pick_int8()
         block, _, tail = re.sub(r"\.experts\.\d+", "", module).rpartition(".")
         layer = f"{block}.{FUSED.get(tail, tail)}"
-        own = [module, re.sub(r"\d", "?", module)]
+        names = [module, re.sub(r"\d", "?", module)]
         if block.endswith(".moe"):
             layer = f"{block}.experts"
-            own.append(f"{layer}.0.{tail}")
-        own.append(layer)
-        own += [n.removeprefix("model.") for n in own]
-        own += [f"*{tail}", f"*.{tail}", "*", "re:.*", f"re:.*{tail}$", "*experts*"]
-        own += [f"*.{layer.rpartition('.')[2]}", "nothing", "re:(", "[", ""]
-        return own
+            names.append(f"{layer}.0.{tail}")
+        names.append(layer)
+        names += [n.removeprefix("model.") for n in names]
+        names += [f"*{tail}", f"*.{tail}", "*", "re:.*", f"re:.*{tail}$", "*experts*"]
+        names += [f"*.{layer.rpartition('.')[2]}", "nothing", "re:(", "[", ""]
+        return names
 
     def change_exclude(self) -> str:
         entries = self.config["exclude"]
-        hows = ["only", "more"] * 3 + ["null"]
+        changes = ["only", "more"] * 3 + ["null"]
         if len(entries) > 1:
-            hows += ["forget", "glob", "bare", "vllm"]
-        how = self.pick(hows)
-        if how in ("only", "more"):
+            changes += ["forget", "glob", "bare", "vllm"]
+        change = self.pick(changes)
+        if change in ("only", "more"):
             new = self.random.sample(self.names(), self.pick([1, 1, 2]))
-            entries[:] = new if how == "only" else [*entries, *new]
+            entries[:] = new if change == "only" else [*entries, *new]
             if self.pick([True, False]):
-                how += " float"
+                change += " float"
                 self.dequantize_excluded(keep_scales=self.pick([True, False]))
-            return f"exclude {how} {new}"
-        if how == "forget":
-            gone = self.pick(entries)
-            entries.remove(gone)
-            how += f" {gone}"
-        elif how == "glob":
+            return f"exclude {change} {new}"
+        if change == "forget":
+            entry = self.pick(entries)
+            entries.remove(entry)
+            change += f" {entry}"
+        elif change == "glob":
             part = self.pick(entries).split(".")[-2:][0]
             entries[:] = [e for e in entries if f".{part}." not in f".{e}."]
             entries.append(f"*{part}*")
-            how += f" {part}"
-        elif how == "bare":
+            change += f" {part}"
+        elif change == "bare":
             entries[:] = [e.removeprefix("model.") for e in entries]
-        elif how == "vllm":
+        elif change == "vllm":
             old, new = ".share_expert.", ".moe.share_expert."
             entries[:] = [e.replace(old, new) for e in entries]
         else:
             self.config["exclude"] = None
-        return f"exclude {how}"
+        return f"exclude {change}"
 
     def dequantize_excluded(self, keep_scales: bool) -> None:
         """Make the weights that `exclude` lists what an export would have left."""
@@ -268,11 +268,11 @@ def is_int8(config: dict[str, Any]) -> bool:
     return any(isinstance(w, dict) and w.get("dtype") == "int8" for w in weights)
 
 
-def judge_error(kind: str, said: str, file: str, names: Iterable[str]) -> str:
+def judge_error(kind: str, message: str, file: str, names: Iterable[str]) -> str:
     """What an error is: "bare", of our files and no ValueError; "refused", as it
     names the config or one of `names`; else "unnamed"."""
     if OURS.search(file) and kind != "ValueError":
         return "bare"
-    named = ["quantization_config", "layer_quant_config", "layer_type_quant_config"]
-    named += ["regular expression", "The export key", *names]
-    return "refused" if any(n in said for n in named) else "unnamed"
+    subjects = ["quantization_config", "layer_quant_config", "layer_type_quant_config"]
+    subjects += ["regular expression", "The export key", *names]
+    return "refused" if any(n in message for n in subjects) else "unnamed"

@@ -189,10 +189,10 @@ def test_experts_of_other_ranks_are_skipped(path):
         apply_router_weight_on_input=False,
     )
     local = expert_map[ids.long()]
-    here = (local >= 0).any(-1)
-    assert 0 < here.sum() < len(here)
-    assert torch.equal(out[~here], torch.zeros_like(out[~here]))
-    assert_close(out[here], experts.emulate(x, weights, local)[here])
+    is_local = (local >= 0).any(-1)
+    assert 0 < is_local.sum() < len(is_local)
+    assert torch.equal(out[~is_local], torch.zeros_like(out[~is_local]))
+    assert_close(out[is_local], experts.emulate(x, weights, local)[is_local])
 
 
 def test_torch_compile_traces_through(path):

@@ -30,14 +30,7 @@ def path(request, monkeypatch):
 
 
 def make(scoring: str, renormalize: bool, bias: torch.Tensor | None):
-    router = make_router(
-        top_k=TOP_K,
-        global_num_experts=E,
-        renormalize=renormalize,
-        scoring_func=scoring,
-        e_score_correction_bias=bias,
-        routed_scaling_factor=3.0,
-    )
+    router = make_router(E, TOP_K, scoring, renormalize, bias, 3.0)
     assert type(router).__name__ == "CPURouter"
     return router
 

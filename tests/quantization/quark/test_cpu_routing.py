@@ -33,13 +33,6 @@ def logits(request):
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_biased_routing(logits, scoring, renormalize):
     bias = torch.randn(E)
-    router = make_router(
-        top_k=TOP_K,
-        global_num_experts=E,
-        renormalize=renormalize,
-        scoring_func=scoring,
-        e_score_correction_bias=bias,
-        routed_scaling_factor=3.0,
-    )
+    router = make_router(E, TOP_K, scoring, renormalize, bias, 3.0)
     routed = router.select_experts(torch.zeros(50, K), logits)
     assert_routing(routed, logits, bias, TOP_K, scoring, renormalize, 3.0)

@@ -24,11 +24,6 @@ E, K, TOP_K = 8, 96, 3
 def test_topk_routing(scoring, renormalize, dtype):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(50, E, generator=generator).to(dtype)
-    router = make_router(
-        top_k=TOP_K,
-        global_num_experts=E,
-        renormalize=renormalize,
-        scoring_func=scoring,
-    )
+    router = make_router(E, TOP_K, scoring, renormalize)
     routed = router.select_experts(torch.zeros(50, K), logits)
     assert_routing(routed, logits, None, TOP_K, scoring, renormalize)

@@ -33,19 +33,13 @@ def environment(layer_environment):
     return layer_environment
 
 
-def make_checkpoint(kind: str, activation: str = "token_sym") -> ck.Checkpoint:
-    generator = torch.Generator().manual_seed(0)
-    case = ck.Case(kind, activation=activation)
-    return ck.make(case, ck.inputs_for(case, 9, generator), generator)
-
-
 def write(folder, *files: dict[str, torch.Tensor], index: bool = False) -> str:
     names = [f"model-{i}.safetensors" for i in range(len(files))]
     for name, tensors in zip(names, files):
         save_file({n: t.contiguous() for n, t in tensors.items()}, folder / name)
     if index:
-        where = {t: name for name, tensors in zip(names, files) for t in tensors}
-        text = json.dumps({"weight_map": where})
+        weight_map = {t: name for name, tensors in zip(names, files) for t in tensors}
+        text = json.dumps({"weight_map": weight_map})
         (folder / "model.safetensors.index.json").write_text(text)
     return str(folder)
 
@@ -60,25 +54,25 @@ def look(checkpoint: ck.Checkpoint, folder: str, **kwargs) -> QuarkConfig:
 @pytest.mark.parametrize("activation", ck.ACTIVATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sound_checkpoints_pass(kind, activation, tmp_path):
-    checkpoint = make_checkpoint(kind, activation)
-    one, *more = checkpoint.tensors
+    checkpoint = ck.make_checkpoint(kind, activation)
+    first, *others = checkpoint.tensors
     folder = write(
         tmp_path,
-        {one: checkpoint.tensors[one]},
-        {n: checkpoint.tensors[n] for n in more},
+        {first: checkpoint.tensors[first]},
+        {n: checkpoint.tensors[n] for n in others},
     )
     look(checkpoint, folder, hf_config=None, revision=None)
 
 
 def test_places_without_files_pass(tmp_path):
-    checkpoint = make_checkpoint("plain")
+    checkpoint = ck.make_checkpoint("plain")
     look(checkpoint, str(tmp_path))
     look(checkpoint, "s3://bucket/model")
     look(checkpoint, str(tmp_path / "nobody" / "nothing"))
 
 
 def test_configs_without_int8_are_not_looked_at(tmp_path):
-    checkpoint = make_checkpoint("plain")
+    checkpoint = ck.make_checkpoint("plain")
     for part in ("weight", "input_tensors"):
         checkpoint.config["global_quant_config"][part]["dtype"] = "fp8_e4m3"
     (tmp_path / "model.safetensors").write_text("no such file")
@@ -108,7 +102,7 @@ BROKEN = [
 
 @pytest.mark.parametrize("kind,ending,change,named", BROKEN)
 def test_broken_tensors_are_refused_by_name(kind, ending, change, named, tmp_path):
-    checkpoint = make_checkpoint(kind)
+    checkpoint = ck.make_checkpoint(kind)
     name = next(n for n in checkpoint.tensors if n.endswith(ending))
     files = [checkpoint.tensors]
     tensor = checkpoint.tensors[name]
@@ -131,7 +125,7 @@ def test_broken_tensors_are_refused_by_name(kind, ending, change, named, tmp_pat
 
 def test_scales_of_another_name_are_refused_and_renamed(tmp_path):
     """As `quantize_quark.py --model_export hf_format` writes them."""
-    checkpoint = make_checkpoint("qkv")
+    checkpoint = ck.make_checkpoint("qkv")
     scale = ".weight_quantizer.scale"
     tensors = {
         n.replace(".weight_scale", scale): t for n, t in checkpoint.tensors.items()
@@ -146,7 +140,7 @@ def test_scales_of_another_name_are_refused_and_renamed(tmp_path):
 def test_layers_that_are_unquantized_in_the_files(kind, tmp_path, monkeypatch):
     """Quark does not list what it cannot quantize, people forget: as it is there."""
     ck.needs_kernel(kind)
-    checkpoint = make_checkpoint(kind)
+    checkpoint = ck.make_checkpoint(kind)
     weights = {
         n: torch.randn(t.shape).to(torch.bfloat16)
         for n, t in checkpoint.tensors.items()
@@ -156,12 +150,12 @@ def test_layers_that_are_unquantized_in_the_files(kind, tmp_path, monkeypatch):
     torch.set_default_dtype(torch.bfloat16)
     layer = ck.build(checkpoint, config)
     assert type(layer.quant_method).__name__.startswith("Unquantized")
-    said = []
-    monkeypatch.setattr(int8_layers.logger, "warning", lambda *a: said.append(a))
+    warnings = []
+    monkeypatch.setattr(int8_layers.logger, "warning", lambda *a: warnings.append(a))
     config.int8.check_claims()
     config.int8.check_claims()
     stem = checkpoint.prefix.rpartition(".")[0]
-    assert len(said) == 1 and said[0][2].startswith(stem)
+    assert len(warnings) == 1 and warnings[0][2].startswith(stem)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +168,7 @@ def test_layers_that_are_unquantized_in_the_files(kind, tmp_path, monkeypatch):
 )
 def test_stacked_experts_that_are_unquantized_in_the_files(stacks, tmp_path):
     """Of Llama 4, gpt-oss, Qwen3.5 and Granite; AMD Quark leaves them as they are."""
-    checkpoint = make_checkpoint("moe_per_expert")
+    checkpoint = ck.make_checkpoint("moe_per_expert")
     stem = checkpoint.prefix.removesuffix(".experts")
     tensors = {f"{stem}.{n}": torch.ones(8, 4, 4, dtype=torch.bfloat16) for n in stacks}
     config = look(checkpoint, write(tmp_path, tensors))
@@ -183,7 +177,7 @@ def test_stacked_experts_that_are_unquantized_in_the_files(stacks, tmp_path):
 
 
 def test_fused_layers_that_are_half_quantized_are_refused(tmp_path):
-    checkpoint = make_checkpoint("qkv")
+    checkpoint = ck.make_checkpoint("qkv")
     name = next(n for n in checkpoint.tensors if n.endswith("k_proj.weight"))
     checkpoint.tensors[name] = checkpoint.tensors[name].to(torch.bfloat16)
     del checkpoint.tensors[f"{name}_scale"]
@@ -194,7 +188,7 @@ def test_fused_layers_that_are_half_quantized_are_refused(tmp_path):
 
 
 def test_several_problems_are_counted(tmp_path):
-    checkpoint = make_checkpoint("qkv")
+    checkpoint = ck.make_checkpoint("qkv")
     for name in [n for n in checkpoint.tensors if n.endswith("scale")]:
         del checkpoint.tensors[name]
     with pytest.raises(ValueError, match=r"_proj.weight is int8.*\(and 2 more\)"):
@@ -203,7 +197,7 @@ def test_several_problems_are_counted(tmp_path):
 
 @pytest.mark.parametrize("cut", [0, 5, 40, -1])
 def test_files_that_are_cut_short_are_named(cut, tmp_path):
-    checkpoint = make_checkpoint("plain")
+    checkpoint = ck.make_checkpoint("plain")
     folder = write(tmp_path, checkpoint.tensors)
     path = tmp_path / "model-0.safetensors"
     os.truncate(path, cut if cut >= 0 else path.stat().st_size + cut)
@@ -212,7 +206,7 @@ def test_files_that_are_cut_short_are_named(cut, tmp_path):
 
 
 def test_the_index_says_which_files_count(tmp_path):
-    checkpoint = make_checkpoint("plain")
+    checkpoint = ck.make_checkpoint("plain")
     folder = write(tmp_path, checkpoint.tensors, index=True)
     save_file({"model.norm.weight": torch.ones(4)}, tmp_path / "more.safetensors")
     (tmp_path / "broken.safetensors").write_text("consolidated, or of another tool")
@@ -228,7 +222,7 @@ def test_the_index_says_which_files_count(tmp_path):
 
 def test_sharded_states_are_refused(tmp_path):
     """They hold layers as kernels do: stock stops at missing keys."""
-    checkpoint = make_checkpoint("plain")
+    checkpoint = ck.make_checkpoint("plain")
     save_file(checkpoint.tensors, tmp_path / "model-rank-0-part-0.safetensors")
     with pytest.raises(ValueError, match="sharded state.*load the checkpoint"):
         look(checkpoint, str(tmp_path))
@@ -255,7 +249,7 @@ def test_a_layer_short_of_a_tensor_is_named(tmp_path):
     tensors = layers(5, BLOCK)
     del tensors["model.layers.3.input_layernorm.weight"]
     with pytest.raises(ValueError, match="layers.3.input_layernorm.weight is not in"):
-        look(make_checkpoint("plain"), write(tmp_path, tensors))
+        look(ck.make_checkpoint("plain"), write(tmp_path, tensors))
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
@@ -263,7 +257,7 @@ def test_a_model_short_of_its_ends_is_named(name, tmp_path):
     tensors = layers(5, BLOCK)
     del tensors[name]
     with pytest.raises(ValueError, match="(last norm|embedding) is not in"):
-        look(make_checkpoint("plain"), write(tmp_path, tensors))
+        look(ck.make_checkpoint("plain"), write(tmp_path, tensors))
 
 
 @pytest.mark.parametrize("tied", [False, True, None])
@@ -283,7 +277,7 @@ def test_a_model_short_of_its_head_is_named(kind, tied, tmp_path):
 
 
 def build_head(folder: str) -> ParallelLMHead:
-    config = look(make_checkpoint("plain"), folder)
+    config = look(ck.make_checkpoint("plain"), folder)
     return ParallelLMHead(64, 64, quant_config=config, prefix="lm_head")
 
 
@@ -319,10 +313,10 @@ def test_layers_of_several_kinds_pass(tmp_path):
     del tensors["model.layers.0.mlp.gate.weight"]
     tensors["model.layers.0.mlp.up_proj.weight"] = torch.ones(4, 4)
     tensors["model.layers.8.eh_proj.weight"] = torch.ones(4, 8)
-    look(make_checkpoint("plain"), write(tmp_path, tensors))
+    look(ck.make_checkpoint("plain"), write(tmp_path, tensors))
     (tmp_path / "draft").mkdir()
     draft = {n: t for n, t in layers(1, BLOCK).items() if "embed" not in n}
-    look(make_checkpoint("plain"), write(tmp_path / "draft", draft))
+    look(ck.make_checkpoint("plain"), write(tmp_path / "draft", draft))
 
 
 OTHERS = {
@@ -350,10 +344,10 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_models_of_another_build_pass(name, tmp_path):
     """No layer of theirs, no embedding and no norm is taken for missing."""
-    stack, rest = OTHERS[name]
+    layer_modules, others = OTHERS[name]
     tensors = {}
     for i in range(6):
-        for module in stack:
+        for module in layer_modules:
             module, _, kind = module.format(i).partition("+")
             module, _, without = module.partition("-")
             if without != str(i):
@@ -363,16 +357,16 @@ def test_models_of_another_build_pass(name, tmp_path):
                 )
                 if kind:
                     tensors[f"{module}.{kind}"] = torch.ones(4)
-    for module in rest:
+    for module in others:
         tensors[f"{module}.weight"] = (
             torch.ones(4) if "norm" in module else torch.ones(8, 4)
         )
-    look(make_checkpoint("plain"), write(tmp_path, tensors))
+    look(ck.make_checkpoint("plain"), write(tmp_path, tensors))
 
 
 def test_an_index_without_its_files_passes(tmp_path):
     """As for dummy weights."""
-    checkpoint = make_checkpoint("plain")
+    checkpoint = ck.make_checkpoint("plain")
     folder = write(tmp_path, checkpoint.tensors, index=True)
     os.unlink(tmp_path / "model-0.safetensors")
     look(checkpoint, folder)
@@ -382,23 +376,23 @@ def test_a_hub_that_does_not_answer_passes(monkeypatch):
     """Its client's errors are of many kinds; what is in the cache still loads."""
     import huggingface_hub
 
-    asked = []
+    revisions = []
 
     def get(model, revision=None):
-        asked.append(revision)
+        revisions.append(revision)
         raise Exception("no route")
 
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", get)
-    look(make_checkpoint("plain"), "nobody/nothing", revision="abc")
-    assert asked == ["abc"]
+    look(ck.make_checkpoint("plain"), "nobody/nothing", revision="abc")
+    assert revisions == ["abc"]
     # Releases that do not say the revision may load another.
-    look(make_checkpoint("plain"), "nobody/nothing", hf_config=None)
-    assert asked == ["abc"]
+    look(ck.make_checkpoint("plain"), "nobody/nothing", hf_config=None)
+    assert revisions == ["abc"]
 
 
 def block(folder, kind: str, *extra: str) -> ck.Checkpoint:
     """A checkpoint of `kind` in files, and modules beside it that are INT8, too."""
-    checkpoint = make_checkpoint(kind)
+    checkpoint = ck.make_checkpoint(kind)
     stem = checkpoint.prefix.split(".self_attn")[0].split(".mlp")[0].split(".moe")[0]
     for name in extra:
         weight = torch.ones(4, 4, dtype=torch.int8)
@@ -415,9 +409,7 @@ def test_int8_routers_are_named(kind, router, tmp_path):
     ck.needs_kernel(kind)
     checkpoint = block(tmp_path, kind, router)
     config = look(checkpoint, str(tmp_path))
-    torch.set_default_dtype(torch.bfloat16)
-    layer = ck.build(checkpoint, config)
-    ck.load(layer, checkpoint.tensors.items())
+    layer = ck.build_loaded(checkpoint, config)
     with pytest.raises(ValueError, match=f"{router}.weight is int8, but vLLM builds"):
         ck.finish(layer)
 
@@ -426,14 +418,12 @@ def test_int8_routers_are_named(kind, router, tmp_path):
 def test_int8_layers_of_other_stages_pass(kind, tmp_path):
     """Pipeline stages and drafts build some decoder layers only."""
     ck.needs_kernel(kind)
-    checkpoint = make_checkpoint(kind)
+    checkpoint = ck.make_checkpoint(kind)
     other = "model.layers.9999.moe.gate"
     checkpoint.tensors[f"{other}.weight"] = torch.ones(4, 4, dtype=torch.int8)
     checkpoint.tensors[f"{other}.weight_scale"] = torch.ones(4)
     config = look(checkpoint, write(tmp_path, checkpoint.tensors))
-    torch.set_default_dtype(torch.bfloat16)
-    layer = ck.build(checkpoint, config)
-    ck.load(layer, checkpoint.tensors.items())
+    layer = ck.build_loaded(checkpoint, config)
     ck.finish(layer)
 
 
@@ -441,9 +431,7 @@ def test_int8_layers_that_a_model_leaves_out_pass(tmp_path):
     """Keys and values of layers that share others', for one."""
     checkpoint = block(tmp_path, "row", "self_attn.k_proj", "self_attn.v_proj")
     config = look(checkpoint, str(tmp_path))
-    torch.set_default_dtype(torch.bfloat16)
-    layer = ck.build(checkpoint, config)
-    ck.load(layer, checkpoint.tensors.items())
+    layer = ck.build_loaded(checkpoint, config)
     ck.finish(layer)
 
 
@@ -452,29 +440,25 @@ def test_fused_layers_of_models_without_a_mapping_pass(kind, tmp_path):
     checkpoint = block(tmp_path, kind)
     config = look(checkpoint, str(tmp_path))
     config.packed_modules_mapping = {}
-    torch.set_default_dtype(torch.bfloat16)
-    layer = ck.build(checkpoint, config)
-    ck.load(layer, checkpoint.tensors.items())
+    layer = ck.build_loaded(checkpoint, config)
     ck.finish(layer)
 
 
 @pytest.mark.parametrize("kind", ["qkv", "plain"])
 def test_scales_of_a_cache_are_dropped_where_the_model_has_no_place(kind, tmp_path):
     """As of StableLM, or beside kv_b_proj: stock stops with a KeyError."""
-    checkpoint = make_checkpoint(kind)
+    checkpoint = ck.make_checkpoint(kind)
     module = next(iter(checkpoint.modules))
     scales = {f"{module}.output_scale": torch.tensor(0.02)}
     config = look(checkpoint, write(tmp_path, checkpoint.tensors, scales))
-    torch.set_default_dtype(torch.bfloat16)
-    layer = ck.build(checkpoint, config)
-    ck.load(layer, checkpoint.tensors.items())
+    layer = ck.build_loaded(checkpoint, config)
     layer.output_scale.weight_loader(layer.output_scale, torch.tensor(0.02), "q")
     ck.finish(layer)
     assert layer.output_scale.numel() == 0
 
 
 def test_layers_without_scales_of_a_cache_have_no_place_for_them(tmp_path):
-    checkpoint = make_checkpoint("plain")
+    checkpoint = ck.make_checkpoint("plain")
     torch.set_default_dtype(torch.bfloat16)
     layer = ck.build(checkpoint, look(checkpoint, write(tmp_path, checkpoint.tensors)))
     assert not hasattr(layer, "output_scale")
@@ -482,7 +466,7 @@ def test_layers_without_scales_of_a_cache_have_no_place_for_them(tmp_path):
 
 @pytest.mark.parametrize("kind", ["stacked", "INT8", "alone"])
 def test_experts_of_gpt_oss_are_refused(kind, tmp_path):
-    checkpoint = make_checkpoint("plain")
+    checkpoint = ck.make_checkpoint("plain")
     tensors = {"model.layers.0.self_attn.sinks": torch.zeros(4)}
     tensors["model.layers.0.mlp.router.weight"] = torch.zeros(2, 8)
     experts = "model.layers.0.mlp.experts"
@@ -501,7 +485,7 @@ def test_experts_of_gpt_oss_are_refused(kind, tmp_path):
 
 def test_experts_beside_the_sinks_of_other_models_pass(tmp_path):
     """As Granite's with sliding windows."""
-    checkpoint, moe = make_checkpoint("plain"), "model.layers.0.block_sparse_moe"
+    checkpoint, moe = ck.make_checkpoint("plain"), "model.layers.0.block_sparse_moe"
     tensors = {"model.layers.0.self_attn.sinks": torch.zeros(4)}
     tensors[f"{moe}.experts.gate_up_proj"] = torch.zeros(2, 8, 8)
     tensors[f"{moe}.router.weight"] = torch.zeros(2, 8)
@@ -538,7 +522,7 @@ def test_an_int8_router_with_a_bias_is_refused_as_a_router(tmp_path):
 
 
 def test_scales_of_groups_are_refused(tmp_path):
-    checkpoint = make_checkpoint("plain")
+    checkpoint = ck.make_checkpoint("plain")
     name = next(n for n in checkpoint.tensors if n.endswith("weight_scale"))
     scale = checkpoint.tensors[name].reshape(-1, 1).expand(-1, 4)
     checkpoint.tensors[name] = scale
@@ -553,7 +537,7 @@ ROUTERS = ["*moe.gate*", "re:.*moe.gate", "re:.*\\.moe\\.gate"]
 def test_patterns_for_a_router_spare_experts(pattern, tmp_path):
     """Which would name moe.gate_proj, too, had the files one tensor for all experts."""
     ck.needs_kernel("moe_per_expert")
-    checkpoint = make_checkpoint("moe_per_expert")
+    checkpoint = ck.make_checkpoint("moe_per_expert")
     checkpoint.config["exclude"] = [pattern]
     config = look(checkpoint, write(tmp_path, checkpoint.tensors))
     torch.set_default_dtype(torch.bfloat16)
@@ -562,7 +546,7 @@ def test_patterns_for_a_router_spare_experts(pattern, tmp_path):
 
 def with_int8(tmp_path, module: str) -> tuple[ck.Checkpoint, str]:
     """A checkpoint whose `module` is INT8, too, and its folder."""
-    checkpoint = make_checkpoint("plain")
+    checkpoint = ck.make_checkpoint("plain")
     checkpoint.tensors[f"{module}.weight"] = torch.ones(64, 64, dtype=torch.int8)
     checkpoint.tensors[f"{module}.weight_scale"] = torch.ones(64)
     checkpoint.config["exclude"] = []
@@ -582,7 +566,7 @@ def test_an_int8_embedding_is_refused(tmp_path):
 
 @pytest.mark.parametrize("entry", ["model.embed_tokens", "*embed*", "re:.*embed.*"])
 def test_an_embedding_may_be_in_exclude(tmp_path, entry):
-    checkpoint = make_checkpoint("plain")
+    checkpoint = ck.make_checkpoint("plain")
     checkpoint.config["exclude"] = [entry]
     config = look(checkpoint, write(tmp_path, checkpoint.tensors))
     tokens = VocabParallelEmbedding(

@@ -18,15 +18,15 @@ def environment(layer_environment):
     return layer_environment
 
 
-def setup(kind: str, activation: str = "token_sym", weight: str = "per_channel"):
+def make_case(kind: str, activation: str = "token_sym", weight: str = "per_channel"):
     ck.needs_kernel(kind)
     generator = torch.Generator().manual_seed(0)
     case = ck.Case(kind, weight, activation)
     x = ck.inputs_for(case, 17, generator)
-    return ck.make(case, x, generator), x, ck.routing(17, generator)
+    return ck.draw_checkpoint(case, x, generator), x, ck.routing(17, generator)
 
 
-def name_in(checkpoint: ck.Checkpoint, ending: str) -> str:
+def find_name(checkpoint: ck.Checkpoint, ending: str) -> str:
     return next(n for n in checkpoint.tensors if n.endswith(ending))
 
 
@@ -69,8 +69,8 @@ BROKEN = [
 
 @pytest.mark.parametrize("kind,ending,change,named", BROKEN)
 def test_broken_tensors_are_refused_by_name(kind, ending, change, named):
-    checkpoint, x, routes = setup(kind)
-    name = name_in(checkpoint, ending)
+    checkpoint, x, routes = make_case(kind)
+    name = find_name(checkpoint, ending)
     tensor = checkpoint.tensors[name]
     if change == "drop":
         del checkpoint.tensors[name]
@@ -98,12 +98,10 @@ SHARDS = {
 @pytest.mark.parametrize("kind", SHARDS)
 def test_scales_that_no_tensor_fills_are_named(kind):
     """Without the look at the whole checkpoint, as for other loaders."""
-    checkpoint, _, _ = setup(kind)
-    last = [n for n in checkpoint.tensors if n.endswith("weight_scale")][-1]
-    del checkpoint.tensors[last]
-    torch.set_default_dtype(torch.bfloat16)
-    layer = ck.build(checkpoint)
-    ck.load(layer, checkpoint.tensors.items())
+    checkpoint, _, _ = make_case(kind)
+    name = [n for n in checkpoint.tensors if n.endswith("weight_scale")][-1]
+    del checkpoint.tensors[name]
+    layer = ck.build_loaded(checkpoint)
     with pytest.raises(ValueError, match=SHARDS[kind]) as refusal:
         ck.finish(layer)
     assert "missing from `exclude`" in str(refusal.value)
@@ -112,13 +110,11 @@ def test_scales_that_no_tensor_fills_are_named(kind):
 @pytest.mark.parametrize("kind", ["plain", "moe_per_expert"])
 def test_scales_filled_in_part_are_seen(kind):
     """Also where a model's own loader goes past the parameter's."""
-    checkpoint, _, _ = setup(kind)
-    torch.set_default_dtype(torch.bfloat16)
-    layer = ck.build(checkpoint)
-    ck.load(layer, checkpoint.tensors.items())
+    checkpoint, _, _ = make_case(kind)
+    layer = ck.build_loaded(checkpoint)
     name = "weight_scale" if kind == "plain" else "w2_weight_scale"
     param = getattr(layer, name)
-    fresh = getattr(ck.build(setup(kind)[0]), name)
+    fresh = getattr(ck.build(make_case(kind)[0]), name)
     param.data.view(-1)[-3:] = fresh.data.view(-1)[-3:]
     with pytest.raises(ValueError, match=f"{checkpoint.prefix}: .*was not loaded"):
         ck.finish(layer)
@@ -126,7 +122,7 @@ def test_scales_filled_in_part_are_seen(kind):
 
 @pytest.mark.parametrize("kind", ck.LINEAR + ck.EXPERTS)
 def test_weight_zero_points(kind):
-    checkpoint, x, routes = setup(kind)
+    checkpoint, x, routes = make_case(kind)
     for name in [n for n in checkpoint.tensors if n.endswith("weight_scale")]:
         zero = torch.zeros_like(checkpoint.tensors[name], dtype=torch.int8)
         checkpoint.tensors[name.replace("scale", "zero_point")] = zero
@@ -139,7 +135,7 @@ def test_weight_zero_points(kind):
 
 @pytest.mark.parametrize("kind", ["plain", "moe_per_expert"])
 def test_zero_scales_of_zero_channels(kind):
-    checkpoint, x, routes = setup(kind)
+    checkpoint, x, routes = make_case(kind)
     for name in [n for n in checkpoint.tensors if n.endswith("weight_scale")]:
         checkpoint.tensors[name][5] = 0
         checkpoint.tensors[name.removesuffix("_scale")][5] = 0
@@ -150,7 +146,7 @@ def test_zero_scales_of_zero_channels(kind):
 @pytest.mark.parametrize("kind", ck.LINEAR + ck.EXPERTS)
 @pytest.mark.parametrize("form", ["[N, 1]", "[1, N]", "float16", "bfloat16"])
 def test_forms_of_scales(kind, form):
-    checkpoint, x, routes = setup(kind)
+    checkpoint, x, routes = make_case(kind)
     for name in [n for n in checkpoint.tensors if n.endswith("weight_scale")]:
         scale = checkpoint.tensors[name]
         axis = {"[N, 1]": -1, "[1, N]": -2}.get(form)
@@ -167,8 +163,8 @@ def test_forms_of_scales(kind, form):
 @pytest.mark.parametrize("kind, proj", [("qkv", "q"), ("qkv", "v"), ("gate_up", "up")])
 def test_static_scales_that_differ_between_shards(kind, proj, activation):
     """Refused, whichever shard differs; the way out is served right."""
-    checkpoint, x, routes = setup(kind, activation)
-    name = name_in(checkpoint, f"{proj}_proj.input_scale")
+    checkpoint, x, routes = make_case(kind, activation)
+    name = find_name(checkpoint, f"{proj}_proj.input_scale")
     checkpoint.tensors[name] = checkpoint.tensors[name] * 1.5
     with pytest.raises(ValueError, match="input_scale .*another shard.*is_dynamic"):
         ck.serve(checkpoint, x, routes)
@@ -182,7 +178,7 @@ def test_static_scales_that_differ_between_shards(kind, proj, activation):
 @pytest.mark.parametrize("activation", ["static_sym", "static_asym"])
 @pytest.mark.parametrize("ending", ["input_scale", "q_proj.input_scale"])
 def test_missing_static_scales(activation, ending):
-    checkpoint, x, routes = setup("qkv", activation)
+    checkpoint, x, routes = make_case("qkv", activation)
     for name in [n for n in checkpoint.tensors if n.endswith(ending)]:
         del checkpoint.tensors[name]
     with pytest.raises(ValueError, match="shard q: input_scale is not in"):
@@ -192,7 +188,7 @@ def test_missing_static_scales(activation, ending):
 @pytest.mark.parametrize("kind", ["plain", "moe_per_expert"])
 def test_dummy_weights_are_not_checked(kind):
     """They come without the parameters' loaders."""
-    checkpoint, _, _ = setup(kind)
+    checkpoint, _, _ = make_case(kind)
     torch.set_default_dtype(torch.bfloat16)
     layer = ck.build(checkpoint)
     for param in layer.parameters():
@@ -206,7 +202,7 @@ def test_dummy_weights_are_not_checked(kind):
 @pytest.mark.parametrize("kind", ck.LINEAR)
 def test_tensor_parallel_linear(kind, weight, size):
     """Each rank holds its part; at 4 ranks two share a KV head."""
-    checkpoint, x, routes = setup(kind, weight=weight)
+    checkpoint, x, routes = make_case(kind, weight=weight)
     expected = ck.reference(checkpoint, x, routes)
     torch.set_default_dtype(torch.bfloat16)
     parts, offset = [], 0
@@ -224,28 +220,28 @@ def test_tensor_parallel_linear(kind, weight, size):
             part = x.chunk(size, -1)[rank].contiguous()
             total = total + layer(part.to(ck.DEVICE))[0].cpu().double()
             continue
-        mine = []
+        rank_parts = []
         for i, part in enumerate(parts):
             heads = 2 if kind == "qkv" and i else size
-            at = rank * heads // size
-            mine.append(part.chunk(min(heads, size), -1)[at])
+            index = rank * heads // size
+            rank_parts.append(part.chunk(min(heads, size), -1)[index])
         out = layer(x.to(ck.DEVICE))[0].cpu()
-        assert ck.is_right(out, torch.cat(mine, -1)), (
+        assert ck.is_right(out, torch.cat(rank_parts, -1)), (
             rank,
             ck.deviation(out, expected),
         )
     if kind == "row":
         module = next(iter(checkpoint.modules))
-        w = ck._matrix(checkpoint, module, True).chunk(size, -1)
-        own = [ck.quantize(p, "token_sym") for p in x.chunk(size, -1)]
-        assert ck.is_right(total, sum(p @ m.t() for p, m in zip(own, w)))
+        weights = ck._matrix(checkpoint, module, True).chunk(size, -1)
+        inputs = [ck.quantize(p, "token_sym") for p in x.chunk(size, -1)]
+        assert ck.is_right(total, sum(p @ m.t() for p, m in zip(inputs, weights)))
 
 
 @pytest.mark.parametrize("weight", ck.WEIGHTS)
 @pytest.mark.parametrize("kind", ck.EXPERTS)
 def test_expert_parallel_experts(kind, weight, environment):
     """Each rank holds half of the experts; the parts add up."""
-    checkpoint, x, routes = setup(kind, weight=weight)
+    checkpoint, x, routes = make_case(kind, weight=weight)
     expected = ck.reference(checkpoint, x, routes)
     torch.set_default_dtype(torch.bfloat16)
     environment.parallel_config.enable_expert_parallel = True
@@ -263,8 +259,8 @@ def test_expert_parallel_experts(kind, weight, environment):
 
 
 def test_expert_parallel_names_the_missing_expert(environment):
-    checkpoint, _, _ = setup("moe_per_expert")
-    del checkpoint.tensors[name_in(checkpoint, "experts.6.up_proj.weight_scale")]
+    checkpoint, _, _ = make_case("moe_per_expert")
+    del checkpoint.tensors[find_name(checkpoint, "experts.6.up_proj.weight_scale")]
     torch.set_default_dtype(torch.bfloat16)
     environment.parallel_config.enable_expert_parallel = True
     with shard(1, 2), torch.device(ck.DEVICE):

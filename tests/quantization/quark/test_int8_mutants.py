@@ -41,7 +41,7 @@ def judge(seed: int) -> Verdict:
     case = ck.Case(pick(ck.LINEAR + ck.EXPERTS), pick(ck.WEIGHTS), pick(ck.ACTIVATIONS))
     generator = torch.Generator().manual_seed(seed)
     x = ck.inputs_for(case, 9, generator)
-    c = ck.make(case, x, generator)
+    c = ck.draw_checkpoint(case, x, generator)
     routes = ck.routing(9, generator)
     number = c.prefix.split(".")[2]
     mutator = Mutator(seed, c.tensors, c.config)

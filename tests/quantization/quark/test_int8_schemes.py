@@ -29,12 +29,6 @@ def environment(layer_environment):
     return layer_environment
 
 
-def case_of(kind: str, activation: str = "token_sym") -> ck.Checkpoint:
-    generator = torch.Generator().manual_seed(0)
-    case = ck.Case(kind, activation=activation)
-    return ck.make(case, ck.inputs_for(case, 9, generator), generator)
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
@@ -66,7 +60,7 @@ def test_widths_that_cutlass_has_no_zero_points_for(activation, monkeypatch):
     """As Qwen3.5's `in_proj_ba`, one row for each head, split over ranks."""
     monkeypatch.setattr(ck, "K", 120)
     case = ck.Case("plain", activation=activation)
-    kernel = type(ck.build(case_of("plain")).scheme.kernel)
+    kernel = type(ck.build(ck.make_checkpoint("plain")).scheme.kernel)
     name = kernel.__name__
     try:
         # Elsewhere the platform's kernel by its name: it would serve zero points.
@@ -78,16 +72,16 @@ def test_widths_that_cutlass_has_no_zero_points_for(activation, monkeypatch):
 
 @pytest.mark.parametrize("kind", ck.EXPERTS)
 def test_changed_schemes_are_said_once(kind, caplog_vllm):
-    checkpoint = case_of(kind, "static_asym")
+    checkpoint = ck.make_checkpoint(kind, "static_asym")
     config = ck.quark_config(checkpoint)
     torch.set_default_dtype(torch.bfloat16)
     ck.build(checkpoint, config)
-    other = case_of(kind, "static_asym")
+    other = ck.make_checkpoint(kind, "static_asym")
     ck.build(other, config)
-    said = [r for r in caplog_vllm.records if "are served with" in r.getMessage()]
-    assert len(said) == 1
-    assert "static per-tensor asymmetric" in said[0].getMessage()
-    assert "dynamic per-token symmetric" in said[0].getMessage()
+    records = [r for r in caplog_vllm.records if "are served with" in r.getMessage()]
+    assert len(records) == 1
+    assert "static per-tensor asymmetric" in records[0].getMessage()
+    assert "dynamic per-token symmetric" in records[0].getMessage()
 
 
 # What exports say of one layer, and how many of its projections that excludes.
@@ -106,11 +100,11 @@ EXCLUDES = {
 }
 
 
-@pytest.mark.parametrize("how", EXCLUDES)
-def test_exclude_of_fused_projections(how):
-    checkpoint = case_of("qkv")
+@pytest.mark.parametrize("case", EXCLUDES)
+def test_exclude_of_fused_projections(case):
+    checkpoint = ck.make_checkpoint("qkv")
     stem = checkpoint.prefix.removesuffix("self_attn.qkv_proj")
-    entries, count = EXCLUDES[how]
+    entries, count = EXCLUDES[case]
     bare = stem.removeprefix("model.")
     checkpoint.config["exclude"] = [e.format(n=stem, b=bare) for e in entries]
     if count in (0, 3):
@@ -128,7 +122,7 @@ FUSED = {"qkv": "*.[qkv]_proj", "gate_up": "*.up_proj *.gate_proj"}
 @pytest.mark.parametrize("kind", FUSED)
 def test_exclude_of_fused_projections_without_a_mapping(kind):
     """As of StableLM, whose class does not say what it fuses."""
-    checkpoint = case_of(kind)
+    checkpoint = ck.make_checkpoint(kind)
     checkpoint.config["exclude"] = FUSED[kind].split()
     config = ck.quark_config(checkpoint)
     config.packed_modules_mapping = {}
@@ -153,7 +147,7 @@ EXPERT_EXCLUDES = {
 
 @pytest.mark.parametrize("how", EXPERT_EXCLUDES)
 def test_exclude_of_experts(how):
-    checkpoint = case_of("moe_per_expert")
+    checkpoint = ck.make_checkpoint("moe_per_expert")
     entries, excluded = EXPERT_EXCLUDES[how]
     stem = checkpoint.prefix.removesuffix(".experts")
     names = [e.format(n=checkpoint.prefix, s=stem) for e in entries]
@@ -169,7 +163,7 @@ def test_exclude_of_experts(how):
 def test_names_before_and_after_the_models_mapper():
     mapper = WeightsMapper(orig_to_new_substr={".share_expert.": ".moe.share_expert."})
     for written in ("model.layers.5.share_expert", "model.layers.5.moe.share_expert"):
-        checkpoint = case_of("plain")
+        checkpoint = ck.make_checkpoint("plain")
         checkpoint.config["exclude"] = [f"{written}.up_proj"]
         checkpoint.prefix = "model.layers.5.moe.share_expert.up_proj"
         config = ck.quark_config(checkpoint)
@@ -179,7 +173,7 @@ def test_names_before_and_after_the_models_mapper():
 
 
 def test_names_that_a_mapper_shortens():
-    checkpoint = case_of("plain")
+    checkpoint = ck.make_checkpoint("plain")
     checkpoint.config["exclude"] = ["thinker.visual.*"]
     checkpoint.prefix = "visual.blocks.0.up_proj"
     config = ck.quark_config(checkpoint)
@@ -195,7 +189,7 @@ def test_names_that_a_mapper_changes_more_than_once():
         orig_to_new_substr={".h.": ".layers.", ".mlp.ff_out": ".mlp.down_proj"},
     )
     written = "transformer.h.0.mlp.ff_out"
-    checkpoint = case_of("plain")
+    checkpoint = ck.make_checkpoint("plain")
     checkpoint.config["exclude"] = [written]
     (checkpoint.prefix,) = mapper.apply_list([written])
     assert checkpoint.prefix == "model.layers.0.mlp.down_proj"
@@ -208,14 +202,14 @@ def test_names_that_a_mapper_changes_more_than_once():
 
 def test_names_of_a_module_that_a_prefix_ends_in():
     """As Qwen3.5 maps "lm_head." to "language_model.lm_head."."""
-    config = ck.quark_config(case_of("plain"))
+    config = ck.quark_config(ck.make_checkpoint("plain"))
     mapper = WeightsMapper(orig_to_new_prefix={"lm_head.": "language_model.lm_head."})
     config.apply_vllm_mapper(mapper)
     assert "lm_head" in config.int8.names.of("language_model.lm_head")
 
 
 def test_names_of_mtp_blocks():
-    checkpoint = case_of("plain")
+    checkpoint = ck.make_checkpoint("plain")
     checkpoint.config["exclude"] = ["model.layers.45.mlp.up_proj"]
     checkpoint.prefix = "model.layers.45.mtp_block.mlp.up_proj"
     layer = ck.build(checkpoint)
@@ -234,7 +228,7 @@ STATIC = {"is_dynamic": False, "qscheme": "per_tensor", "ch_axis": None}
 
 @pytest.mark.parametrize("name", ["{q}", "*q_proj", "re:.*q_proj$"])
 def test_layer_config_of_one_shard_is_refused(name):
-    checkpoint = case_of("qkv")
+    checkpoint = ck.make_checkpoint("qkv")
     q_proj = next(iter(checkpoint.modules))
     change_scheme(checkpoint, name.format(q=q_proj), "input_tensors", **STATIC)
     with pytest.raises(ValueError, match=f"{checkpoint.prefix}: .*static per-tensor"):
@@ -253,7 +247,7 @@ def test_parts_with_other_weight_scales_are_served_as_one(kind, name, weight):
     generator = torch.Generator().manual_seed(0)
     case = ck.Case(kind, weight)
     x = ck.inputs_for(case, 17, generator)
-    checkpoint, other = (ck.make(case, x, generator) for _ in range(2))
+    checkpoint, other = (ck.draw_checkpoint(case, x, generator) for _ in range(2))
     qscheme = next(w for w in ck.WEIGHTS if w != weight)
     change_scheme(checkpoint, name, "weight", qscheme=qscheme)
     ending = f"{name.removeprefix('*')}.weight_scale"
@@ -270,7 +264,7 @@ def test_parts_with_other_weight_scales_are_served_as_one(kind, name, weight):
 
 @pytest.mark.parametrize("name", ["{n}.3.gate_proj", "*experts*down_proj", "{n}.?.w1"])
 def test_layer_config_of_some_experts_is_refused(name):
-    checkpoint = case_of("moe_per_expert")
+    checkpoint = ck.make_checkpoint("moe_per_expert")
     name = name.format(n=checkpoint.prefix)
     change_scheme(checkpoint, name, "weight", dtype="fp8_e4m3")
     with pytest.raises(ValueError, match=f"{checkpoint.prefix}: .*fp8_e4m3"):
@@ -280,7 +274,7 @@ def test_layer_config_of_some_experts_is_refused(name):
 @pytest.mark.parametrize("prefix", ["model.", ""])
 def test_layer_config_of_a_stack_is_refused(prefix):
     """By its name in the checkpoint, and by that without "model."."""
-    checkpoint = case_of("moe_stacked")
+    checkpoint = ck.make_checkpoint("moe_stacked")
     stem = checkpoint.prefix.removeprefix("model.").removesuffix(".experts")
     change_scheme(checkpoint, f"{prefix}{stem}.up_proj", "weight", dtype="fp8_e4m3")
     x = ck.inputs_for(checkpoint.case, 3, torch.Generator().manual_seed(0))
@@ -291,7 +285,7 @@ def test_layer_config_of_a_stack_is_refused(prefix):
 
 @pytest.mark.parametrize("name", ["*.experts.*", "*_proj"])
 def test_layer_config_of_all_experts_is_theirs(name):
-    checkpoint = case_of("moe_per_expert")
+    checkpoint = ck.make_checkpoint("moe_per_expert")
     other = copy.deepcopy(checkpoint.config["global_quant_config"])
     checkpoint.config["global_quant_config"]["weight"]["dtype"] = "fp8_e4m3"
     checkpoint.config["layer_quant_config"] = {name: other}
@@ -318,7 +312,7 @@ REFUSED = {
 @pytest.mark.parametrize("kind", ["plain", "moe_per_expert"])
 @pytest.mark.parametrize("what", REFUSED)
 def test_schemes_without_a_kernel_are_refused_by_name(what, kind):
-    checkpoint = case_of(kind)
+    checkpoint = ck.make_checkpoint(kind)
     change, reason = REFUSED[what]
     for part, values in change.items():
         scheme = checkpoint.config["global_quant_config"]
@@ -333,7 +327,7 @@ def test_schemes_without_a_kernel_are_refused_by_name(what, kind):
 
 
 def test_weights_only_are_served_per_token_as_the_refusal_says():
-    checkpoint = case_of("plain")
+    checkpoint = ck.make_checkpoint("plain")
     scheme = checkpoint.config["global_quant_config"]
     scheme["input_tensors"] = None
     with pytest.raises(ValueError, match="weight-only") as refusal:
@@ -354,7 +348,7 @@ def test_weights_only_are_served_per_token_as_the_refusal_says():
 )
 @pytest.mark.parametrize("value", ["missing", None, 3])
 def test_broken_config_keys(key, value):
-    checkpoint = case_of("plain")
+    checkpoint = ck.make_checkpoint("plain")
     if value == "missing":
         del checkpoint.config[key]
     else:

@@ -38,7 +38,7 @@ def live_and_die(case: ck.Case) -> list[weakref.ref]:
     processed and run, and gone."""
     generator = torch.Generator().manual_seed(0)
     x = ck.inputs_for(case, 9, generator)
-    checkpoint = ck.make(case, x, generator)
+    checkpoint = ck.draw_checkpoint(case, x, generator)
     config = ck.quark_config(checkpoint)
     get_current_vllm_config().quant_config = config
     model = torch.nn.Module()

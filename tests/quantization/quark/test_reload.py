@@ -107,12 +107,12 @@ def _watch_products(monkeypatch) -> None:
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    old = torch.get_default_dtype()
+    old_dtype = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         yield
     finally:
-        torch.set_default_dtype(old)
+        torch.set_default_dtype(old_dtype)
 
 
 @contextlib.contextmanager
@@ -167,15 +167,15 @@ class Model:
             self._hand_over(tensors)
             config = SimpleNamespace(dtype=self.dtype)
             reload.finalize_layerwise_reload(self.root, config)
-        self.taken = [
+        self.filled = [
             torch.full((size,), 255, dtype=torch.uint8, device=DEVICE)
             for size in sizes * 8
         ]
 
     def _hand_over(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        ck.load(self.layer, self._left(tensors) if self.at_once else tensors)
+        ck.load(self.layer, self._load_stacked(tensors) if self.at_once else tensors)
 
-    def _left(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator:
+    def _load_stacked(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator:
         """Load stacked tensors as Step3p5Model does; those that are left over are to
         be loaded expert by expert."""
         load_at_once = _load_at_once()
@@ -250,14 +250,14 @@ class Pair:
         assert torch.equal(out, self.run(fresh)), "the output"
 
 
-def pair_of(kind: str, scheme: tuple[str, str], at_once: bool = False) -> Pair:
+def make_pair(kind: str, scheme: tuple[str, str], at_once: bool = False) -> Pair:
     generator = torch.Generator().manual_seed(0)
     case = ck.Case(kind, *scheme)
     x = ck.inputs_for(case, TOKENS, generator)
-    a = ck.make(case, x, generator)
-    other = ck.make(case, x * 1.5, generator)
-    stems = [".".join(c.prefix.split(".")[:3]) + "." for c in (other, a)]
-    tensors = {k.replace(*stems): v for k, v in other.tensors.items()}
+    a = ck.draw_checkpoint(case, x, generator)
+    drawn = ck.draw_checkpoint(case, x * 1.5, generator)
+    stems = [".".join(c.prefix.split(".")[:3]) + "." for c in (drawn, a)]
+    tensors = {k.replace(*stems): v for k, v in drawn.tensors.items()}
     b = dataclasses.replace(a, tensors=tensors)
     assert a.tensors.keys() == b.tensors.keys()
     return Pair(a, b, x, ck.routing(TOKENS, generator), at_once)
@@ -266,38 +266,38 @@ def pair_of(kind: str, scheme: tuple[str, str], at_once: bool = False) -> Pair:
 @pytest.fixture(params=SCHEMES)
 def pair(request, way) -> Pair:
     kind, at_once = way
-    return pair_of(kind, request.param, at_once)
+    return make_pair(kind, request.param, at_once)
 
 
 @pytest.fixture(params=SOME_SCHEMES)
 def some_pair(request, way) -> Pair:
     kind, at_once = way
-    return pair_of(kind, request.param, at_once)
+    return make_pair(kind, request.param, at_once)
 
 
-def places(model: Model) -> dict[str, int]:
+def find_storage(model: Model) -> dict[str, int]:
     return {n: t.data_ptr() for n, t in model.state().items() if t.numel()}
 
 
 def test_another_checkpoint_and_back(pair):
     """In the storage that the parameters had: CUDA graphs keep pointers."""
     model = pair.serving(pair.a.tensors)
-    before, out = places(model), pair.run(model)
+    before, out = find_storage(model), pair.run(model)
     model.reload(pair.b.tensors.items())
-    assert places(model) == before
+    assert find_storage(model) == before
     assert not torch.equal(pair.run(model), out)
     pair.assert_like_a_fresh_load(model, pair.b.tensors)
     model.reload(pair.a.tensors.items())
-    assert places(model) == before
+    assert find_storage(model) == before
     pair.assert_like_a_fresh_load(model, pair.a.tensors)
 
 
 def test_after_dummy_weights(pair):
     model = pair.model().load_dummy()
-    before = places(model)
+    before = find_storage(model)
     pair.run(model)
     model.reload(pair.b.tensors.items())
-    assert places(model) == before
+    assert find_storage(model) == before
     pair.assert_like_a_fresh_load(model, pair.b.tensors)
 
 
@@ -322,20 +322,20 @@ def test_in_another_order_and_layout(some_pair, axis):
     pair.assert_like_a_fresh_load(model, pair.b.tensors)
 
 
-def _stops(tensors: Tensors, count: int) -> Iterator[tuple[str, torch.Tensor]]:
+def _stop_after(tensors: Tensors, count: int) -> Iterator[tuple[str, torch.Tensor]]:
     yield from list(tensors.items())[:count]
     raise ConnectionError("the weights' source is gone")
 
 
-@pytest.mark.parametrize("again", ["the same", "another"])
-def test_stops_and_is_repeated(pair, again):
+@pytest.mark.parametrize("second", ["the same", "another"])
+def test_stops_and_is_repeated(pair, second):
     """A reload that ends in the middle of the layer leaves it to the next one, which
     is right or says which layer is not."""
     model = pair.serving(pair.a.tensors)
     half = len(pair.b.tensors) // 2
     with pytest.raises(ConnectionError):
-        model.reload(_stops(pair.b.tensors, half))
-    pair.reload_or_refuse(model, (pair.b if again == "the same" else pair.a).tensors)
+        model.reload(_stop_after(pair.b.tensors, half))
+    pair.reload_or_refuse(model, (pair.b if second == "the same" else pair.a).tensors)
 
 
 @pytest.mark.parametrize("first", ["dummy", "checkpoint"])
@@ -350,10 +350,10 @@ def test_what_is_missing_is_named(some_pair, first):
         model = (
             pair.serving_dummy() if first == "dummy" else pair.serving(pair.a.tensors)
         )
-        gone = [n for n in pair.b.tensors if n.endswith(f".{kind}")][-1]
-        left = {n: t for n, t in pair.b.tensors.items() if n != gone}
+        missing = [n for n in pair.b.tensors if n.endswith(f".{kind}")][-1]
+        remaining = {n: t for n, t in pair.b.tensors.items() if n != missing}
         with pytest.raises(ValueError, match=pair.named) as refusal:
-            model.reload(left.items())
+            model.reload(remaining.items())
         assert "reload again" in str(refusal.value)
         pair.reload_or_refuse(model, pair.a.tensors)
 
@@ -365,7 +365,7 @@ def test_unequal_static_scales(kind, weight, monkeypatch):
     the layer held before."""
     if ON_CPU:
         _watch_products(monkeypatch)
-    pair = pair_of(kind, (weight, "static_sym"))
+    pair = make_pair(kind, (weight, "static_sym"))
     names = [n for n in pair.b.tensors if n.endswith("input_scale")]
     unequal = {n: pair.b.tensors[n] * (1 + i) for i, n in enumerate(names)}
     unequal = {**pair.b.tensors, **unequal}

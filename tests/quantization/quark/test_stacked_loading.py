@@ -148,15 +148,15 @@ def test_experts_of_an_expert_parallel_rank(counted, first, step):
 def test_the_layers_checks_hold(counted):
     """What was loaded at once is known to the layer; what is missing is, too."""
     checkpoint = tensors(True)
-    whole = make(True)
-    Step3p5Model.load_weights(model(whole), checkpoint.items())
-    whole.quant_method.process_weights_after_loading(whole)
+    complete = make(True)
+    Step3p5Model.load_weights(model(complete), checkpoint.items())
+    complete.quant_method.process_weights_after_loading(complete)
     assert not counted
     checkpoint.pop("layers.0.moe.up_proj.weight")
-    part = make(True)
-    Step3p5Model.load_weights(model(part), checkpoint.items())
+    incomplete = make(True)
+    Step3p5Model.load_weights(model(incomplete), checkpoint.items())
     with pytest.raises(ValueError, match=r"expert 0: up_proj .*not in the checkpoint"):
-        part.quant_method.process_weights_after_loading(part)
+        incomplete.quant_method.process_weights_after_loading(incomplete)
 
 
 @pytest.mark.parametrize(
@@ -180,9 +180,9 @@ def test_other_layouts_go_expert_by_expert(counted, case):
                 place(layer, torch.arange(E, dtype=torch.int32))
                 layer._expert_map = layer._expert_map.to("meta")
             for name, param in list(layer.named_parameters()):
-                new = torch.nn.Parameter(param.data.to("meta"), requires_grad=False)
-                new.__dict__.update(param.__dict__)
-                layer.register_parameter(name, new)
+                meta = torch.nn.Parameter(param.data.to("meta"), requires_grad=False)
+                meta.__dict__.update(param.__dict__)
+                layer.register_parameter(name, meta)
     Step3p5Model.load_weights(model(fast), checkpoint.items())
     # Where all experts are here, only vLLM's own layers need its loader.
     assert len(counted) == {"scalar scale": 0, "unquantized": 3}.get(case, 6) * E

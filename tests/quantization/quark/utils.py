@@ -11,7 +11,7 @@ import inspect
 import itertools
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +31,8 @@ from vllm.model_executor.layers.fused_moe.router import router_factory
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 from vllm.platforms import current_platform
 from vllm.v1.worker import workspace
+
+from . import quantization_config
 
 DEVICE = "cuda" if current_platform.is_cuda_alike() else "cpu"
 DTYPE = torch.bfloat16
@@ -73,70 +75,21 @@ def vllm_environment() -> Iterator[VllmConfig]:
 def shard(rank: int, size: int) -> Iterator[None]:
     """Build and load layers as tensor-parallel rank `rank` of `size`."""
     group = get_tp_group()
-    old = group.rank_in_group, group.world_size
+    old_rank = group.rank_in_group, group.world_size
     group.rank_in_group, group.world_size = rank, size
     try:
         yield
     finally:
-        group.rank_in_group, group.world_size = old
-
-
-def quantization_config(
-    weight: str = "per_channel",
-    activation: str = "token_sym",
-    exclude: list[str] | None = None,
-) -> dict[str, Any]:
-    """`quantization_config` of an INT8 W8A8 export, as Quark 0.13 writes it.
-
-    weight: per_channel or per_tensor. activation: token_sym, token_asym (dynamic),
-    static_sym, static_asym or tensor_dynamic.
-    """
-
-    def spec(qscheme: str, dynamic: bool, axis: int | None, symmetric: bool) -> dict:
-        return {
-            "dtype": "int8",
-            "is_dynamic": dynamic,
-            "qscheme": qscheme,
-            "ch_axis": axis,
-            "group_size": None,
-            "symmetric": symmetric,
-            "round_method": "half_even",
-            "scale_type": "float",
-            "observer_cls": "PerChannelMinMaxObserver",
-        }
-
-    symmetric = not activation.endswith("_asym")
-    if activation.startswith("token"):
-        inputs = spec("per_channel", True, 1, symmetric)
-    else:
-        inputs = spec("per_tensor", activation == "tensor_dynamic", None, symmetric)
-    return {
-        "quant_method": "quark",
-        "quant_mode": "eager_mode",
-        "global_quant_config": {
-            "weight": spec(weight, False, 0 if weight == "per_channel" else None, True),
-            "input_tensors": inputs,
-            "output_tensors": None,
-            "bias": None,
-        },
-        "layer_quant_config": {},
-        "layer_type_quant_config": {},
-        "exclude": exclude or [],
-        "export": {
-            "kv_cache_group": [],
-            "pack_method": "reorder",
-            "weight_format": "real_quantized",
-        },
-    }
+        group.rank_in_group, group.world_size = old_rank
 
 
 def quark_config(
-    exclude: list[str] | None = None,
+    exclude: Iterable[str] = (),
     weight: str = "per_channel",
     dynamic: bool = True,
     packed: dict[str, list[str]] | None = None,
 ) -> QuarkConfig:
-    """The QuarkConfig of such an export, symmetric."""
+    """The QuarkConfig of a symmetric INT8 W8A8 export."""
     activation = "token_sym" if dynamic else "static_sym"
     config = QuarkConfig.from_config(quantization_config(weight, activation, exclude))
     config.packed_modules_mapping = packed or {}
@@ -203,13 +156,27 @@ def apply_experts(
         if hasattr(layer, ensure):
             getattr(layer, ensure)()
     apply = layer.quant_method.apply
-    more = len(inspect.signature(apply).parameters) - 4
-    return apply(layer, x.clone(), weights, ids, *[None] * more)
+    extra_arguments = len(inspect.signature(apply).parameters) - 4
+    return apply(layer, x.clone(), weights, ids, *[None] * extra_arguments)
 
 
-def make_router(**kwargs: Any) -> Any:
-    """The router that layers of a release get; kwargs: create_fused_moe_router's."""
-    return router_factory.create_fused_moe_router(**kwargs)
+def make_router(
+    experts: int,
+    top_k: int,
+    scoring: str,
+    renormalize: bool,
+    bias: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> Any:
+    """The router that layers of a release get. bias [E]: of the selection."""
+    return router_factory.create_fused_moe_router(
+        top_k=top_k,
+        global_num_experts=experts,
+        renormalize=renormalize,
+        scoring_func=scoring,
+        e_score_correction_bias=bias,
+        routed_scaling_factor=scale,
+    )
 
 
 def assert_routing(

@@ -116,8 +116,8 @@ FEW = 10
 OutFolder = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", parser=_read_folder, help="folder to write")]
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
         try:
             print(f"vllm-quark {importlib.metadata.version('vllm-quark')}")
         except importlib.metadata.PackageNotFoundError:
@@ -128,7 +128,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
     ] = False,
 ) -> None:
     pass
@@ -162,20 +162,20 @@ def _print_error(line: str) -> None:
     print(f"vllm-quark: {line}", file=sys.stderr)
 
 
-def _open(
+def _open_tree(
     tree: Path | None,
     only: list[str] | None,
     until: str | None,
     optional: list[str] | None = None,
     alone: bool = False,
 ) -> tuple[Tree, Series, list[Patch]]:
-    where = Tree(tree or find_installed())
-    series, only = load_chosen(only, until, optional, where.applied())
-    series = series.in_package(where.package)
-    return where, series, series.select(only, until, alone)
+    target = Tree(tree or find_installed())
+    series, only = load_chosen(only, until, optional, target.applied())
+    series = series.in_package(target.package)
+    return target, series, series.select(only, until, alone)
 
 
-def _left(verdicts: list[Verdict]) -> int:
+def _exit_code(verdicts: list[Verdict]) -> int:
     return int(any(v.status in (Status.APPLIES, Status.CONFLICT) for v in verdicts))
 
 
@@ -206,13 +206,13 @@ def status(
 
     Example: vllm-quark status ~/my-vllm
     """
-    where, series, patches = _open(tree, only, until, optional)
-    verdicts = [v for v in where.status(series) if v.patch in patches]
-    reason = where.nothing_here(verdicts)
-    _show(where, verdicts, where.note(), as_json, reason)
+    target, series, patches = _open_tree(tree, only, until, optional)
+    verdicts = [v for v in target.status(series) if v.patch in patches]
+    reason = target.nothing_here(verdicts)
+    _show(target, verdicts, target.note(), as_json, reason)
     if reason:
         _print_error(reason)
-    return 2 if reason else _left(verdicts)
+    return 2 if reason else _exit_code(verdicts)
 
 
 @app.command()
@@ -224,11 +224,11 @@ def apply(
 
     Example: vllm-quark apply --only 0001
     """
-    where, series, patches = _open(tree, only, until, optional)
-    note = where.note()
-    verdicts = where.apply(series, patches)
-    _show(where, verdicts, note, as_json)
-    return _left(verdicts)
+    target, series, patches = _open_tree(tree, only, until, optional)
+    note = target.note()
+    verdicts = target.apply(series, patches)
+    _show(target, verdicts, note, as_json)
+    return _exit_code(verdicts)
 
 
 @app.command()
@@ -246,25 +246,25 @@ def revert(
 
     Example: vllm-quark revert --only 0014
     """
-    where, series, patches = _open(tree, only, until, alone=True)
-    note = where.note()
-    gone = where.revert(series, patches, with_dependents)
-    left = where.not_on_record(series, patches)
-    if left and not gone:
-        raise QuarkError(left)
+    target, series, patches = _open_tree(tree, only, until, alone=True)
+    note = target.note()
+    reverted = target.revert(series, patches, with_dependents)
+    not_on_record = target.not_on_record(series, patches)
+    if not_on_record and not reverted:
+        raise QuarkError(not_on_record)
     if as_json:
-        data = {"tree": str(where.root), "version": where.version, "note": note, "reverted": gone}
-        print(json.dumps(data | ({"error": left} if left else {}), indent=1))
-        return int(bool(left))
+        data = {"tree": str(target.root), "version": target.version, "note": note, "reverted": reverted}
+        print(json.dumps(data | ({"error": not_on_record} if not_on_record else {}), indent=1))
+        return int(bool(not_on_record))
     if note:
         _print_error(note)
     nothing = "no patch was applied by vllm-quark"
     if only or until:
         nothing = f"{', '.join(p.name for p in patches)}: not applied by vllm-quark"
-    print("\n".join(f"reverted {name}" for name in gone) or f"nothing to revert: {nothing}")
-    if left:
-        _print_error(left)
-    return int(bool(left))
+    print("\n".join(f"reverted {name}" for name in reverted) or f"nothing to revert: {nothing}")
+    if not_on_record:
+        _print_error(not_on_record)
+    return int(bool(not_on_record))
 
 
 @app.command("run", context_settings={"allow_interspersed_args": False})
@@ -299,8 +299,8 @@ def diff_command(tree: TreeArgument = None, only: Only = None, until: Until = No
 
     Exit codes: 0 nothing, 1 something, 2 bad tree or bad use.
     """
-    where, series, patches = _open(tree, only, until, optional)
-    changes = where.preview(series, patches)
+    target, series, patches = _open_tree(tree, only, until, optional)
+    changes = target.preview(series, patches)
     console = Console(highlight=False, soft_wrap=True)
     for line in format_diff(changes):
         if console.is_terminal:
@@ -333,18 +333,18 @@ def format_patch(
     """
     if topic and (only or until or optional):
         raise QuarkError("--topic excludes --only, --until and --with")
-    where, series, patches = _open(tree, only, until, optional)
+    target, series, patches = _open_tree(tree, only, until, optional)
     chosen = find_topic(series, topic) if topic else None
     if chosen:
         series = series.with_optional(chosen.numbers)
         patches = chosen.select_patches(series)
-    files = write_mails(where, series, patches, out, cover, chosen)
+    files = write_mails(target, series, patches, out, cover, chosen)
     if as_json:
-        print(json.dumps({"tree": str(where.root), "version": where.version, "files": [str(f) for f in files]}))
+        print(json.dumps({"tree": str(target.root), "version": target.version, "files": [str(f) for f in files]}))
     elif files:
         print("\n".join(map(str, files)))
         mails = f"{shlex.quote(str(out.absolute()))}/*.patch"
-        print(f"In {where.root}: git am --keep-non-patch{' --empty=drop' if cover else ''} {mails}")
+        print(f"In {target.root}: git am --keep-non-patch{' --empty=drop' if cover else ''} {mails}")
     else:
         print("nothing to write: no patch applies to this tree")
     return 0
@@ -485,16 +485,16 @@ def _show_report(report: "Report") -> None:
     if report.excluded:
         say(f"  {report.excluded} modules in `exclude`")
     if report.unmatched:
-        few = ", ".join(report.unmatched[:FEW]) + (", …" if report.unmatched[FEW:] else "")
-        say(f"  nothing matches {len(report.unmatched)} of `exclude` and `layer_quant_config`: {few}")
-    alike = collections.Counter(problem.way_out for problem in report.problems)
-    shown: collections.Counter[str] = collections.Counter()
+        listed = ", ".join(report.unmatched[:FEW]) + (", …" if report.unmatched[FEW:] else "")
+        say(f"  nothing matches {len(report.unmatched)} of `exclude` and `layer_quant_config`: {listed}")
+    totals = collections.Counter(problem.way_out for problem in report.problems)
+    counts: collections.Counter[str] = collections.Counter()
     for problem in report.problems:
-        shown[problem.way_out] += 1
-        if shown[problem.way_out] <= FEW:
+        counts[problem.way_out] += 1
+        if counts[problem.way_out] <= FEW:
             say(str(problem))
-        elif shown[problem.way_out] == alike[problem.way_out]:
-            say(f"… and {alike[problem.way_out] - FEW} more (--json has them all): {problem.way_out}")
+        elif counts[problem.way_out] == totals[problem.way_out]:
+            say(f"… and {totals[problem.way_out] - FEW} more (--json has them all): {problem.way_out}")
     for note in report.notes:
         say(f"note: {note}")
     say("sound" if report.sound else f"problems: {len(report.problems)}")

@@ -28,7 +28,7 @@ class Command:
     end: int
 
 
-def commands(source: str) -> list[Command]:
+def read_commands(source: str) -> list[Command]:
     """All of a file's, in order. Raises SyntaxError, with a line, where parentheses do not close."""
     parsed: list[Command] = []
     name, begin, depth = "", 0, 0
@@ -58,12 +58,12 @@ def commands(source: str) -> list[Command]:
     return parsed
 
 
-def matching(source: str, rule: dict[str, str]) -> list[Command]:
+def find_commands(source: str, rule: dict[str, str]) -> list[Command]:
     """Commands that `rule` describes: regular expressions `command`, for the whole name, and, if it is there,
     `argument`, found in one of the arguments."""
     return [
         c
-        for c in commands(source)
+        for c in read_commands(source)
         if re.fullmatch(rule["command"], c.name)
         and ("argument" not in rule or any(re.search(rule["argument"], a) for a in c.arguments))
     ]

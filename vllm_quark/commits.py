@@ -30,25 +30,25 @@ def format_patch(
     NNNN-*.patch files in `out` are an error, as they would be taken for part of the series.
     """
     who = identity(tree.root)
-    todo = tree.steps(series, patches)
+    verdicts = tree.steps(series, patches)
     if out.exists() and not out.is_dir():
         raise QuarkError(f"{out}: is not a folder: name another with -o")
     if any(out.glob("[0-9][0-9][0-9][0-9]-*.patch")):
         raise QuarkError(f"{out}: holds a series already: empty it or name another folder with -o")
-    if not todo:
+    if not verdicts:
         return []
-    text = pull_request(series, [verdict.patch for verdict in todo], topic) if cover else ""
+    text = pull_request(series, [verdict.patch for verdict in verdicts], topic) if cover else ""
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "tree"
         repository.mkdir()
         git(repository, "init", "-q", "--template=")
-        for file in {f for verdict in todo for f in verdict.changed}:
+        for file in {f for verdict in verdicts for f in verdict.changed}:
             if (tree.root / file).exists():
                 (repository / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(tree.root / file, repository / file)
         git(repository, "add", "-A", "-f")
         git(repository, "commit", "-q", "--allow-empty", "-m", "base", who=who)
-        for verdict in todo:
+        for verdict in verdicts:
             for file, data in verdict.changed.items():
                 (repository / file).parent.mkdir(parents=True, exist_ok=True)
                 (repository / file).write_bytes(data)
@@ -64,7 +64,7 @@ def format_patch(
             *letter,
             "-o",
             str(mails),
-            f"-{len(todo)}",
+            f"-{len(verdicts)}",
         )
         if cover:
             path = mails / "0000-cover-letter.patch"
@@ -76,7 +76,7 @@ def format_patch(
         out.mkdir(parents=True, exist_ok=True)
         written = []
         for mail_file in sorted(mails.iterdir()):
-            new = out / f".{mail_file.name}.new"
-            shutil.copy(mail_file, new)
-            written.append(new.rename(out / mail_file.name))
+            unfinished = out / f".{mail_file.name}.new"
+            shutil.copy(mail_file, unfinished)
+            written.append(unfinished.rename(out / mail_file.name))
     return written

@@ -51,8 +51,8 @@ def pull_request(series: Series, patches: list[Patch], topic: Topic | None = Non
         raise QuarkError(f"{docs}: is missing, and the figures stand there: use a checkout of vllm-quark")
     tests = sorted({f for p in patches for f in p.files if Path(f).name.startswith("test_")})
     changes = "\n".join(f"- **{p.subject}**. " + " ".join(p.description.split("\n\n")[0].split()) for p in patches)
-    shown = topic.results if topic else _RESULTS
-    results = "\n\n".join(f"{caption}\n\n{_table(docs / page, heading)}" for page, heading, caption in shown)
+    tables = topic.results if topic else _RESULTS
+    results = "\n\n".join(f"{caption}\n\n{_table(docs / page, heading)}" for page, heading, caption in tables)
     return f"""\
 ## Purpose
 

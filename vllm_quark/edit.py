@@ -55,8 +55,8 @@ def _ast_grep() -> str:
         installed = importlib.metadata.files("ast-grep-cli") or []
         folders += [Path(str(f.locate())).resolve().parent for f in installed if f.name in ("ast-grep", "ast-grep.exe")]
     # Its short name, sg, is another program of Debian's.
-    beside = os.pathsep.join(map(str, folders))
-    if program := shutil.which("ast-grep", path=beside) or shutil.which("ast-grep"):
+    search_path = os.pathsep.join(map(str, folders))
+    if program := shutil.which("ast-grep", path=search_path) or shutil.which("ast-grep"):
         return program
     raise QuarkError("ast-grep is not installed: pip install ast-grep-cli")
 
@@ -108,13 +108,13 @@ def _any_quotes(rule: Any) -> Any:
     return rule
 
 
-def _documents(rules: dict[str, dict[str, Any]]) -> str:
+def _format_documents(rules: dict[str, dict[str, Any]]) -> str:
     rules = {id_: {**d, "rule": _any_quotes(d["rule"])} for id_, d in rules.items()}
     documents = [{"language": "python", "id": id_, **d} for id_, d in rules.items()]
     return str(yaml.safe_dump_all(documents, sort_keys=False))
 
 
-def _named(edit: FileEdit) -> dict[str, dict[str, Any]]:
+def _rules_by_name(edit: FileEdit) -> dict[str, dict[str, Any]]:
     """The rules of `edit`, by the names that its matches are found under."""
     named = {"present": edit.present} | ({"needs": edit.needs} if edit.needs else {})
     for k, r in enumerate(edit.rewrite):
@@ -124,26 +124,26 @@ def _named(edit: FileEdit) -> dict[str, dict[str, Any]]:
     return named
 
 
-def _rules(edit: FileEdit) -> str:
-    rules: dict[str, dict[str, Any]] = {id_: {"rule": rule} for id_, rule in _named(edit).items()}
+def _format_rules(edit: FileEdit) -> str:
+    rules: dict[str, dict[str, Any]] = {id_: {"rule": rule} for id_, rule in _rules_by_name(edit).items()}
     for k, r in enumerate(edit.rewrite):
         rules[f"rewrite-{k}"]["fix"] = (r.fix or "").rstrip("\n")
-    return _documents(rules)
+    return _format_documents(rules)
 
 
 def _find_matches(source: str, edit: FileEdit) -> dict[str, list[dict[str, Any]]]:
     """Matches of the rules of `edit`, by name. Raises SyntaxError for a CMake file that is none."""
     if not edit.is_cmake:
-        return _scan(source.encode(), _rules(edit))
+        return _scan(source.encode(), _format_rules(edit))
     return {
-        id_: [{"range": {"byteOffset": {"start": c.start, "end": c.end}}} for c in cmake.matching(source, rule)]
-        for id_, rule in _named(edit).items()
+        id_: [{"range": {"byteOffset": {"start": c.start, "end": c.end}}} for c in cmake.find_commands(source, rule)]
+        for id_, rule in _rules_by_name(edit).items()
     }
 
 
 def matches(source: str, rule: dict[str, Any]) -> bool:
     """Whether `rule` matches anywhere in `source`."""
-    return bool(_scan(source.encode(), _documents({"rule": {"rule": rule}})))
+    return bool(_scan(source.encode(), _format_documents({"rule": {"rule": rule}})))
 
 
 def names_in(rule: Any) -> set[str]:
@@ -156,8 +156,8 @@ def names_in(rule: Any) -> set[str]:
 
 def _without_blank_ends(new: str, old: str) -> str:
     """`new` with white-space-only lines emptied, except those that `old` already had."""
-    kept = {line for line in old.split("\n") if line and not line.strip()}
-    return "\n".join("" if not line.strip() and line not in kept else line for line in new.split("\n"))
+    old_blanks = {line for line in old.split("\n") if line and not line.strip()}
+    return "\n".join("" if not line.strip() and line not in old_blanks else line for line in new.split("\n"))
 
 
 def _whole_line(raw: bytes, start: int, end: int) -> tuple[int, int]:
@@ -167,29 +167,29 @@ def _whole_line(raw: bytes, start: int, end: int) -> tuple[int, int]:
     return (head, tail) if not (raw[head:start] + raw[end:tail]).strip() else (start, end)
 
 
-def _lines_at(raw: bytes, tree: ast.Module, at: dict[str, int], rewrite: Rewrite) -> tuple[int, int, str]:
+def _lines_at(raw: bytes, tree: ast.Module, offsets: dict[str, int], rewrite: Rewrite) -> tuple[int, int, str]:
     """The change that puts the lines of `rewrite` above, below or on top of what lies at the offsets `at`.
 
     tree: the syntax tree of `raw`.
     """
     lines = raw.decode().split("\n")
-    like = row = raw.count(b"\n", 0, at["start"])
+    indent_row = row = raw.count(b"\n", 0, offsets["start"])
     if rewrite.below is not None:
-        new, row = rewrite.below, raw.count(b"\n", 0, at["end"]) + 1
+        new, row = rewrite.below, raw.count(b"\n", 0, offsets["end"]) + 1
     elif rewrite.above is not None:
         new = rewrite.above
-        row = min([row, *(d.lineno - 1 for d in getattr(_definition(tree, row), "decorator_list", []))])
+        row = min([row, *(d.lineno - 1 for d in getattr(_find_definition(tree, row), "decorator_list", []))])
         row = _above_comments(lines, row)
     else:
-        function = _definition(tree, row)
+        function = _find_definition(tree, row)
         body = getattr(function, "body", None)
         if not body or body[0].lineno - 1 <= row:
             raise PatchError(f"{rewrite.anchor}: no function with lines of its own: mend the patch file")
         new, first = rewrite.top or "", body[0]
-        like = first.lineno - 1
+        indent_row = first.lineno - 1
         docstring = isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str)
-        row = (first.end_lineno or first.lineno) if docstring else _above_comments(lines, like)
-    indent = lines[like][: len(lines[like]) - len(lines[like].lstrip())]
+        row = (first.end_lineno or first.lineno) if docstring else _above_comments(lines, indent_row)
+    indent = lines[indent_row][: len(lines[indent_row]) - len(lines[indent_row].lstrip())]
     text = "".join(f"{indent}{line}\n" if line else "\n" for line in new.rstrip("\n").split("\n"))
     if rewrite.below is None:
         text += "\n" * (len(new) - len(new.rstrip("\n")) - 1)
@@ -205,7 +205,7 @@ def _above_comments(lines: list[str], row: int) -> int:
     return row
 
 
-def _definition(tree: ast.Module, row: int) -> ast.AST | None:
+def _find_definition(tree: ast.Module, row: int) -> ast.AST | None:
     """The function or class whose `def` or `class` stands in `row`."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     return next((n for n in ast.walk(tree) if isinstance(n, kinds) and n.lineno == row + 1), None)
@@ -231,21 +231,21 @@ def edit(source: str, rules: FileEdit) -> Edited:
     except TooSlowError as e:
         return Edited(Outcome.CONFLICT, source, f"{rules.file}: {e}")
     changes: list[tuple[int, int, str]] = []
-    for k, rewrite in enumerate(rules.rewrite):
-        if rewrite.where and not matches.get(f"where-{k}"):
+    for i, rewrite in enumerate(rules.rewrite):
+        if rewrite.where and not matches.get(f"where-{i}"):
             continue
-        hits = matches.get(f"rewrite-{k}", [])
-        if len(hits) != 1:
-            how = "not found" if not hits else f"found {len(hits)} times"
-            return Edited(Outcome.CONFLICT, source, f"{rules.file}: {rewrite.anchor}: {how}")
+        rewrite_matches = matches.get(f"rewrite-{i}", [])
+        if len(rewrite_matches) != 1:
+            problem = "not found" if not rewrite_matches else f"found {len(rewrite_matches)} times"
+            return Edited(Outcome.CONFLICT, source, f"{rules.file}: {rewrite.anchor}: {problem}")
         if rewrite.fix is None:
-            changes.append(_lines_at(raw, tree, hits[0]["range"]["byteOffset"], rewrite))
+            changes.append(_lines_at(raw, tree, rewrite_matches[0]["range"]["byteOffset"], rewrite))
             continue
-        at = hits[0]["replacementOffsets"]
-        start, end = at["start"], at["end"]
-        if not hits[0]["replacement"]:
+        offsets = rewrite_matches[0]["replacementOffsets"]
+        start, end = offsets["start"], offsets["end"]
+        if not rewrite_matches[0]["replacement"]:
             start, end = _whole_line(raw, start, end)
-        changes.append((start, end, _without_blank_ends(hits[0]["replacement"], raw[start:end].decode())))
+        changes.append((start, end, _without_blank_ends(rewrite_matches[0]["replacement"], raw[start:end].decode())))
     changes.sort(reverse=True)
     for (later, _, _), (_, end, _) in zip(changes, changes[1:], strict=False):
         if end > later:

@@ -121,18 +121,18 @@ def find_committed(root: Path, files: Iterable[str]) -> set[str]:
         return set()
     try:
         rows = git(root, "ls-tree", "-r", "-z", "HEAD", "--", *files).split("\0")[:-1]
-        there = {file: about.split()[2] for about, _, file in (row.partition("\t") for row in rows)}
+        head_digests = {file: columns.split()[2] for columns, _, file in (row.partition("\t") for row in rows)}
         # Of a file that was moved, git would name the new place alone.
         differing = git(root, "diff", "--no-renames", "--name-only", "-z", "HEAD", "--", *files).split("\0")[:-1]
         # git diff says nothing of these; what a sparse checkout leaves out is as it should be.
         overlooked = {file for hidden in find_overlooked(root, files).values() for file in hidden}
         compared = [file for file in overlooked if (root / file).is_file() and not (root / file).is_symlink()]
         digests = git(root, "hash-object", "--", *compared).split() if compared else []
-        differing += [file for file, digest in zip(compared, digests, strict=True) if digest != there.get(file)]
+        differing += [file for file, digest in zip(compared, digests, strict=True) if digest != head_digests.get(file)]
     except QuarkError:
         return set()
-    gone = {file for file in files if file not in there and not (root / file).exists()}
-    return gone | {file for file in files if file in there and file not in differing}
+    absent = {file for file in files if file not in head_digests and not (root / file).exists()}
+    return absent | {file for file in files if file in head_digests and file not in differing}
 
 
 def find_overlooked(root: Path, files: Iterable[str]) -> dict[str, list[str]]:

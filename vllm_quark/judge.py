@@ -213,11 +213,11 @@ def judge_patch(series: Series, patch: Patch, view: View) -> Verdict:
                 return replace(verdict, status=Status.ABSENT, detail=absence.detail, harmless=absence.harmless)
         return replace(verdict, status=Status.ABSENT, detail=details[Outcome.ABSENT])
 
-    new = {file: series.content(file) for file in missing}
+    changed = {file: series.content(file) for file in missing}
     if Outcome.APPLIES in details or not edited:
         for file in brought:
-            theirs = view.content(file)
-            if theirs is not None and _lf(theirs) != _lf(series.content(file)):
+            existing = view.content(file)
+            if existing is not None and _lf(existing) != _lf(series.content(file)):
                 way_out = "move it away, or, where commits of an older series brought it, drop those"
                 detail = f"{file}: there already, with other content: {way_out}"
                 return replace(verdict, status=Status.CONFLICT, detail=detail)
@@ -225,13 +225,13 @@ def judge_patch(series: Series, patch: Patch, view: View) -> Verdict:
             return verdict
         if too_old:
             return replace(verdict, status=Status.CONFLICT, detail=too_old)
-        new |= {file: data for file in edited if (data := after.changed[file]) is not None}
+        changed |= {file: data for file in edited if (data := after.changed[file]) is not None}
         detail = "a part of it is there already" if Outcome.PRESENT in details else ""
-        return replace(verdict, status=Status.APPLIES, detail=detail, changed=new)
+        return replace(verdict, status=Status.APPLIES, detail=detail, changed=changed)
     needed = [f for f in missing if f.startswith(f"{series.package}/") or not is_fixed_upstream(patch, view.version)]
     if needed:
         detail = f"{needed[0]} is missing: apply brings it"
-        return replace(verdict, status=Status.APPLIES, detail=detail, changed=new, incomplete=True)
+        return replace(verdict, status=Status.APPLIES, detail=detail, changed=changed, incomplete=True)
     return verdict
 
 

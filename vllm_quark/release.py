@@ -7,7 +7,6 @@ import hashlib
 import io
 import os
 import re
-import shutil
 import tarfile
 import tempfile
 import zlib
@@ -55,7 +54,7 @@ def _index(
         raise QuarkError(f"{what} cannot be fetched: {' '.join(str(e).split())[:200]}: run again") from e
 
 
-def _of(packages: "list[DistributionPackage]", version: str) -> "DistributionPackage":
+def _find_distribution(packages: "list[DistributionPackage]", version: str) -> "DistributionPackage":
     matching = [p for p in packages if p.version == version]
     if not matching:
         raise QuarkError(
@@ -85,11 +84,11 @@ def fetch(version: str, cache: Path) -> Path:
     if target.is_file():
         return target
     with _index(f"vLLM {version}") as (index, packages):
-        package = _of(packages, version)
+        package = _find_distribution(packages, version)
         cache.mkdir(parents=True, exist_ok=True)
-        new = cache / f".{target.name}.new"
-        index.download_package(package, path=new)
-        new.rename(target)
+        unfinished = cache / f".{target.name}.new"
+        index.download_package(package, path=unfinished)
+        unfinished.rename(target)
     return target
 
 
@@ -115,34 +114,34 @@ def sources(version: str, cache: Path = CACHE) -> dict[str, bytes]:
     Read out of the source distribution, the one in `cache` or while it comes in (it is one compressed stream, so
     all of it has to), and kept, without the rest, in `cache`. Raises QuarkError as `fetch` does.
     """
-    kept = cache / f"vllm-{version}-kept.tar.gz"
-    if kept.is_file():
-        with tarfile.open(kept) as tar:
+    kept_path = cache / f"vllm-{version}-kept.tar.gz"
+    if kept_path.is_file():
+        with tarfile.open(kept_path) as tar:
             return {member.name: _content(tar, member) for member in tar}
-    whole = cache / f"vllm-{version}.tar.gz"
-    if whole.is_file():
-        with open(whole, "rb") as raw:
+    archive = cache / f"vllm-{version}.tar.gz"
+    if archive.is_file():
+        with open(archive, "rb") as raw:
             files = _select_sources(raw)
     else:
         with _index(f"vLLM {version}") as (index, packages):
-            package = _of(packages, version)
+            package = _find_distribution(packages, version)
             with index.s.get(package.url, stream=True, timeout=60) as answer:
                 answer.raise_for_status()
                 stream = _Hashed(answer.raw)
                 files = _select_sources(stream)
                 while stream.read(1 << 20):
                     pass
-            wanted = package.digests.get("sha256")
-            if wanted and stream.sha256.hexdigest() != wanted:
+            digest = package.digests.get("sha256")
+            if digest and stream.sha256.hexdigest() != digest:
                 raise QuarkError(f"vLLM {version} came in damaged: run again")
     cache.mkdir(parents=True, exist_ok=True)
-    new = cache / f".{kept.name}.new"
-    with tarfile.open(new, "w:gz", compresslevel=5) as tar:
+    unfinished = cache / f".{kept_path.name}.new"
+    with tarfile.open(unfinished, "w:gz", compresslevel=5) as tar:
         for path, data in sorted(files.items()):
             member = tarfile.TarInfo(path)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    new.rename(kept)
+    unfinished.rename(kept_path)
     return files
 
 
@@ -163,7 +162,7 @@ def _select_sources(raw: "IO[bytes] | _Hashed") -> dict[str, bytes]:
 
 
 def make_tree(version: str, series: Series, patches: list[Patch], out: Path, cache: Path) -> list[Patch]:
-    """Unpack vLLM `version` into `out` as a git repository: a base commit, then one commit a patch.
+    """Unpack vLLM `version` into `out` as a git repository: a base commit, then one commit per patch.
 
     The base is tagged v`version`, which is where vLLM's own build takes its version from. Returns
     the patches committed. Raises QuarkError where `out` exists.
@@ -173,15 +172,14 @@ def make_tree(version: str, series: Series, patches: list[Patch], out: Path, cac
     who = identity(Path.cwd())
     archive = fetch(version, cache)
     out.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", ignore_cleanup_errors=True) as aside:
         try:
             with tarfile.open(archive) as tar:
-                tar.extractall(new, filter="data")
+                tar.extractall(aside, filter="data")
         except (tarfile.TarError, EOFError, zlib.error) as e:
             message = str(e).splitlines()[0]
             raise QuarkError(f"{archive}: is damaged ({message}): delete it and run again") from e
-        root = new / f"vllm-{version}"
+        root = Path(aside, f"vllm-{version}")
         git(root, "init", "-q", "-b", "main")
         git(root, "add", "-A", "-f")
         message = f"vLLM {version}\n\nThe release's source distribution."
@@ -195,6 +193,4 @@ def make_tree(version: str, series: Series, patches: list[Patch], out: Path, cac
             commit(root, verdict.patch, who)
             committed.append(verdict.patch)
         root.rename(out)
-        return committed
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    return committed

@@ -51,10 +51,10 @@ def repack(wheel: Path, series: Series, only: list[str], until: str | None, out:
                 raise QuarkError(f"{wheel}: no patch applies to it: nothing to do")
             changed = {file: data for verdict in verdicts for file, data in verdict.changed.items()}
             stem = f"{old.parsed_filename['name']}-{version}"
-            info = f"{stem}.dist-info"
+            dist_info = f"{stem}.dist-info"
             out.mkdir(parents=True, exist_ok=True)
             target = out / wheel.name.replace(old.parsed_filename["namever"], stem, 1)
-            with tempfile.TemporaryDirectory(dir=out) as fresh, WheelFile(Path(fresh) / target.name, "w") as new:
+            with tempfile.TemporaryDirectory(dir=out) as aside, WheelFile(Path(aside) / target.name, "w") as new:
                 for entry in old.infolist():
                     # The signatures are of the RECORD as it was.
                     record = re.escape(old.record_path)
@@ -64,17 +64,17 @@ def repack(wheel: Path, series: Series, only: list[str], until: str | None, out:
                     data = old.read(entry) if data is None else data
                     name = entry.filename
                     if name.startswith(f"{old.dist_info_path}/"):
-                        name = f"{info}/{name.removeprefix(f'{old.dist_info_path}/')}"
-                        if name == f"{info}/METADATA":
+                        name = f"{dist_info}/{name.removeprefix(f'{old.dist_info_path}/')}"
+                        if name == f"{dist_info}/METADATA":
                             data = re.sub(rb"(?m)^Version: .*?(?=\r?$)", f"Version: {version}".encode(), data, count=1)
-                    copy = zipfile.ZipInfo(name, entry.date_time)
-                    copy.external_attr, copy.compress_type = entry.external_attr, entry.compress_type
-                    new.writestr(copy, data)
+                    copied = zipfile.ZipInfo(name, entry.date_time)
+                    copied.external_attr, copied.compress_type = entry.external_attr, entry.compress_type
+                    new.writestr(copied, data)
                 for name, data in changed.items():
                     new.writestr(name, data)
-                new.writestr(f"{info}/{WHEEL_NOTE}", "".join(f"{verdict.patch.name}\n" for verdict in verdicts))
+                new.writestr(f"{dist_info}/{WHEEL_NOTE}", "".join(f"{verdict.patch.name}\n" for verdict in verdicts))
                 new.close()
-                (Path(fresh) / target.name).rename(target)
+                (Path(aside) / target.name).rename(target)
     except (WheelError, zipfile.BadZipFile, EOFError) as e:
         raise QuarkError(f"{wheel}: no usable wheel: {e}: fetch it again") from e
     return target, [verdict.patch for verdict in verdicts]

@@ -56,19 +56,17 @@ def find_shadow(only: list[str], until: str | None = None, optional: list[str] |
     names = [p.name for p in series.select(only, until)]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
+        around = tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-", ignore_cleanup_errors=True)
     except OSError as e:
         raise QuarkError(f"{folder.parent}: cannot be written: {e.strerror}: name another in XDG_CACHE_HOME") from e
-    try:
-        make_shadow(new, series, names, tree.root)
-        (new / SHADOW_NOTE).write_text(f"{tree.root}\n")
+    with around as aside:
+        shadow = make_shadow(Path(aside, folder.name), series, names, tree.root)
+        (shadow / SHADOW_NOTE).write_text(f"{tree.root}\n")
         try:
-            new.rename(folder)
+            shadow.rename(folder)
         except OSError:
             if not folder.is_dir():  # another run was faster
                 raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
     return folder, True
 
 

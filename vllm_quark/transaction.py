@@ -42,7 +42,7 @@ def read_file(root: Path, file: str) -> bytes | None:
         raise TreeError(f"{root / file}: cannot be read: {e.strerror}: {find_way_out(e)}") from e
 
 
-def _temp(path: Path) -> Path:
+def _temp_path(path: Path) -> Path:
     return path.with_name(f".{path.name}{TEMP_SUFFIX}")
 
 
@@ -66,7 +66,7 @@ def make_folder(folder: Path) -> None:
 
 def _stage(path: Path, data: bytes, mode: int | None = None, mtime: int | None = None) -> None:
     """Write `data` to a new file beside `path`, where a rename can take it from."""
-    temp = _temp(path)
+    temp = _temp_path(path)
     with contextlib.suppress(FileNotFoundError):
         temp.unlink()
     try:
@@ -92,15 +92,15 @@ def _stage_known(path: Path, data: bytes, known: FileRecord) -> None:
         _stage(path, data, known.mode, known.mtime if is_original else None)
         return
     with contextlib.suppress(FileNotFoundError):
-        _temp(path).unlink()
-    os.symlink(known.link, _temp(path))
-    _give_to_owner(_temp(path), path.parent)
+        _temp_path(path).unlink()
+    os.symlink(known.link, _temp_path(path))
+    _give_to_owner(_temp_path(path), path.parent)
 
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write `data` to `path`, whole or not at all; root gives it to the owner of what was there, or of its folder."""
     _stage(path, data)
-    os.replace(_temp(path), path)
+    os.replace(_temp_path(path), path)
 
 
 def _store(root: Path, record: Record) -> None:
@@ -127,10 +127,10 @@ def lock_tree(root: Path) -> Iterator[None]:
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
-                same = os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock"))
+                is_current = os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock"))
             except FileNotFoundError:
-                same = False
-            if not same:
+                is_current = False
+            if not is_current:
                 continue
             try:
                 _give_to_owner(folder / "lock", folder)
@@ -158,9 +158,9 @@ def _keep_original(root: Path, file: str, data: bytes | None) -> FileRecord:
     path = root / file
     if data is None:
         return FileRecord(None, [])
-    keep = original_path(root, file)
-    make_folder(keep.parent)
-    replace_file(keep, data)
+    original = original_path(root, file)
+    make_folder(original.parent)
+    replace_file(original, data)
     stat = path.stat()
     link = os.readlink(path) if path.is_symlink() else None
     return FileRecord(digest_of(data), [], stat.st_mode & 0o7777, link, stat.st_mtime_ns)
@@ -176,8 +176,8 @@ def change_files(root: Path, record: Record, wanted: Mapping[str, bytes | None],
     # New files first and old ones last: what imports them never lacks them.
     changes = dict(sorted(changes.items(), key=lambda c: 0 if c[1][0] is None else 2 if c[1][1] is None else 1))
     # Until the last rename a patch may still, or already, be there.
-    between = [*record.applied, *(n for n in after.applied if n not in record.applied)]
-    begun = replace(after, applied=between, files=dict(record.files), folders=list(record.folders))
+    applied_meanwhile = [*record.applied, *(n for n in after.applied if n not in record.applied)]
+    begun = replace(after, applied=applied_meanwhile, files=dict(record.files), folders=list(record.folders))
     path = root
     try:
         for file, (old, new) in changes.items():
@@ -208,7 +208,7 @@ def change_files(root: Path, record: Record, wanted: Mapping[str, bytes | None],
             if new is None:
                 path.unlink(missing_ok=True)
             else:
-                os.replace(_temp(path), path)
+                os.replace(_temp_path(path), path)
             replaced.append(file)
     except OSError as e:
         for file in reversed(replaced):
@@ -217,7 +217,7 @@ def change_files(root: Path, record: Record, wanted: Mapping[str, bytes | None],
                 (root / file).unlink(missing_ok=True)
             else:
                 _stage_known(root / file, old, begun.files[file])
-                os.replace(_temp(root / file), root / file)
+                os.replace(_temp_path(root / file), root / file)
         _finish(root, record, given_up=begun)
         raise _explain(e, path, "replace") from e
     try:
@@ -234,18 +234,18 @@ def _finish(root: Path, record: Record, given_up: Record | None = None) -> None:
     """
     for file in {**record.files, **(given_up.files if given_up else {})}:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            _temp(root / file).unlink()
+            _temp_path(root / file).unlink()
     for file, known in list(record.files.items()):
-        now = digest_of(read_file(root, file))
-        if now == known.original:
+        digest = digest_of(read_file(root, file))
+        if digest == known.original:
             del record.files[file]
-        elif now is not None:
-            record.files[file] = replace(known, ours=[now])
+        elif digest is not None:
+            record.files[file] = replace(known, ours=[digest])
     if not record.files:
         record.applied = []
-    kept = {Path(f) for f in record.files}
+    recorded = {Path(f) for f in record.files}
     for folder in sorted({*record.folders, *(given_up.folders if given_up else ())}, reverse=True):
-        if not any(p.is_relative_to(folder) for p in kept):
+        if not any(p.is_relative_to(folder) for p in recorded):
             shutil.rmtree(root / folder / "__pycache__", ignore_errors=True)
             with contextlib.suppress(OSError):
                 (root / folder).rmdir()

@@ -56,7 +56,7 @@ _UNFINISHED = {
 }
 
 
-def _applying(verdicts: Iterable[Verdict]) -> list[Verdict]:
+def _select_applying(verdicts: Iterable[Verdict]) -> list[Verdict]:
     """Those of patches that apply. Raises TreeError for a conflict, naming file and anchor."""
     applying = []
     for verdict in verdicts:
@@ -86,7 +86,7 @@ def _pattern_of_users(files: Iterable[str]) -> re.Pattern[bytes]:
 class Plan:
     """Contents that files of a tree are to have (None: no file), and the names of the patches that make them."""
 
-    wanted: dict[str, bytes | None]
+    contents: dict[str, bytes | None]
     applied: list[str]
 
 
@@ -151,7 +151,7 @@ class Tree:
         """The tree for `judge`, with the contents `changed` on top."""
         return View(self.read, self._python_files, self._belongs_here, self.version, changed)
 
-    def _settled(self) -> tuple[Record, str]:
+    def _settle_record(self) -> tuple[Record, str]:
         """The part of the record that still holds, and a line about the rest."""
         record = read_record(self.root)
         if not record.files:
@@ -161,11 +161,11 @@ class Tree:
 
     def note(self) -> str:
         """A line that says that vLLM was replaced since it was patched; "" where it was not."""
-        return self._settled()[1]
+        return self._settle_record()[1]
 
     def status(self, series: Series, patches: Iterable[Patch] | None = None) -> list[Verdict]:
         """The verdict on each patch for the current files of this tree, in series order."""
-        record, _ = self._settled()
+        record, _ = self._settle_record()
         outdated = self._outdated(series, record)
         brought = {file for patch in series.patches for file in patch.files if file in record.files}
         # A file that an older version of us brought is no conflict.
@@ -175,12 +175,12 @@ class Tree:
         view = self.view(self._leftovers(series, record) | changed)
         verdicts = list(judge_series(series, patches if patches is not None else series.patches, view))
         committed = find_committed(self.root, {file for v in verdicts for file in v.touched})
-        return [self._by_whom(series, verdict, record, outdated, committed) for verdict in verdicts]
+        return [self._tell_origin(series, verdict, record, outdated, committed) for verdict in verdicts]
 
     def _state(self, record: Record, file: str) -> State:
         return record.files[file].state(self.read(file))
 
-    def _by_whom(
+    def _tell_origin(
         self, series: Series, verdict: Verdict, record: Record, outdated: set[str], committed: set[str]
     ) -> Verdict:
         """`verdict`, with our own edits told apart from those of others."""
@@ -201,8 +201,8 @@ class Tree:
             if outdated.intersection(touched):
                 detail = "from another version of vllm-quark, apply renews it"
                 return replace(verdict, status=Status.APPLIES, detail=detail)
-            odd = [f for f in on_record if self._state(record, f) is State.CHANGED]
-            return replace(verdict, status=Status.APPLIED, detail=f"{odd[0]}: changed since" if odd else "")
+            changed = [f for f in on_record if self._state(record, f) is State.CHANGED]
+            return replace(verdict, status=Status.APPLIED, detail=f"{changed[0]}: changed since" if changed else "")
         if patch.name in self.by_wheel():
             return replace(verdict, status=Status.APPLIED, detail="by wheel")
         if (verdict.edited and set(verdict.edited) <= set(record.files)) or (
@@ -224,23 +224,23 @@ class Tree:
             return "not on record: revert names the way back" if is_ours else ""
         if self.is_source and self._is_uncommitted(series, verdict, committed):
             return "neither on record nor committed: revert names the way back"
-        where = "by commit" if self.is_source and has_commits(self.root) else "not on record: revert names the way back"
-        return where if is_whole else ""
+        place = "by commit" if self.is_source and has_commits(self.root) else "not on record: revert names the way back"
+        return place if is_whole else ""
 
     def _is_uncommitted(self, series: Series, verdict: Verdict, committed: set[str]) -> bool:
         """Whether git's last commit of this tree lacks a patch, or a part of it, that is there."""
         if committed.issuperset(verdict.touched) or not has_commits(self.root):
             return False
         # A class that moved is looked for where it stands now: each further file would be a call of git.
-        last = replace(
+        last_commit = replace(
             self.view({}), read=lambda file: read_committed(self.root, file), python_files=lambda: verdict.holders
         )
-        there = judge_patch(series, verdict.patch, last)
+        in_commit = judge_patch(series, verdict.patch, last_commit)
         if not verdict.edited:
-            return there.status is not Status.UPSTREAM
+            return in_commit.status is not Status.UPSTREAM
         # Not the files that it brings: those that another patch brought as well may be on record.
-        pairs = [pair for pair in zip(verdict.edited, there.edited, strict=True) if pair[0] in verdict.present]
-        return any(not {*pair}.intersection(there.holders) for pair in (*pairs, *verdict.moved))
+        pairs = [pair for pair in zip(verdict.edited, in_commit.edited, strict=True) if pair[0] in verdict.present]
+        return any(not {*pair}.intersection(in_commit.holders) for pair in (*pairs, *verdict.moved))
 
     def applied(self) -> set[str]:
         """Names of the patches that this tree has by record or by wheel."""
@@ -257,7 +257,7 @@ class Tree:
         """Files that an older series wrote and that `series` would write differently."""
         try:
             view = self.view(self._contents_without_us(series, record))
-            _applying(judge_series(series, [p for p in series.patches if p.name in record.applied], view))
+            _select_applying(judge_series(series, [p for p in series.patches if p.name in record.applied], view))
         except QuarkError:
             return set()  # changed since: said file by file
         settled = (f for f, known in record.files.items() if known.ours == [digest_of(self.read(f))])
@@ -297,30 +297,30 @@ class Tree:
             committed = find_committed(self.root, files)
             if committed.issuperset(files):
                 return self._in_commits(files)
-            loose = [file for file in files if file not in committed]
+            uncommitted = [file for file in files if file not in committed]
             # What git never had, a patch brought, unless most of vLLM is not in git.
-            if any(read_committed(self.root, file) is not None for file in loose):
+            if any(read_committed(self.root, file) is not None for file in uncommitted):
                 if unmerged := find_unmerged(self.root):
                     add = format_command(self.root, "add", "--", *unmerged)
                     return f"resolve the conflicts of {_join(unmerged)} and {add}"
                 steps = [
                     ["update-index", option, "--", *overlooked]
-                    for option, overlooked in find_overlooked(self.root, loose).items()
+                    for option, overlooked in find_overlooked(self.root, uncommitted).items()
                 ]
-                if unstashable := find_unstashable(self.root, loose):
+                if unstashable := find_unstashable(self.root, uncommitted):
                     steps.append(["reset", "-q", "--", *unstashable])
-                steps.append(["stash", "push", "--all", "--", *loose])
+                steps.append(["stash", "push", "--all", "--", *uncommitted])
                 return f"{' && '.join(format_command(self.root, *step) for step in steps)} (it keeps a copy)"
         if self.installation is not None:
             # Another Python's packages: this one's pip would install beside them.
             own = self.root.resolve() in {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
-            where = "" if own else f"--target {shlex.quote(str(self.root))} --upgrade "
+            target = "" if own else f"--target {shlex.quote(str(self.root))} --upgrade "
             python = shlex.quote(sys.executable)
-            install = f"{python} -m pip install {where}--force-reinstall --no-deps"
+            install = f"{python} -m pip install {target}--force-reinstall --no-deps"
             # uv makes environments without pip.
             if importlib.util.find_spec("pip") is None:
-                where = "" if own else f"--target {shlex.quote(str(self.root))} "
-                install = f"uv pip install --python {python} {where}--reinstall --no-deps"
+                target = "" if own else f"--target {shlex.quote(str(self.root))} "
+                install = f"uv pip install --python {python} {target}--reinstall --no-deps"
             own_changes = "(it overwrites your own changes to vLLM, too)"
             return f"{install} {self.installation.name}=={self.installation.version} {own_changes}"
         return f"put back {_join(files)} as in vLLM {self.version}"
@@ -373,22 +373,22 @@ class Tree:
         """The planned tree: the originals with the patches `names` applied in series order."""
         start = self._contents_without_us(series, record)
         view = self.view(self._leftovers(series, record) | start)
-        applying = _applying(judge_series(series, [p for p in series.patches if p.name in names], view))
-        wanted = start | {file: data for verdict in applying for file, data in verdict.changed.items()}
-        return Plan(wanted, [verdict.patch.name for verdict in applying])
+        applying = _select_applying(judge_series(series, [p for p in series.patches if p.name in names], view))
+        contents = start | {file: data for verdict in applying for file, data in verdict.changed.items()}
+        return Plan(contents, [verdict.patch.name for verdict in applying])
 
     def _carry_out(self, record: Record, plan: Plan) -> None:
         stamp = self.installation.stamp if self.installation else ""
         kept = record.in_commits if plan.applied else []
         after = Record(applied=plan.applied, version=self.release, installation=stamp, in_commits=kept)
-        change_files(self.root, record, plan.wanted, after)
+        change_files(self.root, record, plan.contents, after)
 
     def preview(self, series: Series, patches: list[Patch]) -> dict[str, tuple[bytes | None, bytes | None]]:
         """The changes that `apply` would make: each file's content before and after, None where there is no file."""
-        record, _ = self._settled()
+        record, _ = self._settle_record()
         plan = self._plan(series, {p.name for p in patches} | set(record.applied), record)
-        both = {file: (self.read(file), new) for file, new in sorted(plan.wanted.items())}
-        return {file: (old, new) for file, (old, new) in both.items() if old != new}
+        contents = {file: (self.read(file), new) for file, new in sorted(plan.contents.items())}
+        return {file: (old, new) for file, (old, new) in contents.items() if old != new}
 
     def apply(self, series: Series, patches: list[Patch]) -> list[Verdict]:
         """Make `patches` part of the tree, besides those applied before; all or nothing.
@@ -398,7 +398,7 @@ class Tree:
         """
         self._refuse_unfinished()
         with lock_tree(self.root):
-            record, _ = self._settled()
+            record, _ = self._settle_record()
             names = {p.name for p in patches} | set(record.applied)
             try:
                 self._carry_out(record, self._plan(series, names, record))
@@ -430,15 +430,15 @@ class Tree:
         self._refuse_unfinished()
         with lock_tree(self.root):
             self._refuse_moved_off_record(series, patches)
-            record = self._with_left_behind(series, patches, self._settled()[0])
+            record = self._with_left_behind(series, patches, self._settle_record()[0])
             if not record.files:
                 record = replace(record, applied=[])  # all of it was replaced
-            gone = [p for p in patches if p.name in record.applied]
-            dependents = [p for p in series.dependents(gone) if p.name in record.applied]
+            leaving = [p for p in patches if p.name in record.applied]
+            dependents = [p for p in series.dependents(leaving) if p.name in record.applied]
             if dependents and not with_dependents:
                 names = _join([p.name for p in dependents])
-                raise TreeError(f"{gone[0].name}: {names} build on it: --with-dependents takes them out, too")
-            gone = [p for p in series.patches if p in gone or p in dependents]
+                raise TreeError(f"{leaving[0].name}: {names} build on it: --with-dependents takes them out, too")
+            leaving = [p for p in series.patches if p in leaving or p in dependents]
             for file, known in record.files.items():
                 now = self.read(file)
                 if now is not None and known.state(now) is State.CHANGED:
@@ -447,43 +447,44 @@ class Tree:
                         "it) and revert again, or reinstall vLLM"
                     )
             # A patch that a newer vllm-quark no longer has goes, too.
-            plan = self._plan(series, set(record.applied) - {p.name for p in gone}, record)
-            self._refuse_leftovers(series, gone, plan, record)
-            self._refuse_moved(gone, record)
+            plan = self._plan(series, set(record.applied) - {p.name for p in leaving}, record)
+            self._refuse_leftovers(series, leaving, plan, record)
+            self._refuse_moved(leaving, record)
             self._carry_out(record, plan)
-            return [p.name for p in gone]
+            return [p.name for p in leaving]
 
     def not_on_record(self, series: Series, patches: list[Patch]) -> str:
         """Which of `patches` are in the tree without a record of it, and the way back; "" if none."""
         by_wheel = self.by_wheel()
-        record, _ = self._settled()
-        there = [v for v in self.status(series) if v.unrecorded or v.incomplete]
-        there = [v for v in there if v.patch.name not in by_wheel and v.patch.name not in record.applied]
-        asked = [v for v in there if v.patch in patches]
-        if not asked:
+        record, _ = self._settle_record()
+        unrecorded = [v for v in self.status(series) if v.unrecorded or v.incomplete]
+        unrecorded = [v for v in unrecorded if v.patch.name not in by_wheel and v.patch.name not in record.applied]
+        chosen = [v for v in unrecorded if v.patch in patches]
+        if not chosen:
             return ""
-        names = _join([v.patch.name for v in asked])
-        files = list(dict.fromkeys(file for v in asked for file in v.holders or v.brought))
-        moved = [move for v in asked for move in v.moved]
+        names = _join([v.patch.name for v in chosen])
+        files = list(dict.fromkeys(file for v in chosen for file in v.holders or v.brought))
+        moved = [move for v in chosen for move in v.moved]
         if moved and not (self.is_source and has_commits(self.root)):
             return self._say_moved(moved)
         if self.installation is not None:
             return f"{self.root}: {names}: not on record, in {_join(files)}: {self.way_back(files)}; then revert again"
         if not self.is_source or not has_commits(self.root):
             return f"{self.root}: {names}: not on record: {self.way_back(files)}"
-        named = {rules.file for v in there for rules in v.patch.edits}
-        committed = find_committed(self.root, named.union(*(v.touched for v in there)))
-        loose = [v for v in there if self._is_uncommitted(series, v, committed)]
-        if not any(v in asked for v in loose):
+        edited = {rules.file for v in unrecorded for rules in v.patch.edits}
+        committed = find_committed(self.root, edited.union(*(v.touched for v in unrecorded)))
+        uncommitted = [v for v in unrecorded if self._is_uncommitted(series, v, committed)]
+        if not any(v in chosen for v in uncommitted):
             # git knows the commits of a file that was moved by its old name.
             return f"{self.root}: {names}: not on record: {self._in_commits([file for file, _ in moved] + files)}"
-        if moved := [move for v in loose for move in v.moved if move[1] not in committed]:
+        if moved := [move for v in uncommitted for move in v.moved if move[1] not in committed]:
             return self._say_moved(moved)
         # They share files, so that none of them can go alone. A file that was moved has to go back to its old place.
-        edits = [edit for v in loose for edit in zip(v.edited, v.patch.edits, strict=True) if edit[0] in v.present]
-        files = [f for file, rules in edits for f in (file, rules.file)] + [f for v in loose for f in v.brought]
+        pairs = [(v, *pair) for v in uncommitted for pair in zip(v.edited, v.patch.edits, strict=True)]
+        files = [f for v, file, rules in pairs if file in v.present for f in (file, rules.file)]
+        files += [f for v in uncommitted for f in v.brought]
         files = [f for f in files if f not in committed]
-        names = _join([v.patch.name for v in loose])
+        names = _join([v.patch.name for v in uncommitted])
         return f"{self.root}: {names}: not on record: {self.way_back(files)}; then revert again"
 
     def _files_in(self, folder: str) -> Iterator[str]:
@@ -507,8 +508,8 @@ class Tree:
         edits = [v for v in verdicts if v.edited and (v.present or (v.moved and v.unrecorded))]
         # Files that no edit uses tell nothing; they go once no edit is there off the record.
         is_bare = all(v.status is Status.UPSTREAM or v.patch.name in record.applied for v in edits)
-        there = [v for v in verdicts if v in edits or v.patch.name in record.applied or not (v.edited or is_bare)]
-        files -= {f for v in there for f in v.brought}
+        needed_by = [v for v in verdicts if v in edits or v.patch.name in record.applied or not (v.edited or is_bare)]
+        files -= {f for v in needed_by for f in v.brought}
         staying = (f for f in (*self._python_files(), *series.edited_files()) if f not in files)
         users = _pattern_of_users(files)
         if any(users.search(self.read(file) or b"") for file in staying):
@@ -524,14 +525,14 @@ class Tree:
             folders=sorted({*record.folders, *folders}),
         )
 
-    def _refuse_leftovers(self, series: Series, gone: list[Patch], plan: Plan, record: Record) -> None:
+    def _refuse_leftovers(self, series: Series, leaving: list[Patch], plan: Plan, record: Record) -> None:
         """Raises TreeError where edits that we have no original of would stay without the files that they need."""
-        removed = {f for f, data in plan.wanted.items() if data is None and self.read(f) is not None}
+        removed = {f for f, data in plan.contents.items() if data is None and self.read(f) is not None}
         users = _pattern_of_users(removed)
         staying: list[str] = []
         names = []
-        for patch in gone:
-            view = self.view(dict(plan.wanted))
+        for patch in leaving:
+            view = self.view(dict(plan.contents))
             verdict = judge_patch(series, patch, view)
             # All of its edits, those that commits took off the record, those that import what goes.
             stays = set(verdict.edited if verdict.incomplete else ())
@@ -550,9 +551,9 @@ class Tree:
                 f"need would go: {self.way_back(staying)}; then revert again"
             )
 
-    def _refuse_moved(self, gone: list[Patch], record: Record) -> None:
+    def _refuse_moved(self, leaving: list[Patch], record: Record) -> None:
         """Raises TreeError where a file on record stands elsewhere, with its edits: they would stay there."""
-        edits = [rules for patch in gone for rules in patch.edits]
+        edits = [rules for patch in leaving for rules in patch.edits]
         missing = [rules for rules in edits if rules.file in record.files and self.read(rules.file) is None]
         places = [(rules.file, find_moved(rules, self.view({}))) for rules in missing]
         if moved := [(file, place) for file, place in places if place]:
@@ -562,8 +563,8 @@ class Tree:
         """Raises TreeError where a file that is neither on record nor in a commit stands elsewhere, with edits of
         `patches`: they would stay there."""
         by_wheel = self.by_wheel()
-        asked = [v for v in self.status(series) if v.patch in patches and v.patch.name not in by_wheel]
-        places = {place for v in asked if v.unrecorded for _, place in v.moved}
+        chosen = [v for v in self.status(series) if v.patch in patches and v.patch.name not in by_wheel]
+        places = {place for v in chosen if v.unrecorded for _, place in v.moved}
         if places - find_committed(self.root, places):
             raise TreeError(self.not_on_record(series, patches))
 
@@ -575,21 +576,21 @@ class Tree:
     def steps(self, series: Series, patches: list[Patch]) -> list[Verdict]:
         """Those of `patches` that apply to the tree as it is, with the new content of their files, one on top of the
         other. Raises TreeError for a conflict, naming file and anchor."""
-        return _applying(judge_series(series, patches, self.view(self._leftovers(series, Record()))))
+        return _select_applying(judge_series(series, patches, self.view(self._leftovers(series, Record()))))
 
     def package_with(self, series: Series, patches: list[Patch]) -> dict[str, bytes | None]:
         """Content (None: no file) of those files of the package that we changed or would, with `patches` and no others.
 
         Raises TreeError as `apply` does, and where other patches came with the wheel.
         """
-        if came := self.by_wheel().difference(p.name for p in patches):
-            raise TreeError(f"{self.root}: {min(came)} came with the wheel: install the release's own wheel for this")
-        record, _ = self._settled()
+        if others := self.by_wheel().difference(p.name for p in patches):
+            raise TreeError(f"{self.root}: {min(others)} came with the wheel: install the release's own wheel for this")
+        record, _ = self._settle_record()
         start = self._contents_without_us(series, record)
         here = f"{self.package}/"
         view = replace(self.view(self._leftovers(series, record) | start), belongs=lambda file: file.startswith(here))
         verdicts = list(judge_series(series, patches, view))
         if reason := self.nothing_here(verdicts):
             raise TreeError(reason)
-        contents = start | {file: data for v in _applying(verdicts) for file, data in v.changed.items()}
+        contents = start | {file: data for v in _select_applying(verdicts) for file, data in v.changed.items()}
         return {file: data for file, data in contents.items() if file.startswith(here)}

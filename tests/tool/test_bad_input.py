@@ -111,11 +111,11 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_patch_file(home, tree, name):
-    text, said = BROKEN[name]
+    text, message = BROKEN[name]
     write(home, {"patches/0003-only-files.yaml": text})
     before = snapshot(tree)
     for command in ("status", "apply", "revert"):
-        one_line(cli(home, command, tree), "patches/0003-only-files.yaml", said)
+        one_line(cli(home, command, tree), "patches/0003-only-files.yaml", message)
     assert snapshot(tree) == before
 
 
@@ -143,14 +143,14 @@ def test_full_disk(home, small_disk):
     before = snapshot(tree)
     space = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
     # From no room at all to room for all but the last page.
-    for left in range(0, 60 * 1024, 4096):
-        (small_disk / "ballast").write_bytes(b"x" * max(0, space - left))
+    for free in range(0, 60 * 1024, 4096):
+        (small_disk / "ballast").write_bytes(b"x" * max(0, space - free))
         result = cli(home, "apply", tree)
         if result.returncode == 0:
-            assert left > 0
+            assert free > 0
             break
         one_line(result, "No space left", "make room")
-        assert snapshot(tree) == before, left
+        assert snapshot(tree) == before, free
     else:
         pytest.fail("never had enough room")
 
@@ -208,9 +208,9 @@ def test_out_folder_in_use(home, tree, tmp_path):
 
 @pytest.mark.parametrize("linked", [False, True], ids=["repository", "submodule"])
 @pytest.mark.parametrize(
-    ("mark", "what"), [("rebase-merge", "rebase"), ("rebase-apply", "am"), ("MERGE_HEAD", "merge")]
+    ("mark", "operation"), [("rebase-merge", "rebase"), ("rebase-apply", "am"), ("MERGE_HEAD", "merge")]
 )
-def test_in_the_middle_of_a_rebase(home, tree, tmp_path, linked, mark, what):
+def test_in_the_middle_of_a_rebase(home, tree, tmp_path, linked, mark, operation):
     git = tree / ".git"
     if linked:
         git.write_text("gitdir: ../modules/vllm\n")
@@ -218,7 +218,7 @@ def test_in_the_middle_of_a_rebase(home, tree, tmp_path, linked, mark, what):
     (git / mark).mkdir(parents=True)
     before = snapshot(tree)
     for command in ("apply", "revert"):
-        one_line(cli(home, command, tree), "in the middle of a git", what, "finish or abort it")
+        one_line(cli(home, command, tree), "in the middle of a git", operation, "finish or abort it")
     assert cli(home, "status", tree).returncode == 1
     assert snapshot(tree) == before
 
@@ -322,7 +322,7 @@ def test_error_without_words(home, tree, tmp_path):
     code = (
         "import sys, vllm_quark.cli as c\n"
         "def fail(*_): raise OSError('out of sorts')\n"
-        "c.load_series = fail\n"
+        "c.load_chosen = fail\n"
         f"sys.argv = ['vllm-quark', 'status', {str(tree)!r}]; c.main()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=home)

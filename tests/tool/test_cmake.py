@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from trees import RELEASE, ROOT, cli
 
-from vllm_quark.cmake import commands
+from vllm_quark.cmake import read_commands
 from vllm_quark.edit import Outcome, edit
 from vllm_quark.patches import FileEdit, PatchError
 
@@ -35,7 +35,7 @@ RULES = {
 
 
 def test_commands():
-    calls = commands(SOURCE)
+    calls = read_commands(SOURCE)
     assert [c.name for c in calls] == ["set", "if", "message", "endif"]
     assert calls[0].arguments == ("NAMES", "a;b (c", "[=[ ) ]] ]=]", "$<TARGET_OBJECTS:x>")
     assert SOURCE.encode()[calls[2].start : calls[2].end].decode() == 'message(STATUS "é: four")'
@@ -111,8 +111,8 @@ def test_a_source_tree_builds_and_installs_the_operator(unpacked, tmp_path):
     ):
         result = subprocess.run([cmake, *words], capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
-    made = tmp_path / "site/vllm/_int8_moe_C.abi3.so"
-    code = f"import torch; torch.ops.load_library({str(made)!r}); print(torch.ops._int8_moe_C.isas()[-1])"
+    library = tmp_path / "site/vllm/_int8_moe_C.abi3.so"
+    code = f"import torch; torch.ops.load_library({str(library)!r}); print(torch.ops._int8_moe_C.isas()[-1])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "portable", result.stderr
     assert RELEASE in (unpacked / "PKG-INFO").read_text()

@@ -76,7 +76,7 @@ def test_the_real_release(unpacked, tmp_path, author):
     assert without_git(unpacked) == {k: v for k, v in applied.items() if not k.startswith(".git")}
 
 
-def test_cover_letter(unpacked, tmp_path, author):
+def test_cover_letter(unpacked, tmp_path, author, real_series):
     """Beside the series, which git am takes as it is: a letter and a pull request with the figures of docs/."""
     out = tmp_path / "out"
     result = cli(ROOT, "format-patch", unpacked, "-o", out, "--cover")
@@ -86,7 +86,7 @@ def test_cover_letter(unpacked, tmp_path, author):
     for heading in ("## Purpose", "## Test Plan", "## Test Result"):
         assert heading in request and heading in letter
     assert "| stock | quark | **135.8** |" in request and "test_int8_moe.py" in request
-    count = len([p for p in (ROOT / "patches").glob("[0-9]*.yaml") if p.name[:4] not in NEWER])
+    count = len([p for p in real_series.patches if p.name[:4] not in NEWER])
     assert f"[PATCH 00/{count}] [Bugfix][Quark]" in letter and "***" not in letter and "files changed" in letter
     commit_base(unpacked)
     git(unpacked, "am", "-q", "--keep-non-patch", "--empty=drop", *map(str, sorted(out.glob("*.patch"))))

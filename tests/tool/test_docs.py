@@ -113,26 +113,25 @@ def wrong_options(options: list[str], known: str) -> list[str]:
 
 def no_command(page: Path, words: list[str]) -> str:
     """What is wrong with a quoted command; empty where nothing is or where it is none of ours."""
-    said = " ".join(words)
+    command = " ".join(words)
     options = [word.partition("=")[0] for word in words if re.match(r"--\w", word)]
     if words[0] == "make" and len(words) > 1:
         unknown = [w for w in words[1:] if re.fullmatch(r"[a-z][\w-]*", w) and w not in targets()]
-        return f"{said}: no target {unknown[0]}" if unknown else ""
+        return f"{command}: no target {unknown[0]}" if unknown else ""
     if words[0] == "vllm-quark" and len(words) > 1:
         group = typer.main.get_command(app)
         if words[1].startswith("-"):
-            return "" if words[1] in ("--version", "--help") else f"{said}: no option {words[1]}"
+            return "" if words[1] in ("--version", "--help") else f"{command}: no option {words[1]}"
         name = words[1]
         if not re.fullmatch(r"[a-z][\w-]*", name):
             return ""
         if name not in group.commands:
-            return f"{said}: no command {name}"
-        if name == "run":
-            rest = words[2:]
-            options = options[: sum(w.startswith("--") for w in rest[: rest.index("--")])] if "--" in rest else options
+            return f"{command}: no command {name}"
+        if name == "run" and "--" in words[2:]:
+            options = options[: sum(word.startswith("--") for word in words[2 : words.index("--", 2)])]
         known = {o for p in group.commands[name].params for o in p.opts} | {"--help"}
         unknown = [o for o in options if o not in known]
-        return f"{said}: no option {unknown[0]}" if unknown else ""
+        return f"{command}: no option {unknown[0]}" if unknown else ""
     if words[0] in ("python", "python3") and len(words) > 1:
         if words[1] == "-m" and len(words) > 2:
             if words[2].partition(".")[0] not in FOLDERS.split("|"):
@@ -145,9 +144,9 @@ def no_command(page: Path, words: list[str]) -> str:
         else:
             return ""
         if not file.exists():
-            return f"{said}: no file {file.relative_to(ROOT)}"
+            return f"{command}: no file {file.relative_to(ROOT)}"
         unknown = wrong_options(options, file.read_text(encoding="utf-8"))
-        return f"{said}: no option {unknown[0]}" if unknown else ""
+        return f"{command}: no option {unknown[0]}" if unknown else ""
     return ""
 
 

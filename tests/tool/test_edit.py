@@ -154,7 +154,7 @@ def test_text_beyond_ascii():
 
 
 @pytest.mark.parametrize(
-    ("rewrites", "said"),
+    ("rewrites", "message"),
     [
         ([({"pattern": "old($X)"}, "new(")], "no valid Python"),
         ([({"pattern": "old($X)"}, "new(a=1, a=$X)")], "no valid Python.*repeated"),
@@ -164,8 +164,8 @@ def test_text_beyond_ascii():
     ],
     ids=["syntax", "a keyword twice", "not recognised", "overlap", "bad rule"],
 )
-def test_broken_patches_are_refused(rewrites, said):
-    with pytest.raises(PatchError, match=said):
+def test_broken_patches_are_refused(rewrites, message):
+    with pytest.raises(PatchError, match=message):
         edit(SOURCE, rules(*rewrites))
 
 

@@ -45,9 +45,9 @@ def killed_at(step: int, root: Path, action: Callable[[], object]) -> bool:
     return os.WIFSIGNALED(status)
 
 
-def truthful(root: Path, series: Series, before: dict, after: dict) -> None:
+def assert_true_status(root: Path, series: Series, before: dict, after: dict) -> None:
     """`status` says "applied" exactly of the patches whose files all lie there."""
-    now = visible(root)
+    current = visible(root)
     files = {
         "0001-mapping": None,
         "0002-scale": ["vllm/model_executor/beta.py", "vllm/new/deep/gamma.py", "tests/test_gamma.py", "vllm/alpha.py"],
@@ -57,9 +57,9 @@ def truthful(root: Path, series: Series, before: dict, after: dict) -> None:
         name = verdict.patch.name
         if name not in files:
             continue
-        wanted = files[name] or ["vllm/alpha.py"]
-        whole = all(now.get(f) == after[f] for f in wanted)
-        assert (verdict.status == "applied") == whole, (name, verdict)
+        expected = files[name] or ["vllm/alpha.py"]
+        is_complete = all(current.get(f) == after[f] for f in expected)
+        assert (verdict.status == "applied") == is_complete, (name, verdict)
         assert verdict.status in ("applied", "applies"), (name, verdict)
 
 
@@ -77,7 +77,7 @@ def test_killed_at_every_step(tmp_path, series, action, finish):
         if action == "revert":
             Tree(root).apply(series, series.select())
         died = killed_at(step, root, lambda root=root: getattr(Tree(root), action)(series, series.select()))
-        truthful(root, series, before, after)
+        assert_true_status(root, series, before, after)
         getattr(Tree(root), finish)(series, series.select())
         if finish == "apply":
             assert visible(root) == after, step

@@ -331,13 +331,13 @@ def test_older_than_the_series_knows(home, tree):
     (tree / "vllm/_version.py").write_text("__version__ = version = '0.16.1'\n")
     path = tree / "vllm/model_executor/beta.py"
     path.write_text(path.read_text().replace("x > 1", "x >= 1"))
-    said = "vLLM 0.16.1 is older than 0.17.0, the first that this series knows"
-    one_line(cli(home, "apply", tree), said)
-    assert said in cli(home, "status", tree).stdout
+    message = "vLLM 0.16.1 is older than 0.17.0, the first that this series knows"
+    one_line(cli(home, "apply", tree), message)
+    assert message in cli(home, "status", tree).stdout
     path.write_text(path.read_text().replace("x >= 1", "x > 1"))
     before = snapshot(tree)
     for command in ("apply", "diff"):
-        one_line(cli(home, command, tree), said)
+        one_line(cli(home, command, tree), message)
     assert statuses(home, tree)["0001"] == "conflict" and snapshot(tree) == before
 
 

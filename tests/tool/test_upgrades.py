@@ -92,8 +92,8 @@ def test_the_patched_wheel_over_an_applied_installation(home, site, tmp_path):
 
 def test_upgrade_to_a_release_that_lacks_the_class(home, site, tmp_path):
     assert cli(home, "apply", site).returncode == 0
-    gone = {"vllm/alpha.py": "class Beta: pass\n", "vllm/model_executor/beta.py": "import os\n\nx > 2\n"}
-    install(site, make_wheel(tmp_path, "9.10", files=gone))
+    partial = {"vllm/alpha.py": "class Beta: pass\n", "vllm/model_executor/beta.py": "import os\n\nx > 2\n"}
+    install(site, make_wheel(tmp_path, "9.10", files=partial))
     assert statuses(home, site)["0001"] == "absent"
     result = cli(home, "apply", site, "--only", "0001,0003")
     assert result.returncode == 2 and "0002" in result.stderr, "what 0002 edits is partly gone: named, nothing changed"
@@ -559,8 +559,9 @@ def test_a_tree_that_git_does_not_know(home, checkout, kind):
         shutil.rmtree(checkout / ".git")
     if kind == "no commits":
         git(checkout, "init", "-q")
-    said = cli(home, "status", checkout).stdout
-    assert "committed" not in said and "by commit" not in said and "not on record: revert names the way back" in said
+    status = cli(home, "status", checkout).stdout
+    assert "committed" not in status and "by commit" not in status
+    assert "not on record: revert names the way back" in status
     line = one_line(cli(home, "revert", checkout), "0002-scale", "not on record: put back ", "as in vLLM 9.9")
     assert "git" not in line.split("not on record")[1]
 

@@ -132,16 +132,16 @@ def test_no_regression(tmp_path: Path, home: Path, tree: Path):
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, message",
     [
         ("def test_fails(): assert False", "nothing passes on stock"),
         ("import not_there", "test_quark.py cannot be imported on stock"),
     ],
 )
-def test_nothing_proved(tmp_path: Path, home: Path, tree: Path, text: str, said: str):
+def test_nothing_proved(tmp_path: Path, home: Path, tree: Path, text: str, message: str):
     write(src := source(tmp_path / "source"), {"tests/quantization/test_quark.py": text})
     result = cli(home, tree, "--work", tmp_path / "work", "--source", src)
-    assert (result.returncode, said in result.stderr) == (2, True), result.stdout + result.stderr
+    assert (result.returncode, message in result.stderr) == (2, True), result.stdout + result.stderr
 
 
 def test_the_tree_is_tested_and_no_other(tmp_path: Path):

@@ -100,7 +100,7 @@ def run(*words: str) -> tuple[int, str]:
     """The command's exit code and stdout, which vLLM wants to be a real file."""
     with tempfile.TemporaryFile("w+") as file:
         sys.stdout.flush()
-        old = os.dup(1)
+        stdout = os.dup(1)
         os.dup2(file.fileno(), 1)
         try:
             app(words)
@@ -108,8 +108,8 @@ def run(*words: str) -> tuple[int, str]:
             code = e.code
         finally:
             sys.stdout.flush()
-            os.dup2(old, 1)
-            os.close(old)
+            os.dup2(stdout, 1)
+            os.close(stdout)
         file.seek(0)
         return code, file.read()
 
@@ -119,9 +119,9 @@ def main() -> None:
     deviations = {}
     for fault in faults:
         with FAULTS[fault]():
-            code, said = run("verify", ckpt, "--layers", "all", "--json")
+            code, output = run("verify", ckpt, "--layers", "all", "--json")
         assert code < 2, code
-        rows = json.loads(said)["layers"]
+        rows = json.loads(output)["layers"]
         deviations[fault] = [code, {row["layer"]: [row["status"], row["error"], row["detail"]] for row in rows}]
     print(json.dumps(deviations))
 

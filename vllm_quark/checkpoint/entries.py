@@ -38,9 +38,9 @@ def spell_names(module: str) -> tuple[str, ...]:
     transformers renames a language model's modules when it saves them; vLLM looks for both names.
     """
     spelled = [module]
-    for here, there in (_NESTED, _NESTED[::-1]):
-        if module.startswith(here):
-            spelled.append(there + module[len(here) :])
+    for prefix, other_prefix in (_NESTED, _NESTED[::-1]):
+        if module.startswith(prefix):
+            spelled.append(other_prefix + module[len(prefix) :])
     return names.both_prefixes(spelled)
 
 
@@ -78,8 +78,8 @@ class Entries(names.Names):
         super().__init__(quant_config)
         self.entries = list(dict.fromkeys((*self.exclude, *self.configs)))
         self.patterns = {e for e in self.entries if names.compile_pattern(e)}
-        self.telling = [e for e in self.patterns if _tells_experts_apart(e)]
-        self.alike = self.patterns.difference(self.telling)
+        self.expert_patterns = [e for e in self.patterns if _tells_experts_apart(e)]
+        self.other_patterns = self.patterns.difference(self.expert_patterns)
         self.listed = {_unify_spellings(e) for e in self.entries if e not in self.patterns}
         self._excluded: dict[str, bool] = {}
         self._looked_up: dict[tuple[bool, str, str], tuple[bool, dict[str, Any] | None]] = {}
@@ -90,8 +90,8 @@ class Entries(names.Names):
             return super().excludes(names, among)
         key = _fold("\n".join(names))
         if key not in self._excluded:
-            self._excluded[key] = super().excludes(names, self.alike)
-        return self._excluded[key] or bool(self.telling and super().excludes(names, self.telling))
+            self._excluded[key] = super().excludes(names, self.other_patterns)
+        return self._excluded[key] or bool(self.expert_patterns and super().excludes(names, self.expert_patterns))
 
     def look_up(self, module: str, is_stacked: bool = False, stack: str = "") -> tuple[bool, dict[str, Any] | None]:
         """Whether `exclude` lists a module of the checkpoint, and its layer config (None: not quantized).
@@ -104,8 +104,8 @@ class Entries(names.Names):
         layer = experts_of(module) if is_stacked or is_expert(module) else ""
         fused = f"{stem}.{FUSED[last]}" if last in FUSED and stem and not layer else ""
         is_alone = is_stacked or any(name and _unify_spellings(name) in self.listed for name in (module, layer, fused))
-        if not is_alone and self.telling:
-            is_alone = any(names.matches(e, spell_names(module)) for e in self.telling)
+        if not is_alone and self.expert_patterns:
+            is_alone = any(names.matches(e, spell_names(module)) for e in self.expert_patterns)
         key = is_alone, module if is_alone else _fold(module), stack
         if key not in self._looked_up:
             spellings = spell_names(module)
@@ -137,14 +137,15 @@ class Entries(names.Names):
                     # Some models keep experts in parameters of their own: `experts.gate_up_proj`.
                     name = module if kind == "weight" else entry.name
                     modules |= {name, *_stacked_names(name, entry.shape[0])}
-        few = {name for module in modules for name in spell_names(module)}
+        spellings = {name for module in modules for name in spell_names(module)}
         unified = {_unify_spellings(name) for name in (*modules, *contents.modules)}
 
         def is_matched(entry: str) -> bool:
             if entry not in self.patterns:
                 return _unify_spellings(entry) in unified
-            return names.matches(entry, few) or (
-                entry in self.telling and any(names.matches(entry, spell_names(module)) for module in contents.modules)
+            return names.matches(entry, spellings) or (
+                entry in self.expert_patterns
+                and any(names.matches(entry, spell_names(module)) for module in contents.modules)
             )
 
         return [entry for entry in self.entries if not is_matched(entry)]

@@ -142,11 +142,11 @@ def find_quant_config(config: dict[str, Any], contents: Any, report: Report) -> 
     if quant_config is None and isinstance(text_config, dict):
         quant_config = text_config.get("quantization_config")
     int8 = [m for m in contents.int8_modules() if "weight_scale" in contents.modules[m]]
-    seen = f"{len(int8)} weights are int8, {int8[0]}.weight the first of them" if int8 else ""
+    int8_weights = f"{len(int8)} weights are int8, {int8[0]}.weight the first of them" if int8 else ""
     if quant_config is None:
         if not int8:
             raise NoCheckpointError(path, "has no quantization_config, and no weight is int8", EXPORT)
-        refuse(f"has no quantization_config, but {seen}", RESTORE)
+        refuse(f"has no quantization_config, but {int8_weights}", RESTORE)
         return None
     if not isinstance(quant_config, dict):
         raise NoCheckpointError(path, "its quantization_config is no JSON object", RESTORE)
@@ -159,7 +159,7 @@ def find_quant_config(config: dict[str, Any], contents: Any, report: Report) -> 
         raise NoCheckpointError(path, reason, f"{EXPORT}; vLLM serves others without vllm-quark")
     if not scheme.has_int8(quant_config):
         if int8:
-            refuse(f"quantizes no layer to INT8, but {seen}", RESTORE)
+            refuse(f"quantizes no layer to INT8, but {int8_weights}", RESTORE)
         else:
             report.notes.append("no layer is INT8: nothing was judged but that the files are whole")
         return None

@@ -140,7 +140,7 @@ class Modules:
 
         Others go into `notes`.
         """
-        alike = {module.rpartition(".")[2] for module in self.int8}
+        int8_projections = {module.rpartition(".")[2] for module in self.int8}
         layers = {self.layer_of(module) for module in self.int8} - {None}
         excluded = {self.layer_of(module) for module in self.others} - {None}
         noted: Counter[str] = Counter()
@@ -153,7 +153,7 @@ class Modules:
                 yield Finding.of_tensor(weight.name, weight.file, f"{reason} experts are what it says", EXCLUDE)
             elif layer in excluded:
                 yield Finding.of_tensor(weight.name, weight.file, f"{reason} not of other parts of its layer", EXCLUDE)
-            elif last in alike:
+            elif last in int8_projections:
                 yield Finding.of_tensor(weight.name, weight.file, f"{reason} other {last} are", EXCLUDE)
             elif last not in VOCABULARY and "embed" not in last:
                 noted[f"{weight.dtype} {last}"] += 1
@@ -166,8 +166,8 @@ class Modules:
                         reason = f"is {entry.dtype}, but config.json says int8, and experts are what it says"
                         yield Finding.of_tensor(entry.name, entry.file, reason, EXCLUDE)
         if noted:
-            few = ", ".join(f"{kind} ({count})" for kind, count in noted.most_common())
+            summary = ", ".join(f"{kind} ({count})" for kind, count in noted.most_common())
             notes.append(
-                f"not in `exclude`, and nowhere INT8: {few}. This is right of what vLLM builds unquantized, as it does "
-                "routers; if it refuses one of them, add that to `exclude`"
+                f"not in `exclude`, and nowhere INT8: {summary}. This is right of what vLLM builds unquantized, as it "
+                "does routers; if it refuses one of them, add that to `exclude`"
             )

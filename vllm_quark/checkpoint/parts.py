@@ -32,17 +32,18 @@ def _find_unlike(modules: Modules) -> Iterator[Finding]:
         if layer is None or f"{module}.weight" in modules.judged or isinstance(parsed_scheme, Refusal):
             continue
         if isinstance(parsed_scheme, str):
-            how = parsed_scheme
+            description = parsed_scheme
         elif not modules.is_linear(module):
-            how = "INT8"  # served alike, however they were exported
+            description = "INT8"  # served alike, however they were exported
         else:
             # One weight scale a matrix can be spread over its rows.
-            how = f"INT8 with {replace(parsed_scheme.for_linear(), per_channel=True).inputs()} activations"
-        layers[layer][how].append(module)
+            description = f"INT8 with {replace(parsed_scheme.for_linear(), per_channel=True).inputs()} activations"
+        layers[layer][description].append(module)
     for parts in layers.values():
         if len(parts) > 1:
-            (how, (first, *_)), *_, (other_how, (other, *_)) = sorted(parts.items(), key=lambda part: len(part[1]))
-            reason = f"is {how}, but {other} is {other_how}, and vLLM runs them as one layer"
+            rare, *_, usual = sorted(parts.items(), key=lambda part: len(part[1]))
+            (description, (first, *_)), (other_description, (other, *_)) = rare, usual
+            reason = f"is {description}, but {other} is {other_description}, and vLLM runs them as one layer"
             yield Finding.of_layer(first, reason, ALIKE)
 
 
@@ -85,9 +86,9 @@ def _find_misshapen(modules: Modules) -> Iterator[Finding]:
         stem, _, last = module.rpartition(".")
         other = {"up_proj": f"{stem}.gate_proj", "v_proj": f"{stem}.k_proj"}.get(last)
         if other in modules.int8 and modules.is_linear(module) and modules.is_linear(other):
-            weight, beside = modules.weight(module), modules.weight(other)
-            if weight.shape[1] != beside.shape[1] or (last == "up_proj" and weight.shape != beside.shape):
-                reason = f"is {weight}, but {beside.name} is {beside}, and vLLM runs them as one layer"
+            weight, other_weight = modules.weight(module), modules.weight(other)
+            if weight.shape[1] != other_weight.shape[1] or (last == "up_proj" and weight.shape != other_weight.shape):
+                reason = f"is {weight}, but {other_weight.name} is {other_weight}, and vLLM runs them as one layer"
                 yield Finding.of_tensor(weight.name, weight.file, reason, AGAIN)
 
 

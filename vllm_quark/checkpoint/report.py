@@ -43,8 +43,8 @@ class Finding:
 
     def __str__(self) -> str:
         subject = self.tensor or self.layer
-        where = f"{subject} ({self.file})" if subject and self.file else subject or self.file
-        return f"{where} {self.reason}: {self.way_out}"
+        place = f"{subject} ({self.file})" if subject and self.file else subject or self.file
+        return f"{place} {self.reason}: {self.way_out}"
 
 
 @dataclass

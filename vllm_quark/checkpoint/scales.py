@@ -44,12 +44,12 @@ def judge_scale_headers(modules: Modules, wanted: list[Wanted]) -> Iterator[Find
         if isinstance(scheme, Refusal):
             continue
         # Experts are served per channel, whatever they were exported as.
-        one = is_linear and not scheme.per_channel and (modules.layer_of(module) or module) not in spread
-        if one and is_sound and prod(scale.shape) > 1:
+        is_per_tensor = is_linear and not scheme.per_channel and (modules.layer_of(module) or module) not in spread
+        if is_per_tensor and is_sound and prod(scale.shape) > 1:
             reason = f"is {scale}, but config.json says one value a matrix"
             yield Finding.of_tensor(scale.name, scale.file, reason, SPREAD)
         if zero is not None:
-            counts = {prod(weight.shape[:-2])} if one else {prod(weight.shape[:-2]), prod(weight.shape[:-1])}
+            counts = {prod(weight.shape[:-2])} if is_per_tensor else {prod(weight.shape[:-2]), prod(weight.shape[:-1])}
             if _is_integer(zero) and prod(zero.shape) in counts:
                 wanted.append(Wanted(zero, f"{AGAIN} with symmetric=True", is_zero=True))
             else:
@@ -85,14 +85,14 @@ def judge_values(modules: Modules, wanted: list[Wanted]) -> Iterator[Finding]:
     inputs: dict[str, float] = {}
     try:
         for entry, values in read_values([w.entry for w in by_name.values()]):
-            of = by_name[entry.name]
-            if of.is_zero is None:
-                reason = judge_scale(entry, values, of.weight)
+            tensor = by_name[entry.name]
+            if tensor.is_zero is None:
+                reason = judge_scale(entry, values, tensor.weight)
             else:
-                reason = judge_zero_point(entry, values, of.is_zero)
+                reason = judge_zero_point(entry, values, tensor.is_zero)
             if reason:
-                yield Finding.of_tensor(entry.name, entry.file, reason, of.way_out)
-            elif of.way_out is DYNAMIC:
+                yield Finding.of_tensor(entry.name, entry.file, reason, tensor.way_out)
+            elif tensor.way_out is DYNAMIC:
                 inputs[entry.name] = values[0].item()
     except ShortFileError as e:
         yield Finding.of_file(e.file, "was cut short while it was read", "copy or export it again")

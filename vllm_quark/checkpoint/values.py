@@ -69,11 +69,11 @@ def find_misfit(entries: list[Entry], size: int) -> str | None:
 
 def _read(file: int, path: str, offset: int, size: int) -> bytes:
     """`size` bytes from `offset` on. Raises ShortFileError, OSError."""
-    parts, left = [], size
-    while left and (part := os.pread(file, left, offset + size - left)):
+    parts, remaining = [], size
+    while remaining and (part := os.pread(file, remaining, offset + size - remaining)):
         parts.append(part)
-        left -= len(part)
-    if left:
+        remaining -= len(part)
+    if remaining:
         raise ShortFileError(path)
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -97,22 +97,22 @@ def read_values(entries: Iterable[Entry]) -> Iterator[tuple[Entry, np.ndarray]]:
     by_file: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
         by_file[entry.file].append(entry)
-    for path, wanted in by_file.items():
-        wanted.sort(key=lambda e: e.offset)
-        sizes = [prod(e.shape) * np.dtype(DTYPES[e.dtype]).itemsize for e in wanted]
+    for path, group in by_file.items():
+        group.sort(key=lambda e: e.offset)
+        sizes = [prod(e.shape) * np.dtype(DTYPES[e.dtype]).itemsize for e in group]
         file = os.open(path, os.O_RDONLY)
         try:
             first = 0
-            while first < len(wanted):
-                start, last = wanted[first].offset, first
+            while first < len(group):
+                start, last = group[first].offset, first
                 end = start + sizes[first]
-                while last + 1 < len(wanted) and wanted[last + 1].offset <= end + GAP and end - start < CHUNK:
+                while last + 1 < len(group) and group[last + 1].offset <= end + GAP and end - start < CHUNK:
                     last += 1
-                    end = max(end, wanted[last].offset + sizes[last])
+                    end = max(end, group[last].offset + sizes[last])
                 data = memoryview(_read(file, path, start, end - start))
-                for entry, size in zip(wanted[first : last + 1], sizes[first : last + 1], strict=True):
-                    at = entry.offset - start
-                    yield entry, _decode(data[at : at + size], entry.dtype)
+                for entry, size in zip(group[first : last + 1], sizes[first : last + 1], strict=True):
+                    begin = entry.offset - start
+                    yield entry, _decode(data[begin : begin + size], entry.dtype)
                 first = last + 1
         finally:
             os.close(file)
@@ -121,9 +121,9 @@ def read_values(entries: Iterable[Entry]) -> Iterator[tuple[Entry, np.ndarray]]:
 def _place(entry: Entry, wrong: np.ndarray) -> str:
     """Where the first of `wrong` (indices of values) is in `entry`, and how many others there are."""
     index = np.unravel_index(int(wrong[0]), entry.shape)
-    at = f" at {[int(i) for i in index]}" if entry.shape and prod(entry.shape) > 1 else ""
-    more = f" (and {len(wrong) - 1} more of its values)" if len(wrong) > 1 else ""
-    return at + more
+    position = f" at {[int(i) for i in index]}" if entry.shape and prod(entry.shape) > 1 else ""
+    others = f" (and {len(wrong) - 1} more of its values)" if len(wrong) > 1 else ""
+    return position + others
 
 
 def judge_scale(entry: Entry, values: np.ndarray, weight: Entry | None) -> str | None:

@@ -53,10 +53,10 @@ class _Progress:
     def __call__(self, file: str, written: int, total: int) -> None:
         is_terminal = sys.stderr.isatty()
         percent = 100 * written // max(1, total)
-        now = file, percent if is_terminal else percent // 10
-        if now == self.shown:
+        progress = file, percent if is_terminal else percent // 10
+        if progress == self.shown:
             return
-        self.shown = now
+        self.shown = progress
         line = f"{percent:3}% of {total / 1e9:.1f} GB  {file}"
         if is_terminal:
             print(f"\r{line}\x1b[K", end="\n" if written == total else "", file=sys.stderr, flush=True)

@@ -36,16 +36,17 @@ def to_compressed_tensors(source: Source, per_token: bool) -> tuple[list[Tensor]
     inputs = {module: _name_inputs(source, module, per_token) for module in source.modules.int8}
     tensors, moved = split_experts(source)
     stacks = set(moved.values())
-    inputs = {m: how for m, how in inputs.items() if m not in stacks} | {new: inputs[old] for new, old in moved.items()}
+    unmoved = {module: activation for module, activation in inputs.items() if module not in stacks}
+    inputs = unmoved | {new: inputs[old] for new, old in moved.items()}
     rows = {t.module: t.shape[0] for t in tensors if t.kind == "weight" and t.module in inputs}
     written = [_write(t, inputs[t.module], rows[t.module]) if t.module in inputs else t for t in tensors]
     return [t for t in written if t], _make_config(source, inputs)
 
 
 def _refuse_others(source: Source) -> None:
-    for module, how in source.modules.others.items():
+    for module, state in source.modules.others.items():
         if source.modules.weight(module).dtype not in FLOATS:
-            source.refuse(module, f"is {how}, and INT8 alone is converted", OTHER)
+            source.refuse(module, f"is {state}, and INT8 alone is converted", OTHER)
     for module, kinds in source.contents.modules.items():
         if any(kind in KV_CACHE for kind in kinds):
             source.refuse(module, "has the scales of a quantized KV cache, which are not converted", OTHER)
@@ -85,16 +86,16 @@ def _write(tensor: Tensor, inputs: tuple[str, bool], rows: int) -> Tensor | None
 def _make_config(source: Source, inputs: dict[str, tuple[str, bool]]) -> dict[str, Any]:
     """inputs: of the modules that are written as INT8."""
     groups: dict[tuple[str, bool], list[str]] = defaultdict(list)
-    for module, how in inputs.items():
-        groups[how].append(module)
+    for module, activation in inputs.items():
+        groups[activation].append(module)
     # "Linear" stands for all that is not named, experts among them.
-    experts = [how for module, how in inputs.items() if ".experts." in module]
-    main = Counter(experts or inputs.values()).most_common(1)[0][0]
+    experts = [activation for module, activation in inputs.items() if ".experts." in module]
+    default = Counter(experts or inputs.values()).most_common(1)[0][0]
     config_groups = {}
-    for i, (how, modules) in enumerate(sorted(groups.items(), key=lambda group: group[0] != main)):
-        strategy, is_symmetric = how
+    for i, (activation, modules) in enumerate(sorted(groups.items(), key=lambda group: group[0] != default)):
+        strategy, is_symmetric = activation
         config_groups[f"group_{i}"] = {
-            "targets": ["Linear"] if how == main else _spell(source, modules),
+            "targets": ["Linear"] if activation == default else _spell(source, modules),
             "weights": WEIGHTS,
             "input_activations": {
                 "num_bits": 8,

@@ -51,8 +51,8 @@ def make_plan(folder: Path, layout: str, per_token: bool = False) -> Plan:
     else:
         tensors, moved = stack_experts(source) if layout == "stacked" else split_experts(source)
         if not moved:
-            how = "stacked" if layout == "stacked" else "one by one"
-            raise ConvertError(f"{folder}: no INT8 experts that do not lie {how} already: serve it as it is")
+            arrangement = "stacked" if layout == "stacked" else "one by one"
+            raise ConvertError(f"{folder}: no INT8 experts that do not lie {arrangement} already: serve it as it is")
         config = carry_config(source, moved)
     source.raise_refusals()
     return Plan(folder, tensors, source.replace_config(config), [layout, per_token])

@@ -41,17 +41,17 @@ def _split(source: Source, entry: Any, names: list[str], weight: tuple[int, ...]
     """One expert's tensors by `names`, of the tensor of all; weight: the shape [E, N, K] of the experts' weight."""
     count, size, values = len(names), source.sizes[entry.name], prod(entry.shape)
     if entry.shape == weight or (values and entry.shape[0] == count) or values == count * weight[1]:
-        each, step = size // count, size // count
+        expert_size, step = size // count, size // count
         shape = entry.shape[1:]
     elif values in (1, weight[1]):  # one for all experts
-        each, step = size, 0
+        expert_size, step = size, 0
         shape = entry.shape
     else:
         source.refuse(entry.name, f"is {entry}, which is not one value an expert", ALIKE)
         return []
     if entry.shape != weight:
         shape = tuple(n for n in shape if n != 1)
-    return [Tensor(n, entry.dtype, shape, (Piece(entry, step * i, each),)) for i, n in enumerate(names)]
+    return [Tensor(n, entry.dtype, shape, (Piece(entry, step * i, expert_size),)) for i, n in enumerate(names)]
 
 
 def stack_experts(source: Source) -> tuple[list[Tensor], Moved]:
@@ -85,16 +85,16 @@ def _stack(source: Source, name: str, group: list[str]) -> list[Tensor]:
     tensors = []
     for kind in source.contents.modules[group[0]]:
         entries = [source.contents.modules[module].get(kind) for module in group]
-        alike = {(entry.dtype, entry.shape if kind == "weight" else None) for entry in entries if entry}
-        if None in entries or len(alike) > 1:
+        headers = {(entry.dtype, entry.shape if kind == "weight" else None) for entry in entries if entry}
+        if None in entries or len(headers) > 1:
             reason = f"{kind} of its experts {'is missing for some' if None in entries else 'differ in dtype or shape'}"
             source.refuse(name, reason, f"{ALIKE}, or leave its experts one by one")
             continue
-        shape, most = entries[0].shape, max(prod(entry.shape) for entry in entries)
+        shape, most_values = entries[0].shape, max(prod(entry.shape) for entry in entries)
         if kind != "weight":
-            shape = (most,) if most > 1 else ()
+            shape = (most_values,) if most_values > 1 else ()
         # One value per expert counts for all its rows where others have one per row.
-        times = [most // prod(entry.shape) if kind != "weight" else 1 for entry in entries]
+        times = [most_values // prod(entry.shape) if kind != "weight" else 1 for entry in entries]
         pieces = (Piece(e, 0, source.sizes[e.name], t) for e, t in zip(entries, times, strict=True))
         tensors.append(Tensor(f"{name}.{kind}", entries[0].dtype, (len(group), *shape), tuple(pieces)))
     extra = {kind for module in group for kind in source.contents.modules[module]}

@@ -40,10 +40,10 @@ def write(plan: Plan, out: Path, tell: Tell) -> None:
     headers = {name: _make_header(tensors) for name, tensors in files.items()}
     sizes = {name: len(headers[name]) + sum(t.size for t in tensors) for name, tensors in files.items()}
     with _claim(folder, plan):
-        left = sum(size for name, size in sizes.items() if not _is_there(folder / name, size))
+        remaining = sum(size for name, size in sizes.items() if not _is_there(folder / name, size))
         free = shutil.disk_usage(folder).free
-        if left > free:
-            reason = f"{left / 1e9:.1f} GB are to be written, and {free / 1e9:.1f} GB are free"
+        if remaining > free:
+            reason = f"{remaining / 1e9:.1f} GB are to be written, and {free / 1e9:.1f} GB are free"
             raise ConvertError(f"{folder}: {reason}: make room or name a folder on another disk")
         written, total = 0, sum(sizes.values())
         for name in sorted(files):
@@ -82,7 +82,7 @@ def _is_there(path: Path, size: int) -> bool:
 @contextlib.contextmanager
 def _claim(folder: Path, plan: Plan) -> Iterator[None]:
     """Make `folder` this conversion's, or take it up; no second process does at the same time."""
-    of = _fingerprint(plan)
+    fingerprint = _fingerprint(plan)
     if folder.exists() and not (folder / RECORD).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConvertError(f"{folder}: is no part of a conversion: delete it or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,11 +93,11 @@ def _claim(folder: Path, plan: Plan) -> Iterator[None]:
             raise ConvertError(f"{folder}: another process writes it: wait for it") from None
         record.seek(0)
         owner = record.read()
-        if owner and owner != of:
+        if owner and owner != fingerprint:
             reason = "is of another conversion, or the checkpoint has changed since"
             raise ConvertError(f"{folder}: {reason}: delete it and run again")
         if not owner:
-            record.write(of)
+            record.write(fingerprint)
             record.flush()
             os.fsync(record.fileno())
         yield
@@ -107,8 +107,8 @@ def _fingerprint(plan: Plan) -> str:
     """What makes two runs the same conversion: source files, and what is to be written."""
     sources = {piece.entry.file for tensor in plan.tensors for piece in tensor.pieces}
     stats = {path: os.stat(path) for path in sorted(sources)}
-    seen = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()]
-    text = json.dumps([os.path.realpath(plan.folder), plan.options, seen, plan.config], sort_keys=True)
+    source_stats = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()]
+    text = json.dumps([os.path.realpath(plan.folder), plan.options, source_stats, plan.config], sort_keys=True)
     return json.dumps({"of": str(plan.folder), "sha256": hashlib.sha256(text.encode()).hexdigest()})
 
 
@@ -128,11 +128,11 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _sync(folder: Path) -> None:
-    at = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(at)
+        os.fsync(descriptor)
     finally:
-        os.close(at)
+        os.close(descriptor)
 
 
 def _width(tensor: Tensor) -> tuple[int, str]:
@@ -162,9 +162,9 @@ def _copy(tensors: list[Tensor], file: BinaryIO) -> Iterator[int]:
                 if path not in opened:
                     opened[path] = os.open(path, os.O_RDONLY)
                     stack.callback(os.close, opened[path])
-                for at in range(0, piece.size, CHUNK):
-                    size = min(CHUNK, piece.size - at)
-                    data = os.pread(opened[path], size, piece.entry.offset + piece.start + at)
+                for offset in range(0, piece.size, CHUNK):
+                    size = min(CHUNK, piece.size - offset)
+                    data = os.pread(opened[path], size, piece.entry.offset + piece.start + offset)
                     if len(data) != size:
                         raise ConvertError(f"{path}: was cut short while it was read: copy or export it again")
                     file.write(data * piece.times)
@@ -195,9 +195,9 @@ def _write_rest(plan: Plan, folder: Path, files: dict[str, list[Tensor]]) -> Non
         texts[INDEX] = json.dumps(index, indent=2) + "\n"
     for path in _find_beside(plan.folder):
         if path.name not in ("config.json", INDEX) or path.parent != plan.folder:
-            to = folder / path.relative_to(plan.folder)
-            to.parent.mkdir(parents=True, exist_ok=True)
-            with _replacing(to) as file, open(path, "rb") as source:
+            target = folder / path.relative_to(plan.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _replacing(target) as file, open(path, "rb") as source:
                 shutil.copyfileobj(source, file)
     for name, text in texts.items():
         with _replacing(folder / name) as file:

@@ -72,7 +72,7 @@ class Builder:
         from vllm.model_executor.layers import linear
 
         rows = [numbers.rows(part) for part in range(len(layer.parts))]
-        words = {
+        settings = {
             "bias": "bias" in numbers.kinds(0),
             "quant_config": self.quant_config,
             "prefix": self.name_of(layer),
@@ -80,18 +80,18 @@ class Builder:
         }
         columns = layer.shape[1]
         if layer.kind == "linear":
-            return linear.ReplicatedLinear(columns, rows[0], **words)
+            return linear.ReplicatedLinear(columns, rows[0], **settings)
         if layer.kind == "qkv_proj" and rows[1] == rows[2]:
             head = math.gcd(rows[0], rows[1])
-            return linear.QKVParallelLinear(columns, head, rows[0] // head, rows[1] // head, **words)
-        return linear.MergedColumnParallelLinear(columns, rows, **words)
+            return linear.QKVParallelLinear(columns, head, rows[0] // head, rows[1] // head, **settings)
+        return linear.MergedColumnParallelLinear(columns, rows, **settings)
 
     def _make_experts(self, layer: Layer) -> Any:
         from vllm.model_executor.layers import fused_moe
 
-        make = getattr(fused_moe, "FusedMoEFactory", None) or fused_moe.FusedMoE
+        make_layer = getattr(fused_moe, "FusedMoEFactory", None) or fused_moe.FusedMoE
         experts, width, hidden = layer.shape
-        module = make(
+        module = make_layer(
             num_experts=experts,
             top_k=min(TOP_K, experts),
             hidden_size=hidden,
@@ -113,8 +113,8 @@ class Builder:
             if hasattr(module, ensure):
                 getattr(module, ensure)()
         apply = module.quant_method.apply
-        more = len(inspect.signature(apply).parameters) - 4
-        out = apply(module, x.clone(), *routes, *[None] * more)
+        extra_arguments = len(inspect.signature(apply).parameters) - 4
+        out = apply(module, x.clone(), *routes, *[None] * extra_arguments)
         return out
 
     def forget(self, layer: Layer) -> None:
@@ -185,7 +185,7 @@ def environment(dtype: torch.dtype) -> Iterator[Builder]:
         raise QuarkError("vLLM finds no device on this machine: run where it serves")
     handle, store = tempfile.mkstemp()
     os.close(handle)
-    config, old = VllmConfig(), torch.get_default_dtype()
+    config, old_dtype = VllmConfig(), torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
         # The store takes its file along, in some releases.
         stack.callback(Path(store).unlink, missing_ok=True)
@@ -199,7 +199,7 @@ def environment(dtype: torch.dtype) -> Iterator[Builder]:
             backend=getattr(current_platform, "dist_backend", None) or "gloo",
         )
         initialize_model_parallel(1, 1)
-        stack.callback(torch.set_default_dtype, old)
+        stack.callback(torch.set_default_dtype, old_dtype)
         torch.set_default_dtype(dtype)
         with contextlib.suppress(ImportError):
             from vllm.v1.worker import workspace

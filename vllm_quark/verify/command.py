@@ -43,7 +43,7 @@ def verify(
     input.
     """
     count = _read_count(layers)
-    _judge_report(report)
+    _check_report_path(report)
     from vllm_quark.checkpoint import read_checkpoint
     from vllm_quark.verify.layers import choose_layers, find_layers
 
@@ -55,30 +55,30 @@ def verify(
     if contents.report.problems:
         first, *more = contents.report.problems
         raise QuarkError(f"{first}{f' (and {len(more)} more: vllm-quark check {checkpoint})' if more else ''}")
-    if contents.modules is None or not contents.modules.int8 or not (every := find_layers(contents)):
+    if contents.modules is None or not contents.modules.int8 or not (all_layers := find_layers(contents)):
         raise QuarkError(f"{checkpoint}: no layer is INT8: there is nothing to verify")
     try:
         import torch  # noqa: F401
     except ImportError as e:
         raise QuarkError(f"this Python has no torch ({e}): run it in vLLM's environment") from e
-    chosen = choose_layers(every, len(every) if count is None else count)
+    chosen = choose_layers(all_layers, len(all_layers) if count is None else count)
     machine, rows = _measure(contents, chosen)
-    scope = f"{len(chosen)} of {len(every)} layers, some of each kind, shape and scheme"
+    scope = f"{len(chosen)} of {len(all_layers)} layers, some of each kind, shape and scheme"
     origin = f"Made {datetime.datetime.now():%Y-%m-%d %H:%M} by: vllm-quark {' '.join(sys.argv[1:])}"
-    notes = [f"{scope if len(chosen) < len(every) else 'All layers'}. {origin}"]
+    notes = [f"{scope if len(chosen) < len(all_layers) else 'All layers'}. {origin}"]
     if report:
         from vllm_quark.verify.report import make_page
 
-        part = _aside(report)
-        part.write_text(make_page(checkpoint.absolute().name, machine, notes, rows), encoding="utf-8")
-        part.replace(report)
+        unfinished = _unfinished_path(report)
+        unfinished.write_text(make_page(checkpoint.absolute().name, machine, notes, rows), encoding="utf-8")
+        unfinished.replace(report)
     is_right = all(row.is_good for row in rows)
     if as_json:
-        found_layers = [vars(row) | {k: _as_json(getattr(row, k)) for k in ("error", "worst")} for row in rows]
-        result = {"checkpoint": str(checkpoint), "right": is_right, "machine": machine, "layers": found_layers}
+        entries = [vars(row) | {k: _as_json(getattr(row, k)) for k in ("error", "worst")} for row in rows]
+        result = {"checkpoint": str(checkpoint), "right": is_right, "machine": machine, "layers": entries}
         print(json.dumps(result, indent=1))
     else:
-        _show(rows, machine, len(every))
+        _show(rows, machine, len(all_layers))
         if report:
             print(f"{report}: {ISSUE}")
     return int(not is_right)
@@ -97,7 +97,7 @@ def _read_count(layers: str) -> int | None:
     return int(layers)
 
 
-def _judge_report(report: Path | None) -> None:
+def _check_report_path(report: Path | None) -> None:
     if report and not report.absolute().parent.is_dir():
         raise QuarkError(f"{report.parent}: is no folder: make it first")
     if report and report.is_dir():
@@ -105,13 +105,13 @@ def _judge_report(report: Path | None) -> None:
     if report:
         # Hours of measuring are not to end here.
         try:
-            _aside(report).touch()
-            _aside(report).unlink()
+            _unfinished_path(report).touch()
+            _unfinished_path(report).unlink()
         except OSError as e:
             raise QuarkError(f"{report}: cannot be written: {e.strerror}: name a file elsewhere") from e
 
 
-def _aside(report: Path) -> Path:
+def _unfinished_path(report: Path) -> Path:
     """Where a report lies until it is whole."""
     return report.with_name(f".{report.name}.{os.getpid()}")
 

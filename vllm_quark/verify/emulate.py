@@ -75,9 +75,9 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None)
     step = max(1, CHUNK // max(1, weight.shape[1]))
     outs = []
     scales = None if scale is None else scale.double().reshape(-1, 1).expand(weight.shape[0], 1).to(x.device)
-    for at in range(0, weight.shape[0], step):
-        part = weight[at : at + step].to(x.device).double()
-        outs.append(x @ (part if scales is None else part * scales[at : at + step]).t())
+    for start in range(0, weight.shape[0], step):
+        part = weight[start : start + step].to(x.device).double()
+        outs.append(x @ (part if scales is None else part * scales[start : start + step]).t())
     return torch.cat(outs, -1)
 
 

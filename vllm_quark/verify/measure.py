@@ -89,8 +89,8 @@ def make_inputs(layer: Layer, numbers: Numbers, dtype: torch.dtype) -> torch.Ten
         zero = numbers.get(0, "input_zero_point", 0 if layer.kind == "experts" else None)
     if scale is not None:
         step = scale.float().max().item()
-        at = 0.0 if layer.scheme.symmetric or zero is None else zero.float().reshape(-1)[0].item()
-        low, high = (-127 - at) * step, (127 - at) * step
+        zero_value = 0.0 if layer.scheme.symmetric or zero is None else zero.float().reshape(-1)[0].item()
+        low, high = (-127 - zero_value) * step, (127 - zero_value) * step
         x = (x / max(x.max().item() / high, x.min().item() / low, 1e-30)) if low < 0 < high else x * step
     elif dtype == torch.float16:
         x *= 0.05
@@ -115,8 +115,8 @@ def deviate(out: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
         return math.inf, math.inf
     norms = expected.norm(dim=-1)
     floor = (1e-3 * norms.max()).clamp(min=1e-30)
-    whole = error.norm() / expected.norm().clamp(min=1e-30)
-    return whole.item(), (error.norm(dim=-1) / norms.clamp(min=floor)).max().item()
+    relative_error = error.norm() / expected.norm().clamp(min=1e-30)
+    return relative_error.item(), (error.norm(dim=-1) / norms.clamp(min=floor)).max().item()
 
 
 def _read_schemes(layer: Layer) -> Iterator[tuple[str, Any]]:

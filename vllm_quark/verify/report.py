@@ -59,31 +59,31 @@ def _make_row(row: Row) -> str:
 
 def draw_errors(rows: list[Row]) -> str:
     """An SVG of each layer's error, on a logarithmic axis, in the model's order; the limit is a dashed line."""
-    wide, high = WIDTH - LEFT - RIGHT_EDGE, HEIGHT - TOP - BOTTOM
+    width, height = WIDTH - LEFT - RIGHT_EDGE, HEIGHT - TOP - BOTTOM
     errors = [r.error for r in rows if r.error is not None and math.isfinite(r.error) and r.error > 0]
     least = 10 ** math.floor(math.log10(min([LIMIT / 10, *(max(e, LEAST) for e in errors)])))
     most = 10 ** math.ceil(math.log10(max([LIMIT * 10, *(min(e, MOST) for e in errors)])))
 
     def x_of(index: int) -> float:
-        return LEFT + wide * (index + 0.5) / max(1, len(rows))
+        return LEFT + width * (index + 0.5) / max(1, len(rows))
 
     def y_of(error: float) -> float:
-        at = math.log10(min(max(error, least), most) / least) / math.log10(most / least)
-        return TOP + high * (1 - at)
+        share = math.log10(min(max(error, least), most) / least) / math.log10(most / least)
+        return TOP + height * (1 - share)
 
     kinds = {kind: COLOURS[i % len(COLOURS)] for i, kind in enumerate(dict.fromkeys(row.kind for row in rows))}
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="error by layer">']
     decade = least
     while decade <= most * 1.001:
         y = y_of(decade)
-        parts.append(f'<line x1="{LEFT}" x2="{LEFT + wide}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e5e8eb"/>')
+        parts.append(f'<line x1="{LEFT}" x2="{LEFT + width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e5e8eb"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{100 * decade:g} %</text>')
         decade *= 10
     y = y_of(LIMIT)
     parts.append(
-        f'<line x1="{LEFT}" x2="{LEFT + wide}" y1="{y:.1f}" y2="{y:.1f}" stroke="#cf222e" stroke-dasharray="6 4"/>'
+        f'<line x1="{LEFT}" x2="{LEFT + width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#cf222e" stroke-dasharray="6 4"/>'
     )
-    parts.append(f'<text x="{LEFT + wide}" y="{y - 5:.1f}" text-anchor="end">limit</text>')
+    parts.append(f'<text x="{LEFT + width}" y="{y - 5:.1f}" text-anchor="end">limit</text>')
     for i, row in enumerate(rows):
         title = f"<title>{escape(row.layer)}: {show_number(row.error) or row.status}</title>"
         x, colour = x_of(i), kinds[row.kind]
@@ -103,12 +103,12 @@ def draw_errors(rows: list[Row]) -> str:
         parts.append(
             f'<text x="{x_of(i):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="{anchor}">{escape(rows[i].layer)}</text>'
         )
-    at = LEFT
+    legend_x = LEFT
     for kind, colour in kinds.items():
         parts.append(
-            f'<circle cx="{at + 5}" cy="{HEIGHT - 16}" r="5" fill="{colour}"/>'
-            f'<text x="{at + 15}" y="{HEIGHT - 12}">{escape(kind)}</text>'
+            f'<circle cx="{legend_x + 5}" cy="{HEIGHT - 16}" r="5" fill="{colour}"/>'
+            f'<text x="{legend_x + 15}" y="{HEIGHT - 12}">{escape(kind)}</text>'
         )
-        at += 40 + 8 * len(kind)
+        legend_x += 40 + 8 * len(kind)
     parts.append(f'<text x="{LEFT}" y="18">error over the norm of the output; × : vLLM stopped, or no number</text>')
     return "".join(parts) + "</svg>"

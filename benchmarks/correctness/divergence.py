@@ -31,14 +31,15 @@ def main() -> None:
     for base in sorted(args.results.glob("*-mtp-0.json")):
         name = base.name.removesuffix("-mtp-0.json")
         ckpt = NANO if name == "bf16" else args.ckpts / name
-        one = json.loads(base.read_text())["continuations"]
-        for other in sorted(args.results.glob(f"{name}-*.json")):
-            kind = other.stem.removeprefix(f"{name}-")
-            if other == base or not re.match(r"mtp-\d|tensor|expert|pipeline|data", kind):
+        base_texts = json.loads(base.read_text())["continuations"]
+        for result in sorted(args.results.glob(f"{name}-*.json")):
+            kind = result.stem.removeprefix(f"{name}-")
+            if result == base or not re.match(r"mtp-\d|tensor|expert|pipeline|data", kind):
                 continue
-            gaps = judge.gaps(ckpt, one, json.loads(other.read_text())["continuations"])
-            shown = ", ".join(f"{g:.3f}" for g in gaps)
-            print(f"| {name} | {kind} | {len(gaps)} of {len(one)} | {max(gaps, default=0):.3f} | {shown} |", flush=True)
+            gaps = judge.gaps(ckpt, base_texts, json.loads(result.read_text())["continuations"])
+            listed = ", ".join(f"{g:.3f}" for g in gaps)
+            parted, largest = f"{len(gaps)} of {len(base_texts)}", max(gaps, default=0)
+            print(f"| {name} | {kind} | {parted} | {largest:.3f} | {listed} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from examples.step3p5_nano.lab import Judge, LabError, Result, before, shadow
+from examples.step3p5_nano.lab import Judge, LabError, Result, make_pythonpath, shadow
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +31,7 @@ TRITON = ("series, Triton linear", "quark-all")
 LAYERS = ["stock", "series"]
 
 
-def patches(name: str) -> list[str] | None:
+def patches_of(name: str) -> list[str] | None:
     if name == "series":
         return None
     if name == "stock":
@@ -57,17 +57,17 @@ def main() -> int:
     )
     args.out.mkdir(parents=True, exist_ok=True)
     temp = Path(tempfile.mkdtemp(prefix="vllm-quark-"))
-    trees = {n: shadow(temp / n.replace(" ", "-"), patches(n)) for n in {*ENGINE, *LAYERS}}
+    trees = {n: shadow(temp / n.replace(" ", "-"), patches_of(n)) for n in {*ENGINE, *LAYERS}}
     judge = Judge(stdlib=args.stdlib)
 
-    def engine(name: str, ckpt: str, **env: str) -> Result | str:
+    def run_engine(name: str, ckpt: str, **env: str) -> Result | str:
         try:
             out = args.out / f"{trees[name].name}-{ckpt}{'-triton' if env else ''}.json"
             return judge.run(args.ckpts.absolute() / ckpt, trees[name], out, **env)
         except LabError as e:
             return str(e).splitlines()[-1][:160]
 
-    def layers(name: str) -> tuple[str, list[str]]:
+    def run_layers(name: str) -> tuple[str, list[str]]:
         log = args.out / f"layers-{trees[name].name}.log"
         with open(log, "w") as f:
             subprocess.run(
@@ -75,7 +75,7 @@ def main() -> int:
                 cwd=ROOT,
                 stdout=f,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONPATH": before(trees[name])},
+                env={**os.environ, "PYTHONPATH": make_pythonpath(trees[name])},
             )
         text = log.read_text()
         summary = re.findall(r"^.*\b(?:passed|failed|error).* in .*$", text, re.M)
@@ -85,22 +85,23 @@ def main() -> int:
         runs: dict[tuple[str, str], Future] = {}
         for name, ckpts in ENGINE.items():
             for ckpt in ckpts:
-                runs[name, ckpt] = pool.submit(engine, name, ckpt)
+                runs[name, ckpt] = pool.submit(run_engine, name, ckpt)
         disabled = "CutlassInt8ScaledMMLinearKernel"
-        runs[TRITON] = pool.submit(engine, "series", TRITON[1], VLLM_DISABLED_KERNELS=disabled)
-        tests = {name: pool.submit(layers, name) for name in LAYERS if not args.engines_only}
+        runs[TRITON] = pool.submit(run_engine, "series", TRITON[1], VLLM_DISABLED_KERNELS=disabled)
+        tests = {name: pool.submit(run_layers, name) for name in LAYERS if not args.engines_only}
         emulated = {c: judge.emulate(args.ckpts / c) for c in ("quark", "quark-all")}
     table = {"reference BF16": vars(judge.reference), **{f"emulation {c}": vars(r) for c, r in emulated.items()}}
     print(f"\n| {'vLLM':9} | {'checkpoint':22} | perplexity | top-1 | text |\n|---|---|---|---|---|")
-    for name, r in [("float reference", judge.reference), *((f"W8A8 emulation, {c}", r) for c, r in emulated.items())]:
-        print(f"| {name} | | {r.shown} | {r.agreement:.1%} | `{r.text!r}` |")
+    references = {"float reference": judge.reference} | {f"W8A8 emulation, {c}": r for c, r in emulated.items()}
+    for name, result in references.items():
+        print(f"| {name} | | {result.perplexity_text} | {result.agreement:.1%} | `{result.text!r}` |")
     for (name, ckpt), future in runs.items():
-        r = future.result()
-        if isinstance(r, str):
-            print(f"| {name:9} | {ckpt:22} | fails: {r} | | |")
+        result = future.result()
+        if isinstance(result, str):
+            print(f"| {name:9} | {ckpt:22} | fails: {result} | | |")
         else:
-            print(f"| {name:9} | {ckpt:22} | {r.shown} | {r.agreement:.1%} | `{r.text!r}` |")
-            table[f"{name} {ckpt}"] = vars(r)
+            print(f"| {name:9} | {ckpt:22} | {result.perplexity_text} | {result.agreement:.1%} | `{result.text!r}` |")
+            table[f"{name} {ckpt}"] = vars(result)
     if tests:
         print("\n| vLLM | tests/quantization/quark |\n|---|---|")
     for name, future in tests.items():

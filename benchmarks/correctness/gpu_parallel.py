@@ -62,8 +62,8 @@ def main() -> int:
         """The worse of two data-parallel ranks that serve the same prompts."""
         shared = {"VLLM_DP_SIZE": "2", "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": str(find_port())}
         ranks = [shared | {"VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)} for rank in range(2)]
-        with ThreadPoolExecutor(2) as both:
-            jobs = [both.submit(run, f"{name} {r['VLLM_DP_RANK']}", ckpt, *flags, **r) for r in ranks]
+        with ThreadPoolExecutor(2) as workers:
+            jobs = [workers.submit(run, f"{name} {r['VLLM_DP_RANK']}", ckpt, *flags, **r) for r in ranks]
             results = [job.result() for job in jobs]
         failed = next((r for r in results if "error" in r), None)
         return failed or max(results, key=lambda r: r["perplexity"] or math.inf)
@@ -71,44 +71,47 @@ def main() -> int:
     windows = torch.tensor(judge.windows)
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = {(c, n): pool.submit(run, f"mtp {n}", c, "--speculate", str(n)) for c in SPECULATE for n in args.drafts}
-        wide = {
+        parallel = {
             (c, name): pool.submit(run, name, c, *flags)
             for name, flags in PARALLEL.items()
             if int(flags[1]) <= gpus
             for c in ("quark", "stacked", "quark-all")
         }
-        wide |= {
+        parallel |= {
             (c, name): pool.submit(run_ranks, name, c, *flags)
             for name, flags in DATA_PARALLEL.items()
             if gpus > 1
             for c in ("quark", "stacked", "quark-all")
         }
-        wide |= {(c, "one GPU"): pool.submit(run, "one", c) for c in ("stacked",) if wide}
+        parallel |= {(c, "one GPU"): pool.submit(run, "one", c) for c in ("stacked",) if parallel}
         print(f"float reference: {acceptance(load(NANO), windows):.1%} of the first MTP layer's tokens agree")
 
-        def same(result: dict, one: dict) -> str:
-            pairs = list(zip(result["continuations"], one["continuations"], strict=True))
-            whole = sum(a == b for a, b in pairs)
+        def count_same(result: dict, baseline: dict) -> str:
+            pairs = list(zip(result["continuations"], baseline["continuations"], strict=True))
+            texts = sum(a == b for a, b in pairs)
             tokens = sum(x == y for a, b in pairs for x, y in zip(a, b, strict=True))
-            return f"{whole} of {len(pairs)} texts, {tokens} of {sum(len(a) for a, _ in pairs)} tokens"
+            return f"{texts} of {len(pairs)} texts, {tokens} of {sum(len(a) for a, _ in pairs)} tokens"
 
         print("\n| checkpoint | drafted at a time | perplexity | accepted | same as without |\n|---|---|---|---|---|")
         for (ckpt, count), future in runs.items():
-            r, one = future.result(), runs[ckpt, 0].result()
-            if "error" in r:
-                print(f"| {ckpt} | {count} | fails: {r['error']} | | |")
+            result, baseline = future.result(), runs[ckpt, 0].result()
+            if "error" in result:
+                print(f"| {ckpt} | {count} | fails: {result['error']} | | |")
                 continue
-            rate = f"{r['accepted'] / r['drafted']:.1%} of {r['drafted']:.0f}" if r["drafted"] else ""
-            print(f"| {ckpt} | {count} | {r['perplexity']:.4f} | {rate} | {same(r, one)} |", flush=True)
-        if wide:
+            drafted, accepted = result["drafted"], result["accepted"]
+            rate = f"{accepted / drafted:.1%} of {drafted:.0f}" if drafted else ""
+            same = count_same(result, baseline)
+            print(f"| {ckpt} | {count} | {result['perplexity']:.4f} | {rate} | {same} |", flush=True)
+        if parallel:
             print("\n| checkpoint | how | perplexity | same as on one |\n|---|---|---|---|")
-        for (ckpt, name), future in wide.items():
-            r = future.result()
-            one = (wide if ckpt == "stacked" else runs)[ckpt, "one GPU" if ckpt == "stacked" else 0].result()
-            if "error" in r:
-                print(f"| {ckpt} | {name} | fails: {r['error']} | |")
+        for (ckpt, name), future in parallel.items():
+            result = future.result()
+            baseline = (parallel[ckpt, "one GPU"] if ckpt == "stacked" else runs[ckpt, 0]).result()
+            if "error" in result:
+                print(f"| {ckpt} | {name} | fails: {result['error']} | |")
             else:
-                print(f"| {ckpt} | {name} | {r['perplexity']:.4f} | {same(r, one)} |", flush=True)
+                same = count_same(result, baseline)
+                print(f"| {ckpt} | {name} | {result['perplexity']:.4f} | {same} |", flush=True)
     return 0
 
 

@@ -104,7 +104,7 @@ def make_requests(count: int, seed: int = 0) -> list[Request]:
 # The client
 
 
-async def ask(client: openai.AsyncOpenAI, request: Request, patience: float) -> Answer:
+async def send_request(client: openai.AsyncOpenAI, request: Request, patience: float) -> Answer:
     """One request; `patience`: seconds after which one that is to be cancelled is, if it is not streamed."""
     answer, started = Answer(), time.monotonic()
     common = {
@@ -138,17 +138,17 @@ async def ask(client: openai.AsyncOpenAI, request: Request, patience: float) -> 
     return answer
 
 
-async def offer(url: str, asked: list[Request], at_once: int, watch: "Memory | None" = None) -> list[Answer]:
+async def send_requests(url: str, workload: list[Request], at_once: int, watch: "Memory | None" = None) -> list[Answer]:
     """The answers of the server at `url`, in the requests' order; `at_once` requests in flight."""
-    answers = [Answer() for _ in asked]
-    left = iter(range(len(asked)))
-    took = [2.0]
+    answers = [Answer() for _ in workload]
+    indices = iter(range(len(workload)))
+    durations = [2.0]
 
-    async def work(client: openai.AsyncOpenAI) -> None:
-        for i in left:
-            answers[i] = await ask(client, asked[i], took[-1] / 2)
+    async def send_next(client: openai.AsyncOpenAI) -> None:
+        for i in indices:
+            answers[i] = await send_request(client, workload[i], durations[-1] / 2)
             if not answers[i].cancelled:
-                took.append(answers[i].seconds)
+                durations.append(answers[i].seconds)
             if watch is not None:
                 watch.look()
 
@@ -158,7 +158,7 @@ async def offer(url: str, asked: list[Request], at_once: int, watch: "Memory | N
     async with openai.AsyncOpenAI(
         base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300, http_client=http
     ) as client:
-        await asyncio.gather(*(work(client) for _ in range(at_once)))
+        await asyncio.gather(*(send_next(client) for _ in range(at_once)))
     return answers
 
 
@@ -171,11 +171,11 @@ class Memory:
 
     def look(self) -> None:
         root = psutil.Process(self.process)
-        held = 0
+        size = 0
         for p in (root, *root.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
-                held += p.memory_full_info().pss
-        self.seen.append(held / 1e6)
+                size += p.memory_full_info().pss
+        self.seen.append(size / 1e6)
 
     def quarters(self) -> list[float]:
         """The mean of each quarter of the requests."""
@@ -254,17 +254,17 @@ class Server:
 
     def faults(self) -> list[str]:
         """Requests that it still holds 20 s after the last one, and errors in its log."""
-        wanted = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        gauges = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
         for _ in range(40):
             text = requests.get(f"{self.url}/metrics", timeout=10).text
-            values = {name: re.search(rf"^vllm:{name}{{.*}} (\S+)$", text, re.M) for name in wanted}
+            values = {name: re.search(rf"^vllm:{name}{{.*}} (\S+)$", text, re.M) for name in gauges}
             figures = {name: float(m[1]) for name, m in values.items() if m}
-            if len(figures) == len(wanted) and not any(figures.values()):
+            if len(figures) == len(gauges) and not any(figures.values()):
                 break
             time.sleep(0.5)
-        held = [] if figures == dict.fromkeys(wanted, 0.0) else [f"without a request: {figures}"]
+        leftovers = [] if figures == dict.fromkeys(gauges, 0.0) else [f"without a request: {figures}"]
         return (
-            held
+            leftovers
             + [
                 line
                 for line in self.log.read_text(errors="replace").splitlines()
@@ -286,10 +286,10 @@ def serving(*args: Any, **settings: Any) -> Iterator[Server]:
 # What the answers should be
 
 
-def answer_alone(ckpt: Path, asked: list[Request], folder: Path, **env: str) -> list[dict]:
+def answer_alone(ckpt: Path, workload: list[Request], folder: Path, **env: str) -> list[dict]:
     """For each request its "prompt" and "tokens", ids, by an offline engine in another process that has it alone."""
     questions, out = folder / "requests.json", folder / "alone.json"
-    questions.write_text(json.dumps([asdict(r) for r in asked]))
+    questions.write_text(json.dumps([asdict(r) for r in workload]))
     words = [sys.executable, "-m", "benchmarks.correctness.serve_load", ckpt, "--alone", questions, out]
     env = {**os.environ, "VLLM_LOGGING_LEVEL": "WARNING", **env}
     with open(folder / "alone.log", "w") as log:
@@ -325,10 +325,10 @@ def _answer_alone(ckpt: Path, questions: Path, out: Path) -> None:
     out.write_text(json.dumps(answers))
 
 
-def compare(ckpt: Path, asked: list[Request], answers: list[Answer], alone: list[dict]) -> Report:
+def compare(ckpt: Path, workload: list[Request], answers: list[Answer], alone: list[dict]) -> Report:
     """Hold the answers against those that an engine gives to each request alone."""
-    reference, report = load(ckpt), Report(len(asked))
-    for i, (request, answer, expected) in enumerate(zip(asked, answers, alone, strict=True)):
+    reference, report = load(ckpt), Report(len(workload))
+    for i, (request, answer, expected) in enumerate(zip(workload, answers, alone, strict=True)):
         label = f"request {i} ({'chat' if request.chat else 'completion'}, {len(expected['prompt'])} tokens)"
         report.cancelled += answer.cancelled
         if answer.error:
@@ -337,15 +337,15 @@ def compare(ckpt: Path, asked: list[Request], answers: list[Answer], alone: list
             continue
         report.tokens += len(answer.tokens)
         size = min(len(answer.tokens), len(expected["tokens"]))
-        parts = gap(reference, expected["prompt"], answer.tokens[:size], expected["tokens"][:size])
-        if parts is None:
+        split_gap = gap(reference, expected["prompt"], answer.tokens[:size], expected["tokens"][:size])
+        if split_gap is None:
             report.same += 1
             if not answer.cancelled and not answer.error and len(answer.tokens) != len(expected["tokens"]):
                 report.faults.append(f"{label}: {len(answer.tokens)} tokens, alone {len(expected['tokens'])}")
         else:
-            report.parted.append(round(parts, 3))
-            if parts > TIE:
-                report.faults.append(f"{label}: another answer than alone, {parts:.2f} nats from it")
+            report.parted.append(round(split_gap, 3))
+            if split_gap > TIE:
+                report.faults.append(f"{label}: another answer than alone, {split_gap:.2f} nats from it")
     report.parted.sort()
     return report
 
@@ -353,9 +353,9 @@ def compare(ckpt: Path, asked: list[Request], answers: list[Answer], alone: list
 # The whole
 
 
-async def kill_under_load(server: Server, asked: list[Request]) -> int:
+async def kill_under_load(server: Server, workload: list[Request]) -> int:
     """Kill the server with `asked` in flight; how many of them came back with an error of the connection."""
-    load = asyncio.create_task(offer(server.url, asked, len(asked)))
+    load = asyncio.create_task(send_requests(server.url, workload, len(workload)))
     await asyncio.sleep(1)
     server.kill()
     return sum(bool(a.error) for a in await load)
@@ -417,34 +417,34 @@ def bench(url: str, ckpt: Path, count: int, at_once: int, folder: Path) -> dict:
 
 def run(ckpt: Path, count: int, at_once: int, folder: Path, flags: list[str]) -> dict:
     """All of it; "faults" is empty where it went as it should."""
-    asked = make_requests(count)
-    alone = answer_alone(ckpt, asked, folder)
+    workload = make_requests(count)
+    alone = answer_alone(ckpt, workload, folder)
     result: dict[str, Any] = {"faults": []}
     port = find_port()
     for name in ("first", "again"):
         with serving(ckpt, folder / f"{name}.log", port, *flags) as server:
             # oneDNN keeps what it compiles for each number of rows, up to a limit: memory grows until that is reached.
-            others = asyncio.run(offer(server.url, make_requests(count, seed=1), at_once))
+            warm_up = asyncio.run(send_requests(server.url, make_requests(count, seed=1), at_once))
             memory = Memory(server.process.pid)
             memory.look()
-            before, started = memory.seen.pop(), time.monotonic()
-            answers = asyncio.run(offer(server.url, asked, at_once, memory))
+            memory_before, started = memory.seen.pop(), time.monotonic()
+            answers = asyncio.run(send_requests(server.url, workload, at_once, memory))
             seconds = time.monotonic() - started
-            report = compare(ckpt, asked, answers, alone)
-            failed = [a.error for a in others if a.error]
+            report = compare(ckpt, workload, answers, alone)
+            failed = [a.error for a in warm_up if a.error]
             faults = [f"{name}: {f}" for f in failed + report.faults + memory.faults() + server.faults()]
             result[name] = {
                 **asdict(report),
                 "seconds": round(seconds, 1),
                 "faults": faults,
                 "start_seconds": round(server.start_seconds, 1),
-                "memory_before": round(before, 1),
+                "memory_before": round(memory_before, 1),
                 "memory": memory.quarters(),
             }
             print(name, json.dumps(result[name]), flush=True)
             result["faults"] += faults
             if name == "first":
-                result["broken off"] = asyncio.run(kill_under_load(server, asked[:at_once]))
+                result["broken off"] = asyncio.run(kill_under_load(server, workload[:at_once]))
                 if not result["broken off"]:
                     result["faults"].append("killed: every request in flight was answered")
             else:

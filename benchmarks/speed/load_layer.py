@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARDS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
-def write(folder: Path, layers: int, experts: int, hidden: int, width: int) -> None:
+def write_checkpoint(folder: Path, layers: int, experts: int, hidden: int, width: int) -> None:
     """One safetensors file per layer."""
     import torch
     from safetensors.torch import save_file
@@ -83,8 +83,8 @@ def load(folder: Path, layers: int, experts: int, hidden: int, width: int, tp: i
         config = utils.quark_config()
         start = time.perf_counter()
         config.maybe_update_config(str(folder))
-        headers = time.perf_counter() - start
-        shadows = [
+        header_seconds = time.perf_counter() - start
+        modules = [
             utils.make_experts(
                 num_experts=experts,
                 top_k=8,
@@ -97,26 +97,26 @@ def load(folder: Path, layers: int, experts: int, hidden: int, width: int, tp: i
             )
             for layer in range(layers)
         ]
-        for layer in shadows:
+        for layer in modules:
             for param in layer.parameters():
                 param.data.zero_()  # its pages
     # Outside of the environment: its default device makes each of torch's functions slower, and the engine has none
     # while it loads.
     start = time.perf_counter()
     if by_model:
-        load_model(shadows, folder, experts)
+        load_model(modules, folder, experts)
     else:
-        load_tensors(shadows, folder)
+        load_tensors(modules, folder)
     try:
         from vllm.model_executor.layers.quantization.quark.int8 import finish_experts
     except ImportError:
         pass
     else:
-        for layer in shadows:
+        for layer in modules:
             finish_experts(layer)
     if utils.DEVICE == "cuda":
         torch.cuda.synchronize()
-    return headers + time.perf_counter() - start
+    return header_seconds + time.perf_counter() - start
 
 
 def main() -> None:
@@ -135,16 +135,16 @@ def main() -> None:
     if args.load:
         print("seconds", *(load(args.load, *shape, args.tp[0], args.model) for _ in range(args.rounds)))
         return
-    from examples.step3p5_nano.lab import before, shadow
+    from examples.step3p5_nano.lab import make_pythonpath, shadow
 
     with tempfile.TemporaryDirectory(prefix="load-time-") as temp:
         folder = Path(temp) / "ckpt"
         folder.mkdir()
-        write(folder, *shape)
+        write_checkpoint(folder, *shape)
         size = sum(f.stat().st_size for f in folder.iterdir()) / 1e9
         trees = {"stock": shadow(Path(temp) / "stock", []), "series": shadow(Path(temp) / "series", None)}
         for tp in args.tp:
-            took: dict[str, list[float]] = {name: [] for name in trees}
+            durations: dict[str, list[float]] = {name: [] for name in trees}
             for run in range(args.runs + 1):
                 for name, tree in trees.items():
                     command = [sys.executable, "-m", "benchmarks.speed.load_layer", "--load", folder, "--tp", str(tp)]
@@ -152,17 +152,17 @@ def main() -> None:
                     for option, number in zip(options, (*shape, args.rounds), strict=True):
                         command += [f"--{option}", str(number)]
                     command += ["--model"] * args.model
-                    env = {**os.environ, "PYTHONPATH": before(tree)}
+                    env = {**os.environ, "PYTHONPATH": make_pythonpath(tree)}
                     result = subprocess.run(
                         [str(c) for c in command], cwd=ROOT, env=env, check=True, capture_output=True, text=True
                     )
                     if run:  # the first warms the page cache
                         rounds = [float(value) for value in result.stdout.split("seconds ")[1].split()]
-                        took[name].append(statistics.median(rounds[1:] or rounds))
-            medians = {name: statistics.median(values) for name, values in took.items()}
+                        durations[name].append(statistics.median(rounds[1:] or rounds))
+            medians = {name: statistics.median(values) for name, values in durations.items()}
             print(
                 f"{size:.2f} GB, tensor parallel {tp}:",
-                "; ".join(f"{n} {', '.join(f'{v:.3f}' for v in values)} s" for n, values in took.items()),
+                "; ".join(f"{n} {', '.join(f'{v:.3f}' for v in values)} s" for n, values in durations.items()),
                 f"; series / stock {medians['series'] / medians['stock']:.3f}",
                 flush=True,
             )

@@ -13,7 +13,6 @@ SRC is what export.py wrote.
 
 import argparse
 import json
-import os
 import re
 import shutil
 import sys
@@ -85,18 +84,16 @@ def main() -> int:
         return 2
     tensors = LAYOUTS[args.layout](tensors, config)
     args.dst.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=args.dst.parent, prefix=f".{args.dst.name}."))
-    try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, new / "model.safetensors", {"format": "pt"})
-        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for f in args.src.glob("*.json"):
-            if f.name not in ("config.json", "model.safetensors.index.json"):
-                shutil.copy(f, new)
-        new.chmod(0o755)
+    with tempfile.TemporaryDirectory(dir=args.dst.parent, prefix=f".{args.dst.name}.") as aside:
+        out = Path(aside, args.dst.name)
+        out.mkdir()
+        save_file({k: v.contiguous() for k, v in tensors.items()}, out / "model.safetensors", {"format": "pt"})
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for file in args.src.glob("*.json"):
+            if file.name not in ("config.json", "model.safetensors.index.json"):
+                shutil.copy(file, out)
         shutil.rmtree(args.dst, ignore_errors=True)
-        os.rename(new, args.dst)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        out.rename(args.dst)
     return 0
 
 

@@ -40,7 +40,7 @@ def write_rows(out: Path, judge: Judge, emulated: Result, rows: list[tuple[str, 
             "checkpoint": checkpoint,
             "kind": kind,
             "served by": server,
-            "perplexity": result.shown,
+            "perplexity": result.perplexity_text,
             "agreement": f"{result.agreement:.1%}",
             "text": repr(result.text),
         }
@@ -77,30 +77,34 @@ def main() -> int:
     table = Table(title="Step-3.5-nano, INT8 by AMD Quark, served by vLLM 0.21.0 on CPU", title_justify="left")
     for name in ("layout", "patches", "perplexity per byte", "top-1 as reference", "generated text"):
         table.add_column(name)
-    best = judge.reference
-    assert best.perplexity is not None
-    table.add_row("BF16", "(float reference)", best.shown, "100.0%", escape(repr(best.text)))
-    table.add_row("INT8", "(W8A8 emulation)", emulated.shown, f"{emulated.agreement:.1%}", escape(repr(emulated.text)))
+    reference = judge.reference
+    assert reference.perplexity is not None
+    references = [("BF16", "(float reference)", reference), ("INT8", "(W8A8 emulation)", emulated)]
+    for layout, name, result in references:
+        table.add_row(layout, name, result.perplexity_text, f"{result.agreement:.1%}", escape(repr(result.text)))
     table.add_section()
-    failed = []
-    for layout, name, r in rows:
-        table.add_row(layout, name, r.shown, f"{r.agreement:.1%}", escape(repr(r.text)))
+    failures = []
+    for layout, name, result in rows:
+        perplexity = result.perplexity_text
+        table.add_row(layout, name, perplexity, f"{result.agreement:.1%}", escape(repr(result.text)))
         if name == "series":
-            if r.perplexity is None or abs(r.perplexity / best.perplexity - 1) > RIGHT:
-                failed.append(f"{layout}, series: {r.shown} is not within {RIGHT:.0%} of {best.shown}")
-        elif r.perplexity is not None and r.perplexity < GARBAGE * best.perplexity:
-            failed.append(f"{layout}, {name}: {r.shown} is no garbage, expected {GARBAGE:g} times {best.shown}")
+            if result.perplexity is None or abs(result.perplexity / reference.perplexity - 1) > RIGHT:
+                limit = f"within {RIGHT:.0%} of {reference.perplexity_text}"
+                failures.append(f"{layout}, series: {perplexity} is not {limit}")
+        elif result.perplexity is not None and result.perplexity < GARBAGE * reference.perplexity:
+            expected = f"{GARBAGE:g} times {reference.perplexity_text}"
+            failures.append(f"{layout}, {name}: {perplexity} is no garbage, expected {expected}")
     console.print(table)
     if args.json:
         write_rows(args.json, judge, emulated, rows)
-    for line in failed:
+    for line in failures:
         console.print(f"[red]not as expected:[/] {line}")
-    if not failed:
+    if not failures:
         console.print(
             '"CPU only" is what lets vLLM 0.21.0 run the model on CPU at all (0004, 0005), without the fixes.'
         )
         console.print("With a checkpoint of your own:  [bold]vllm-quark apply && vllm serve CKPT[/]")
-    return bool(failed)
+    return bool(failures)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ MLP. Experts are written one by one: that is what Quark does with stacked tensor
 import argparse
 import json
 import logging
-import os
 import shutil
 import sys
 import tempfile
@@ -80,20 +79,17 @@ def main() -> int:
         for p in ("gate_proj", "up_proj", "down_proj")
     ]
     args.dst.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=args.dst.parent, prefix=f".{args.dst.name}."))
-    try:
+    with tempfile.TemporaryDirectory(dir=args.dst.parent, prefix=f".{args.dst.name}.") as aside:
         # Quark copies every file beside the weights; hand it a folder with the checkpoint only.
-        clean = new / "src"
-        clean.mkdir()
-        for f in [*args.src.glob("*.safetensors"), *args.src.glob("*.json")]:
-            os.symlink(f.resolve(), clean / f.name)
+        source, out = Path(aside, "src"), Path(aside, "dst")
+        source.mkdir()
+        for file in [*args.src.glob("*.safetensors"), *args.src.glob("*.json")]:
+            (source / file.name).symlink_to(file.resolve())
         ModelQuantizer(config).direct_quantize_checkpoint(
-            str(clean), str(new / "dst"), device="cpu", weight_converters=converters
+            str(source), str(out), device="cpu", weight_converters=converters
         )
         shutil.rmtree(args.dst, ignore_errors=True)
-        os.rename(new / "dst", args.dst)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        out.rename(args.dst)
     return 0
 
 

@@ -38,7 +38,7 @@ class Result:
     text: str
 
     @property
-    def shown(self) -> str:
+    def perplexity_text(self) -> str:
         return "NaN" if self.perplexity is None else f"{self.perplexity:.4g}"
 
 
@@ -57,8 +57,8 @@ def call(log: Path, *words: str | Path, cwd: Path = HERE, **env: str) -> None:
             return
         if "EADDRINUSE" not in text:
             break
-    last = [line for line in text.splitlines() if line.strip()][-3:]
-    raise LabError(f"{' '.join(str(w) for w in words[1:3])} failed ({log}):\n" + "\n".join(last))
+    last_lines = [line for line in text.splitlines() if line.strip()][-3:]
+    raise LabError(f"{' '.join(str(w) for w in words[1:3])} failed ({log}):\n" + "\n".join(last_lines))
 
 
 def find_port() -> int:
@@ -109,7 +109,7 @@ def shadow(out: Path, only: list[str] | None) -> Path:
     return make_shadow(out, series, [p.name for p in series.patches] if only is None else only)
 
 
-def before(vllm: Path) -> str:
+def make_pythonpath(vllm: Path) -> str:
     """PYTHONPATH that puts `vllm` first."""
     return os.pathsep.join([str(vllm), *filter(None, [os.environ.get("PYTHONPATH")])])
 
@@ -119,8 +119,8 @@ class Judge:
 
     def __init__(self, windows: int = 20, tokens: int = 48, stdlib: Path | None = None):
         self.stdlib = ["--stdlib", str(stdlib.absolute())] if stdlib else []
-        every = held_out_windows(stdlib)
-        self.windows = every[:: max(1, len(every) // windows)][:windows]
+        all_windows = held_out_windows(stdlib)
+        self.windows = all_windows[:: max(1, len(all_windows) // windows)][:windows]
         self.tokens = tokens
         model = load(HERE)
         perplexity, self.top = evaluate(model, torch.tensor(self.windows))
@@ -140,30 +140,30 @@ class Judge:
         out.unlink(missing_ok=True)
         sizes = ["--windows", str(len(self.windows)), "--tokens", str(self.tokens)]
         words: list[str | Path] = [ckpt.absolute(), "--out", out.absolute(), *sizes, *self.stdlib, *flags]
-        call_module(out.with_suffix(".log"), sys.executable, "run", *words, PYTHONPATH=before(vllm), **env)
-        data = json.loads(out.read_text())
-        agreement = (torch.tensor(data["top"]) == self.top).float().mean().item()
-        return Result(data["perplexity"], agreement, data["tokens"], data["text"])
+        call_module(out.with_suffix(".log"), sys.executable, "run", *words, PYTHONPATH=make_pythonpath(vllm), **env)
+        served = json.loads(out.read_text())
+        agreement = (torch.tensor(served["top"]) == self.top).float().mean().item()
+        return Result(served["perplexity"], agreement, served["tokens"], served["text"])
 
-    def gaps(self, ckpt: Path, one: list[list[int]], other: list[list[int]]) -> list[float]:
+    def gaps(self, ckpt: Path, texts: list[list[int]], other_texts: list[list[int]]) -> list[float]:
         """`gap` of each pair of greedy texts after the windows' first halves, of those that part, sorted."""
         model = load(ckpt)
         halves = [w[: len(w) // 2] for w in self.windows]
-        gaps = [gap(model, prompt, a, b) for prompt, a, b in zip(halves, one, other, strict=True)]
+        gaps = [gap(model, prompt, a, b) for prompt, a, b in zip(halves, texts, other_texts, strict=True)]
         return sorted(g for g in gaps if g is not None)
 
 
-def gap(model: torch.nn.Module, prompt: list[int], one: list[int], other: list[int]) -> float | None:
+def gap(model: torch.nn.Module, prompt: list[int], tokens: list[int], other_tokens: list[int]) -> float | None:
     """Where two texts part, the tokens' difference in log-probability (nats) by `model`; None where they do not."""
-    at = next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
-    if at is None:
+    split = next((i for i, (a, b) in enumerate(zip(tokens, other_tokens, strict=True)) if a != b), None)
+    if split is None:
         return None
     with torch.inference_mode():
-        logits = model(torch.tensor([[*prompt, *one[:at]]]))[0, -1]
-    return abs(logits[one[at]] - logits[other[at]]).item()
+        logits = model(torch.tensor([[*prompt, *tokens[:split]]]))[0, -1]
+    return abs(logits[tokens[split]] - logits[other_tokens[split]]).item()
 
 
-def checkpoints(out: Path) -> dict[str, Path]:
+def make_checkpoints(out: Path) -> dict[str, Path]:
     """Every export and layout below `out`, by name."""
     folders = {}
     folders["quark-mtp"] = export(out / "quark-mtp", "--mtp")
@@ -175,5 +175,5 @@ def checkpoints(out: Path) -> dict[str, Path]:
 
 
 if __name__ == "__main__":
-    for path in checkpoints(Path(sys.argv[1]).absolute()).values():
+    for path in make_checkpoints(Path(sys.argv[1]).absolute()).values():
         print(path)

@@ -152,9 +152,9 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: dict[str, Any], layer: int):
         super().__init__()
-        other = cfg["attention_other_setting"]
-        sliding = cfg["layer_types"][layer] == other["attention_type"]
-        source = other if sliding else cfg
+        sliding_setting = cfg["attention_other_setting"]
+        sliding = cfg["layer_types"][layer] == sliding_setting["attention_type"]
+        source = sliding_setting if sliding else cfg
         self.heads, self.groups = source["num_attention_heads"], source["num_attention_groups"]
         self.dim, self.window = source["head_dim"], cfg["sliding_window"] if sliding else None
         hidden, eps = cfg["hidden_size"], cfg["rms_norm_eps"]
@@ -329,11 +329,11 @@ def evaluate(model: Step3p5, windows: Tensor) -> tuple[float, Tensor]:
 @torch.inference_mode()
 def acceptance(model: Step3p5, windows: Tensor) -> float:
     """Share of positions of `windows` [B, T] where the first MTP layer's best token is the model's own next one."""
-    same = []
+    matches = []
     for ids in windows.split(8):
         main, draft, *_ = model.all_logits(ids)
-        same.append(draft.argmax(-1) == main[:, 1:].argmax(-1))
-    return torch.cat(same).float().mean().item()
+        matches.append(draft.argmax(-1) == main[:, 1:].argmax(-1))
+    return torch.cat(matches).float().mean().item()
 
 
 @torch.inference_mode()

@@ -27,7 +27,7 @@ from examples.step3p5_nano.text import BOS, held_out_windows, text_of  # noqa: E
 PROMPT = "class Stack:\n    def __init__(self"
 
 
-def counters(llm: Any) -> tuple[float, float]:
+def count_drafts(llm: Any) -> tuple[float, float]:
     """Draft tokens proposed and accepted so far."""
     metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
     drafted, accepted = (metrics.get(f"vllm:spec_decode_num_{kind}_tokens", 0) for kind in ("draft", "accepted"))
@@ -52,11 +52,11 @@ def main() -> None:
     from vllm import LLM, SamplingParams, TokensPrompt
 
     # On a GPU a fixed, small cache: runs beside each other do not disturb each other's profiling.
-    memory: dict[str, Any] = (
+    settings: dict[str, Any] = (
         {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30} if torch.cuda.is_available() else {}
     )
     if args.speculate:
-        memory["speculative_config"] = {"method": "mtp", "num_speculative_tokens": args.speculate}
+        settings["speculative_config"] = {"method": "mtp", "num_speculative_tokens": args.speculate}
     start = time.time()
     llm: Any = LLM(
         args.ckpt,
@@ -69,45 +69,46 @@ def main() -> None:
         enable_expert_parallel=args.ep,
         seed=0,
         disable_log_stats=False,
-        **memory,
+        **settings,
     )
-    loaded = time.time() - start
+    load_seconds = time.time() - start
     windows = held_out_windows(args.stdlib)
     windows = windows[:: max(1, len(windows) // args.windows)][: args.windows]
-    judge = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
-    loss, count, bad, top = 0.0, 0, 0, []
-    for result in llm.generate([TokensPrompt(prompt_token_ids=w) for w in windows], judge, use_tqdm=False):
-        best = []
+    scoring = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    loss, count, nan_count, top = 0.0, 0, 0, []
+    for result in llm.generate([TokensPrompt(prompt_token_ids=w) for w in windows], scoring, use_tqdm=False):
+        top_tokens = []
         for token, position in zip(result.prompt_token_ids[1:], result.prompt_logprobs[1:], strict=True):
             value = position[token].logprob
             loss, count = loss - value, count + 1
-            bad += not math.isfinite(value)
-            best.append(next((t for t, p in position.items() if p.rank == 1), token))
-        top.append(best)
+            nan_count += not math.isfinite(value)
+            top_tokens.append(next((t for t, p in position.items() if p.rank == 1), token))
+        top.append(top_tokens)
     greedy = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True, logprobs=1)
     prompt = [BOS, *PROMPT.encode()]
     out = llm.generate([TokensPrompt(prompt_token_ids=prompt)], greedy, use_tqdm=False)[0].outputs[0]
     # Greedy continuations of the windows' first halves: many prompts, so that an acceptance rate says something.
     halves = [TokensPrompt(prompt_token_ids=w[: len(w) // 2]) for w in windows]
-    before = counters(llm)
-    more = llm.generate(halves, SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True), use_tqdm=False)
-    drafted, accepted = (a - b for a, b in zip(counters(llm), before, strict=True))
+    earlier = count_drafts(llm)
+    continuing = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
+    outputs = llm.generate(halves, continuing, use_tqdm=False)
+    drafted, accepted = (a - b for a, b in zip(count_drafts(llm), earlier, strict=True))
     result = {
         "ckpt": args.ckpt,
-        "perplexity": math.exp(min(loss / count, 700)) if not bad else None,
-        "nan_positions": bad,
+        "perplexity": math.exp(min(loss / count, 700)) if not nan_count else None,
+        "nan_positions": nan_count,
         "top": top,
         "tokens": list(out.token_ids),
-        "continuations": [list(o.outputs[0].token_ids) for o in more],
+        "continuations": [list(o.outputs[0].token_ids) for o in outputs],
         "drafted": drafted,
         "accepted": accepted,
         "text": text_of(list(out.token_ids)),
-        "load_s": loaded,
+        "load_s": load_seconds,
         "total_s": time.time() - start,
     }
-    new = args.out.with_suffix(".new")
-    new.write_text(json.dumps(result))
-    new.rename(args.out)
+    unfinished = args.out.with_suffix(".new")
+    unfinished.write_text(json.dumps(result))
+    unfinished.rename(args.out)
 
 
 if __name__ == "__main__":

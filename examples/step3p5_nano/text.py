@@ -52,11 +52,11 @@ def stdlib() -> Path:
 
 def training_files(root: Path) -> list[Path]:
     """Sources below `root` that are not held out, in name order."""
-    held = {root / name for name in HELD_OUT}
+    held_out = {root / name for name in HELD_OUT}
     return [
         f
         for f in sorted(root.rglob("*.py"))
-        if f not in held
+        if f not in held_out
         and not SKIP & set(f.relative_to(root).parts)
         and not f.name.startswith("_sysconfigdata")
         and not any(p.startswith("config-") for p in f.relative_to(root).parts)

@@ -61,7 +61,7 @@ def main() -> None:
     corpus = torch.frombuffer(data, dtype=torch.uint8).long()
     corpus[corpus == 0] = EOS
     corpus = corpus.to(device)
-    held = torch.tensor(held_out_windows(args.stdlib), device=device)
+    held_out = torch.tensor(held_out_windows(args.stdlib), device=device)
     model = Step3p5(json.loads((HERE / "config.json").read_text())).to(device)
     print(f"{len(files)} files, {len(corpus):,} bytes; {sum(p.numel() for p in model.parameters()):,} parameters")
 
@@ -74,14 +74,14 @@ def main() -> None:
     while progress < 1:
         progress = max(step / args.steps, (time.time() - start) / (60 * args.minutes))
         rate = args.lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * min(progress, 1))) / 2)
-        for g in optimizer.param_groups:
-            g["lr"] = rate
-        at = torch.randint(len(corpus) - args.length, (args.batch, 1), device=device)
-        ids = corpus[at + torch.arange(args.length + 1, device=device)]
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        starts = torch.randint(len(corpus) - args.length, (args.batch, 1), device=device)
+        ids = corpus[starts + torch.arange(args.length + 1, device=device)]
         with torch.autocast(device, torch.bfloat16):
-            every = model.all_logits(ids[:, :-1])
+            all_logits = model.all_logits(ids[:, :-1])
         # The k-th MTP layer sees one token less and predicts one token further.
-        losses = [F.cross_entropy(y.flatten(0, 1).float(), ids[:, k + 1 :].flatten()) for k, y in enumerate(every)]
+        losses = [F.cross_entropy(y.flatten(0, 1).float(), ids[:, k + 1 :].flatten()) for k, y in enumerate(all_logits)]
         loss = losses[0]
         total = loss + MTP_WEIGHT * sum(losses[1:]) / max(1, len(losses) - 1)
         optimizer.zero_grad(set_to_none=True)
@@ -94,7 +94,7 @@ def main() -> None:
         if step % 250 == 0 or progress >= 1:
             model.eval()
             with torch.autocast(device, torch.bfloat16):
-                ppl, _ = evaluate(model, held)
+                ppl, _ = evaluate(model, held_out)
             model.train()
             loads = [moe.load for moe in moes if moe.load is not None]
             uneven = max((chosen.max() / chosen.mean()).item() for chosen in loads)
@@ -107,9 +107,9 @@ def main() -> None:
 
     save(model, args.out)
     final = load(args.out).to(device)
-    ppl, top = evaluate(final, held)
-    print(f"saved {args.out}: {ppl:.4f} perplexity per byte on {len(held)} held-out windows")
-    print(f"first MTP layer: {acceptance(final, held):.3f} of its tokens accepted")
+    ppl, top = evaluate(final, held_out)
+    print(f"saved {args.out}: {ppl:.4f} perplexity per byte on {len(held_out)} held-out windows")
+    print(f"first MTP layer: {acceptance(final, held_out):.3f} of its tokens accepted")
     print(text_of(top[0].tolist())[:300])
 
 

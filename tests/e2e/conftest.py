@@ -2,13 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """Checkpoints, patched vLLMs and the float reference, once for all engine tests."""
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from examples.step3p5_nano.lab import ROOT, Judge, before, call, checkpoints, shadow
+from examples.step3p5_nano.lab import ROOT, Judge, make_checkpoints, make_pythonpath, shadow
+from tests.e2e.jobs import run_jobs
 from vllm_quark.series import load_series
 
 PATCHES = load_series(ROOT).patches
@@ -25,7 +25,7 @@ def pytest_collection_finish(session):
 @pytest.fixture(scope="session")
 def ckpts() -> dict[str, Path]:
     """Every export and layout of the nano model, made by AMD Quark."""
-    return checkpoints(ROOT / "build/ckpts")
+    return make_checkpoints(ROOT / "build/ckpts")
 
 
 @pytest.fixture(scope="session")
@@ -53,11 +53,11 @@ def without(vllm):
     """`without("0002")`: the series less that patch and those that require it."""
 
     def make(*names: str) -> Path:
-        gone = set(names)
+        dropped = set(names)
         for p in PATCHES:
-            if gone & set(p.requires):
-                gone.add(p.name[:4])
-        return vllm([p.name[:4] for p in PATCHES if p.name[:4] not in gone])
+            if dropped & set(p.requires):
+                dropped.add(p.name[:4])
+        return vllm([p.name[:4] for p in PATCHES if p.name[:4] not in dropped])
 
     return make
 
@@ -67,17 +67,6 @@ def in_process(vllm, tmp_path_factory):
     """`in_process(jobs)`: run in_process.py over `jobs` with the series; the results, in order."""
 
     def run(jobs: list[dict]) -> list[dict]:
-        folder = tmp_path_factory.mktemp("jobs")
-        for i, job in enumerate(jobs):
-            job["out"] = str(folder / f"{i}.json")
-        (folder / "jobs.json").write_text(json.dumps(jobs))
-        call(
-            folder / "log",
-            sys.executable,
-            Path(__file__).with_name("in_process.py"),
-            folder / "jobs.json",
-            PYTHONPATH=before(vllm()),
-        )
-        return [json.loads(Path(job["out"]).read_text()) for job in jobs]
+        return run_jobs(jobs, tmp_path_factory.mktemp("jobs"), sys.executable, PYTHONPATH=make_pythonpath(vllm()))
 
     return run

@@ -22,15 +22,17 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-# It would be a GiB at least.
-os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 
 KV_CACHE = 64 << 20
+# Of every engine of these tests, here and in in_process.py.
+SETTINGS = {"dtype": "bfloat16", "max_model_len": 256, "max_num_seqs": 8, "seed": 0, "skip_tokenizer_init": True}
 
 
 @contextlib.contextmanager
 def engine(ckpt: Path | str, **settings) -> Iterator:
     """An `LLM` in this process, gone afterwards as far as vLLM lets it go."""
+    # It would be a GiB at least.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     from vllm import LLM
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -40,11 +42,7 @@ def engine(ckpt: Path | str, **settings) -> Iterator:
         settings = {"enforce_eager": True, "gpu_memory_utilization": 0.1, **settings}
         llm = LLM(
             str(ckpt),
-            dtype="bfloat16",
-            max_model_len=256,
-            max_num_seqs=8,
-            seed=0,
-            skip_tokenizer_init=True,
+            **SETTINGS,
             enable_prefix_caching=False,
             kv_cache_memory_bytes=KV_CACHE,
             distributed_executor_backend=UniProcExecutor,
@@ -57,6 +55,7 @@ def engine(ckpt: Path | str, **settings) -> Iterator:
 
 
 def clean() -> None:
+    """Collect what a deleted engine leaves behind."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     gc.collect()
@@ -81,15 +80,15 @@ def answer(llm, ids: list[list[int]], tokens: int = 8) -> tuple[list[float], lis
     return answers, list(out.token_ids)
 
 
-def memory() -> dict[str, float]:
+def measure_memory() -> dict[str, float]:
     """MB: resident, and allocated on the GPU where there is one."""
     import torch
 
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    held = {"resident": pages * os.sysconf("SC_PAGE_SIZE") / 1e6}
+    sizes = {"resident": pages * os.sysconf("SC_PAGE_SIZE") / 1e6}
     if torch.cuda.is_available():
-        held["gpu"] = torch.cuda.memory_allocated() / 1e6
-    return {kind: round(value, 1) for kind, value in held.items()}
+        sizes["gpu"] = torch.cuda.memory_allocated() / 1e6
+    return {kind: round(value, 1) for kind, value in sizes.items()}
 
 
 def main() -> int:
@@ -104,13 +103,13 @@ def main() -> int:
         with engine(ckpt) as llm:
             answer(llm, ids)
             del llm
-        held = memory()
-        print(json.dumps({"engine": i + 1, "ckpt": ckpt.name, **held}), flush=True)
+        sizes = measure_memory()
+        print(json.dumps({"engine": i + 1, "ckpt": ckpt.name, **sizes}), flush=True)
         if i < 2:
-            second = held
+            second = sizes
         for kind, allowed in (("resident", 0.03 * second["resident"]), ("gpu", 1.0)):
-            if held.get(kind, 0) - second.get(kind, 0) > allowed:
-                rise = f"{kind} memory rose from {second[kind]} MB to {held[kind]} MB in {i - 1} engines"
+            if sizes.get(kind, 0) - second.get(kind, 0) > allowed:
+                rise = f"{kind} memory rose from {second[kind]} MB to {sizes[kind]} MB in {i - 1} engines"
                 print(json.dumps({"excess": rise}), flush=True)
                 return 1
     return 0

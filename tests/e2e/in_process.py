@@ -10,7 +10,6 @@ the second on, {token: log-probability}} and the greedy "tokens" after the first
 name, "file": where it was raised} where the checkpoint is refused.
 """
 
-import gc
 import json
 import os
 import sys
@@ -23,7 +22,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
-def origin(error: Exception) -> str:
+def find_origin(error: Exception) -> str:
     """The file that raised an error, or the one that pydantic tells of."""
     entries = [*getattr(error, "errors", list)()]
     inner = next((e["ctx"]["error"] for e in entries if "error" in e.get("ctx", {})), error)
@@ -32,6 +31,7 @@ def origin(error: Exception) -> str:
 
 def serve(job: dict) -> dict:
     import torch
+    from engines import SETTINGS, clean
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.engine.arg_utils import EngineArgs
     from vllm.lora.request import LoRARequest
@@ -48,12 +48,8 @@ def serve(job: dict) -> dict:
     try:
         llm = LLM(
             job["ckpt"],
-            dtype="bfloat16",
+            **SETTINGS,
             enforce_eager=True,
-            max_model_len=256,
-            max_num_seqs=8,
-            seed=0,
-            skip_tokenizer_init=True,
             max_logprobs=300,
             distributed_executor_backend=UniProcExecutor,
             **options,
@@ -62,9 +58,9 @@ def serve(job: dict) -> dict:
         if request:
             # On CPU vLLM has no logits of a prompt's tokens with an adapter: each prefix is a prompt.
             params = SamplingParams(temperature=0, max_tokens=1, logprobs=job["logprobs"], detokenize=False)
-            each = [[TokensPrompt(prompt_token_ids=ids[:n]) for n in range(1, len(ids))] for ids in job["ids"]]
-            outs = [llm.generate(prefixes, params, use_tqdm=False, **request) for prefixes in each]
-            entries = [[o.outputs[0].logprobs[0] for o in prefixes] for prefixes in outs]
+            prefixes = [[TokensPrompt(prompt_token_ids=ids[:n]) for n in range(1, len(ids))] for ids in job["ids"]]
+            outs = [llm.generate(group, params, use_tqdm=False, **request) for group in prefixes]
+            entries = [[o.outputs[0].logprobs[0] for o in group] for group in outs]
         else:
             params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=job["logprobs"], detokenize=False)
             entries = [o.prompt_logprobs[1:] for o in llm.generate(prompts, params, use_tqdm=False)]
@@ -73,14 +69,11 @@ def serve(job: dict) -> dict:
         tokens = llm.generate(prompts[:1], params, use_tqdm=False, **request)[0].outputs[0].token_ids
         return {"logprobs": logprobs, "tokens": list(tokens)}
     except Exception as e:
-        where = traceback.extract_tb(e.__traceback__)[-1]
-        return {"error": str(e), "type": type(e).__name__, "file": where.filename, "origin": origin(e)}
+        frame = traceback.extract_tb(e.__traceback__)[-1]
+        return {"error": str(e), "type": type(e).__name__, "file": frame.filename, "origin": find_origin(e)}
     finally:
         del llm
-        gc.collect()
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        cleanup_dist_env_and_memory()
+        clean()
 
 
 def main() -> None:

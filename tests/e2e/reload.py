@@ -59,12 +59,12 @@ def perplexity(served: Answer) -> float | None:
 class Cases:
     """Each method is a case: it yields, step by step, an engine's answer and the one it has to give."""
 
-    def __init__(self, a: Path, b: Path, more: dict[str, Any], folder: Path, stdlib: Path | None = None):
+    def __init__(self, a: Path, b: Path, settings: dict[str, Any], folder: Path, stdlib: Path | None = None):
         from examples.step3p5_nano.text import held_out_windows
 
         self.ids = [w[:200] for w in held_out_windows(stdlib)[:6]]
         self.a, self.b, self.folder = a, b, folder
-        self.more = more
+        self.settings = settings
         self.fresh: dict[Path, Answer] = {}
 
     def engine(self, ckpt: Path, **settings):
@@ -72,7 +72,7 @@ class Cases:
 
         # Engines share them, and a reload (of 0.21) turns their tables into weights, which dummy weights fill.
         rotary_embedding._ROPE_DICT.clear()
-        return engine(ckpt, **self.more, **settings)
+        return engine(ckpt, **self.settings, **settings)
 
     def answer(self, llm) -> Answer:
         return answer(llm, self.ids, tokens=32)
@@ -155,7 +155,7 @@ def half(ckpt: Path) -> Iterator:
 
 def judge(case: Callable[[], Iterator[tuple[Answer, Answer]]], compiled: bool) -> dict[str, Any]:
     steps: list[dict[str, Any]] = []
-    said: dict[str, Any] = {"case": case.__name__, "steps": steps}
+    verdict: dict[str, Any] = {"case": case.__name__, "steps": steps}
     try:
         for served, expected in case():
             gaps = [abs(x - y) for x, y in zip(served[0], expected[0], strict=True)]
@@ -173,9 +173,9 @@ def judge(case: Callable[[], Iterator[tuple[Answer, Answer]]], compiled: bool) -
                 }
             )
     except Exception as e:
-        where = traceback.extract_tb(e.__traceback__)[-1]
-        said |= {"error": str(e), "type": type(e).__name__, "file": where.filename, "line": where.lineno}
-    return {**said, "right": "error" not in said and all(s["right"] for s in steps)}
+        frame = traceback.extract_tb(e.__traceback__)[-1]
+        verdict |= {"error": str(e), "type": type(e).__name__, "file": frame.filename, "line": frame.lineno}
+    return {**verdict, "right": "error" not in verdict and all(s["right"] for s in steps)}
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.step3p5_nano.lab import ROOT, before, call
+from examples.step3p5_nano.lab import ROOT, call, make_pythonpath
+from tests.e2e.jobs import read_logprobs, relative_distance, run_jobs
 from vllm_quark.convert.conversion import convert_checkpoint
 
 DENSE = [f"dense-{weights}-{sign}" for weights in ("channel", "tensor") for sign in ("sym", "asym")]
@@ -37,33 +38,19 @@ def serve(names: list[str], folder: Path, python: str | Path, **env: str) -> dic
             pytest.skip(f"{export} is not there (tests/e2e/test_exports.py makes it)")
         expected[name] = json.loads((export / "expected.json").read_text())
         ckpt = convert(export, folder / name)
-        jobs.append(
-            {
-                "ckpt": str(ckpt),
-                "ids": expected[name]["ids"],
-                "logprobs": 128,
-                "tokens": 4,
-                "out": str(folder / f"{name}.json"),
-            }
-        )
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    call(folder / "log", python, Path(__file__).with_name("in_process.py"), folder / "jobs.json", **env)
+        jobs.append({"ckpt": str(ckpt), "ids": expected[name]["ids"], "logprobs": 128, "tokens": 4})
     summary = {}
-    for name, job in zip(names, jobs, strict=True):
-        result = json.loads(Path(job["out"]).read_text())
+    for name, result in zip(names, run_jobs(jobs, folder, python, **env), strict=True):
         assert "error" not in result, result
-        out = torch.tensor([[[at[str(t)] for t in range(128)] for at in prompt] for prompt in result["logprobs"]])
-        summary[name] = {}
-        for reading in ("exact", "served", "blank"):
-            reference = torch.tensor(expected[name][reading])[:, :-1]
-            a, b = (y - y.mean(-1, keepdim=True) for y in (out, reference))
-            summary[name][reading] = round(((a - b).norm() / b.norm()).item(), 4)
+        out = read_logprobs(result, 128)
+        references = {r: torch.tensor(expected[name][r])[:, :-1] for r in ("exact", "served", "blank")}
+        summary[name] = {reading: round(relative_distance(out, y), 4) for reading, y in references.items()}
     print(summary)
     return summary
 
 
 def test_static_dense_exports_on_stock(vllm, tmp_path):
-    for distances in serve(DENSE, tmp_path, sys.executable, PYTHONPATH=before(vllm([]))).values():
+    for distances in serve(DENSE, tmp_path, sys.executable, PYTHONPATH=make_pythonpath(vllm([]))).values():
         assert distances["exact"] <= 0.1 and distances["blank"] >= 0.5, distances
 
 
@@ -91,14 +78,14 @@ ckpt, config = read_checkpoint(source), json.load(open(f"{out}/config.json"))
 written = SimpleNamespace(contents=headers.read_contents(out), is_stacked=lambda module: False)
 with environment(torch.bfloat16) as builder:
     builder.read_config(out, config, config["quantization_config"])
-    found = {"mapping": builder.quant_config.packed_modules_mapping}
+    errors = {"mapping": builder.quant_config.packed_modules_mapping}
     for layer in find_layers(ckpt):
         if layer.kind != "experts":
             x = make_inputs(layer, Numbers(layer, ckpt.modules), torch.bfloat16)
             module = builder.build(layer, Numbers(layer, written))
             expected = emulate_linear(x, Numbers(layer, ckpt.modules), layer.scheme)
-            found[layer.name] = deviate(builder.run(module, x, make_routes(layer, len(x))), expected)[0]
-print(json.dumps(found).replace("Infinity", "1e9").replace("NaN", "1e9"))
+            errors[layer.name] = deviate(builder.run(module, x, make_routes(layer, len(x))), expected)[0]
+print(json.dumps(errors).replace("Infinity", "1e9").replace("NaN", "1e9"))
 """
 
 
@@ -107,7 +94,7 @@ def test_step3p5_without_a_packed_modules_mapping(ckpts, vllm, tmp_path):
     out = convert(ckpts["quark"], tmp_path / "out")
 
     def build() -> dict[str, float]:
-        path = before(vllm([])) + os.pathsep + str(ROOT)
+        path = make_pythonpath(vllm([])) + os.pathsep + str(ROOT)
         call(tmp_path / "log", sys.executable, "-c", LAYERS, ckpts["quark"], out, PYTHONPATH=path)
         log = (tmp_path / "log").read_text().splitlines()
         summary = json.loads(next(line for line in log if line.startswith('{"mapping"')))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from examples.step3p5_nano.lab import QUARK_PYTHON, ROOT, call
+from tests.e2e.jobs import read_logprobs, relative_distance
 
 pytestmark = pytest.mark.xdist_group("exports")
 SCHEMES = [f"{kind}-{w}-{s}" for kind in ("moe", "dense") for w in ("channel", "tensor") for s in ("sym", "asym")]
@@ -41,14 +42,9 @@ def test_static_exports(name, exports, served):
     """Log-probabilities are the float reference's, far nearer than with a broken layer."""
     result, expected = served[name], json.loads((exports / name / "expected.json").read_text())
     assert "error" not in result, result
-    out = torch.tensor([[[at[str(t)] for t in range(128)] for at in prompt] for prompt in result["logprobs"]])
-
-    def distance(reading: str) -> float:
-        reference = torch.tensor(expected[reading])[:, :-1]
-        a, b = (y - y.mean(-1, keepdim=True) for y in (out, reference))
-        return ((a - b).norm() / b.norm()).item()
-
+    out = read_logprobs(result, 128)
     # Experts of a static export are served with per-token scales.
-    distances = {reading: round(distance(reading), 4) for reading in ("exact", "served", "blank")}
+    references = {reading: torch.tensor(expected[reading])[:, :-1] for reading in ("exact", "served", "blank")}
+    distances = {reading: round(relative_distance(out, y), 4) for reading, y in references.items()}
     print(name, distances)
     assert distances["served"] <= 0.15 and distances["blank"] >= 0.5, distances

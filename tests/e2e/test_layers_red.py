@@ -10,36 +10,36 @@ from pathlib import Path
 
 import pytest
 
-from examples.step3p5_nano.lab import ROOT, before
+from examples.step3p5_nano.lab import ROOT, make_pythonpath
 from vllm_quark.locate import find_installed
 from vllm_quark.series import load_series
 from vllm_quark.tree import Tree
 
 # What the installed release does not have is not tested on it.
-THERE = [v.patch for v in Tree(find_installed()).status(load_series(ROOT)) if v.status != "absent"]
-PATCHES = pytest.mark.parametrize("patch", THERE, ids=lambda p: p.name[:4])
+AVAILABLE = [v.patch for v in Tree(find_installed()).status(load_series(ROOT)) if v.status != "absent"]
+PATCHES = pytest.mark.parametrize("patch", AVAILABLE, ids=lambda p: p.name[:4])
 
 
 def run(vllm, *tests: str) -> tuple[int, str]:
     """(exit code, output) of pytest over `tests` with the vLLM in `vllm`."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    env = {**os.environ, "PYTHONPATH": before(vllm), "VLLM_QUARK_MUTANTS": "50"}
+    env = {**os.environ, "PYTHONPATH": make_pythonpath(vllm), "VLLM_QUARK_MUTANTS": "50"}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     return result.returncode, result.stdout[-5000:]
 
 
-def brought(patch) -> list[str]:
+def find_tests(patch) -> list[str]:
     return [f for f in patch.files if Path(f).name.startswith("test_")]
 
 
 @PATCHES
 def test_red_without(patch, without):
-    code, said = run(without(patch.name[:4]), "-x", *brought(patch))
-    assert code == 1 and re.search(r"\d+ failed", said), said
+    code, output = run(without(patch.name[:4]), "-x", *find_tests(patch))
+    assert code == 1 and re.search(r"\d+ failed", output), output
 
 
 @PATCHES
 def test_green_alone(patch, vllm):
     """Cherry-picked, a patch passes the tests it brings."""
-    code, said = run(vllm([patch.name[:4]]), *brought(patch))
-    assert code == 0 and re.search(r"\d+ passed", said), said
+    code, output = run(vllm([patch.name[:4]]), *find_tests(patch))
+    assert code == 0 and re.search(r"\d+ passed", output), output

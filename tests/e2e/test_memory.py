@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.step3p5_nano.lab import before, call
+from examples.step3p5_nano.lab import call, make_pythonpath
 
 COUNT = 20
 
@@ -25,8 +25,8 @@ def test_memory_is_flat(ckpts, vllm, tmp_path):
         ckpts["quark-all"],
         "--count",
         str(COUNT),
-        PYTHONPATH=before(vllm()),
+        PYTHONPATH=make_pythonpath(vllm()),
     )
-    held = [json.loads(line) for line in log.read_text().splitlines() if line.startswith('{"engine"')]
-    assert len(held) == COUNT
-    print(f"\nMB after each of {COUNT} engines: {[h['resident'] for h in held]}")
+    rows = [json.loads(line) for line in log.read_text().splitlines() if line.startswith('{"engine"')]
+    assert len(rows) == COUNT
+    print(f"\nMB after each of {COUNT} engines: {[h['resident'] for h in rows]}")

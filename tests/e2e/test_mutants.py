@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from examples.step3p5_nano.model import load
+from tests.e2e.jobs import read_logprobs
 from tests.quantization.quark.mutants import Mutator, is_int8, judge_error
 
 COUNT = 50
@@ -95,18 +96,18 @@ def test_mutants_through_the_engine(ckpts, judge, in_process, tmp_path):
     verdicts, unnamed, silent = collections.Counter(), [], []
     for mutant, result in zip(mutants, results, strict=True):
         if "error" in result:
-            said = result["error"]
-            verdict = judge_error(result["type"], said, result["file"], NAMED)
+            message = result["error"]
+            verdict = judge_error(result["type"], message, result["file"], NAMED)
             assert verdict != "bare", (mutant.change, result)
             if verdict == "unnamed":
-                unnamed.append(f"{mutant.change}: {result['type']}: {said.splitlines()[0][:100] if said else ''}")
+                unnamed.append(f"{mutant.change}: {result['type']}: {message.splitlines()[0][:100] if message else ''}")
         elif mutant.config and not is_int8(mutant.config):
             verdict = "not INT8"
         elif (expected := reading(mutant, torch.tensor(ids))) is None:
             verdict = "silent"
             silent.append(f"{mutant.change}: nothing sound")
         else:
-            out = torch.tensor([[[at[str(t)] for t in range(258)] for at in p] for p in result["logprobs"]])
+            out = read_logprobs(result, 258)
             gap = F.kl_div(out, expected[:, :-1], reduction="none", log_target=True).sum(-1).mean().item()
             verdict = "right" if gap < 0.05 else "silent"
             if verdict == "silent":

@@ -100,16 +100,16 @@ def two_dimensional(ckpts, tmp_path):
 
 @pytest.mark.engine
 @pytest.mark.parametrize(
-    ("missing", "said"), [(None, ""), ("0002", "AssertionError"), ("0003", "doesn't match the broadcast shape")]
+    ("missing", "message"), [(None, ""), ("0002", "AssertionError"), ("0003", "doesn't match the broadcast shape")]
 )
-def test_two_dimensional_scales(missing, said, two_dimensional, judge, vllm, without, tmp_path):
+def test_two_dimensional_scales(missing, message, two_dimensional, judge, vllm, without, tmp_path):
     if missing is None:
         assert_right(judge.run(two_dimensional, vllm(), tmp_path / "r.json"), judge.reference)
     else:
         # 0007 and 0008 read both layouts of scales too.
         with pytest.raises(LabError):
             judge.run(two_dimensional, without(missing, "0007"), tmp_path / "r.json")
-        assert said in (tmp_path / "r.log").read_text()
+        assert message in (tmp_path / "r.log").read_text()
 
 
 @pytest.mark.engine
@@ -124,12 +124,12 @@ def test_tensor_parallel(ckpts, judge, vllm, tmp_path):
 
     A row-parallel layer quantizes each half of a token with that half's own scale, and sums in another order.
     """
-    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    alone, parallel = tmp_path / "one.json", tmp_path / "two.json"
     # By default vLLM binds each worker to a NUMA node of its own, and a small machine has one.
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    assert_right(judge.run(ckpts["quark-all"], vllm(), two, "--tp", "2", **env), judge.reference)
-    assert_right(judge.run(ckpts["quark-all"], vllm(), one), judge.reference)
-    gaps = judge.gaps(ckpts["quark-all"], *(json.loads(r.read_text())["continuations"] for r in (one, two)))
+    assert_right(judge.run(ckpts["quark-all"], vllm(), parallel, "--tp", "2", **env), judge.reference)
+    assert_right(judge.run(ckpts["quark-all"], vllm(), alone), judge.reference)
+    gaps = judge.gaps(ckpts["quark-all"], *(json.loads(r.read_text())["continuations"] for r in (alone, parallel)))
     print(f"tensor parallel: {len(gaps)} of {len(judge.windows)} texts part, at gaps of {gaps}")
     # All but one: a tie between experts, too, can decide (1.08 nats, on CPU and on GPUs alike: docs/parallel.md).
     assert len(gaps) <= len(judge.windows) // 2 and all(g < 0.5 for g in gaps[:-1]) and max(gaps, default=0) < 1.5
@@ -142,9 +142,9 @@ def test_speculative_decoding(ckpt, ckpts, judge, vllm, tmp_path):
     plain, drafted = tmp_path / "plain.json", tmp_path / "drafted.json"
     assert_right(judge.run(ckpts[ckpt], vllm(), plain), judge.reference)
     assert_right(judge.run(ckpts[ckpt], vllm(), drafted, "--speculate", "1"), judge.reference)
-    one, two = json.loads(plain.read_text()), json.loads(drafted.read_text())
-    assert two["tokens"] == one["tokens"] and two["continuations"] == one["continuations"]
+    without, with_drafts = json.loads(plain.read_text()), json.loads(drafted.read_text())
+    assert with_drafts["tokens"] == without["tokens"] and with_drafts["continuations"] == without["continuations"]
     expected = acceptance(load(HERE), torch.tensor(judge.windows))
-    rate = two["accepted"] / two["drafted"]
-    print(f"{ckpt}: {rate:.1%} of {two['drafted']:.0f} drafts accepted, float reference {expected:.1%}")
-    assert two["drafted"] > 300 and rate > expected - 0.05
+    rate = with_drafts["accepted"] / with_drafts["drafted"]
+    print(f"{ckpt}: {rate:.1%} of {with_drafts['drafted']:.0f} drafts accepted, float reference {expected:.1%}")
+    assert with_drafts["drafted"] > 300 and rate > expected - 0.05

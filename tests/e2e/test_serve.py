@@ -15,10 +15,10 @@ from benchmarks.correctness.serve_load import (
     answer_alone,
     compare,
     make_requests,
-    offer,
+    send_requests,
     serving,
 )
-from examples.step3p5_nano.lab import before, find_port, gap
+from examples.step3p5_nano.lab import find_port, gap, make_pythonpath
 from examples.step3p5_nano.model import load
 from examples.step3p5_nano.run import PROMPT
 from examples.step3p5_nano.text import BOS
@@ -29,7 +29,7 @@ COUNT, AT_ONCE = 64, 32
 
 @pytest.fixture(scope="module")
 def server(ckpts, vllm, tmp_path_factory) -> Server:
-    log, env = tmp_path_factory.mktemp("serve") / "log", {"PYTHONPATH": before(vllm())}
+    log, env = tmp_path_factory.mktemp("serve") / "log", {"PYTHONPATH": make_pythonpath(vllm())}
     with serving(ckpts["quark"], log, find_port(), "--enforce-eager", env=env) as server:
         yield server
 
@@ -37,8 +37,8 @@ def server(ckpts, vllm, tmp_path_factory) -> Server:
 @pytest.mark.engine
 def test_completion_over_the_api(server, ckpts, judge):
     emulated = judge.emulate(ckpts["quark"])
-    ask = {"model": "nano", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "logprobs": 1}
-    answer = requests.post(f"{server.url}/v1/completions", json=ask, timeout=120)
+    question = {"model": "nano", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "logprobs": 1}
+    answer = requests.post(f"{server.url}/v1/completions", json=question, timeout=120)
     assert answer.ok, answer.text
     choice = answer.json()["choices"][0]
     # The same text, or another one from a near tie on.
@@ -51,10 +51,10 @@ def test_completion_over_the_api(server, ckpts, judge):
 @pytest.mark.engine
 def test_answers_under_load_are_those_of_each_request_alone(server, ckpts, vllm, tmp_path):
     """Completions and chats, streamed, cancelled; no error, nothing held at the end. `make load` has the whole."""
-    asked = make_requests(COUNT)
-    answers = asyncio.run(offer(server.url, asked, AT_ONCE))
-    alone = answer_alone(ckpts["quark"], asked, tmp_path, PYTHONPATH=before(vllm()))
-    report = compare(ckpts["quark"], asked, answers, alone)
+    workload = make_requests(COUNT)
+    answers = asyncio.run(send_requests(server.url, workload, AT_ONCE))
+    alone = answer_alone(ckpts["quark"], workload, tmp_path, PYTHONPATH=make_pythonpath(vllm()))
+    report = compare(ckpts["quark"], workload, answers, alone)
     print(f"\n{report}")
     assert not report.faults and not server.faults()
     assert report.cancelled and report.same >= 0.9 * (report.same + len(report.parted))
@@ -62,10 +62,10 @@ def test_answers_under_load_are_those_of_each_request_alone(server, ckpts, vllm,
 
 def test_what_is_amiss_is_seen(ckpts):
     """Another token, an answer too short, an error of the client; memory that rises."""
-    asked = [replace(r, cancel=False) for r in make_requests(4)]
+    workload = [replace(r, cancel=False) for r in make_requests(4)]
     alone = [{"prompt": [BOS, *b"def run(self"], "tokens": [*b"):\n  "]}] * 4
     answers = [Answer([*b"):\n  "]), Answer([0, *b":\n  "]), Answer([*b"):\n"]), Answer(error="APIError: 500")]
-    report = compare(ckpts["quark"], asked, answers, alone)
+    report = compare(ckpts["quark"], workload, answers, alone)
     assert report.same == 2 and len(report.parted) == 1
     assert [f.partition("tokens): ")[2][:8] for f in report.faults] == ["another ", "3 tokens", "APIError"]
     memory = Memory(0)

@@ -95,15 +95,15 @@ def fake_quantize(x: torch.Tensor, scheme: Scheme, scale: float, zero: int) -> t
     if scheme.activation == "static":
         return (((x / scale).round() + zero).clamp(-128, 127) - zero) * scale
     if scheme.dtype != "int8":
-        each = x.abs().amax(-1, keepdim=True).clamp(min=1e-9) / 448
-        return (x / each).to(torch.float8_e4m3fn).float() * each
+        token_scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-9) / 448
+        return (x / token_scale).to(torch.float8_e4m3fn).float() * token_scale
     if scheme.symmetric:
-        each = x.abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127
-        return (x / each).round() * each
+        token_scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127
+        return (x / token_scale).round() * token_scale
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    each = ((high - low) / 255).clamp(min=1e-9)
-    offset = (-128 - low / each).round()
-    return (((x / each).round() + offset).clamp(-128, 127) - offset) * each
+    token_scale = ((high - low) / 255).clamp(min=1e-9)
+    offset = (-128 - low / token_scale).round()
+    return (((x / token_scale).round() + offset).clamp(-128, 127) - offset) * token_scale
 
 
 class Reference:
@@ -172,11 +172,11 @@ def _stack_as(tensors: Tensors, layout: Tensors) -> Tensors:
     for name in layout.keys() - result.keys():
         stem, _, leaf = name.removesuffix(".weight").rpartition(".")
         parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
-        each = [
+        matrices = [
             torch.cat([tensors[f"{stem}.{number}.{part}.weight"] for part in parts]).t()
             for number in range(len(layout[name]))
         ]
-        result[name] = torch.stack(each)
+        result[name] = torch.stack(matrices)
     return {name: t.contiguous() for name, t in result.items()}
 
 

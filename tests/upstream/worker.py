@@ -47,7 +47,7 @@ class Order:
     file_seconds: float
 
 
-def stand_in() -> None:
+def install_stand_ins() -> None:
     """What upstream's tests import and an environment for serving lacks."""
     if importlib.util.find_spec("lm_eval") is None:
         sys.modules["lm_eval"] = types.ModuleType("lm_eval")
@@ -74,14 +74,14 @@ class Recorder:
         self.order, self.file = order, file
         self.known: dict[str, tuple[str, str]] = {}
 
-    def say(self, **what: object) -> None:
+    def say(self, **fields: object) -> None:
         # one write a line, so that the lines of processes do not mix
         with open(self.order.results, "a") as f:
-            f.write(json.dumps({"file": self.file, **what}) + "\n")
+            f.write(json.dumps({"file": self.file, **fields}) + "\n")
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self.say(test=report.nodeid, outcome="error", why=reason(report))
+            self.say(test=report.nodeid, outcome="error", why=find_reason(report))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -96,10 +96,10 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        def late(*_: object) -> None:
+        def fail_late(*_: object) -> None:
             pytest.fail(f"longer than {self.order.test_seconds:g} s")
 
-        signal.signal(signal.SIGALRM, late)
+        signal.signal(signal.SIGALRM, fail_late)
         signal.setitimer(signal.ITIMER_REAL, self.order.test_seconds)
         try:
             return (yield)
@@ -110,14 +110,14 @@ class Recorder:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            self.known[report.nodeid] = "failed" if report.when == "call" else "error", reason(report)
+            self.known[report.nodeid] = "failed" if report.when == "call" else "error", find_reason(report)
         elif report.skipped:
-            self.known[report.nodeid] = "skipped", reason(report)
+            self.known[report.nodeid] = "skipped", find_reason(report)
         elif report.when == "call":
             self.known[report.nodeid] = "passed", ""
 
 
-def reason(report: pytest.CollectReport | pytest.TestReport) -> str:
+def find_reason(report: pytest.CollectReport | pytest.TestReport) -> str:
     """What a report says went wrong, on one line."""
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is not None:
@@ -137,18 +137,18 @@ def run_file(order: Order, file: str) -> int:
     )
 
 
-def start(order: Order, file: str) -> int:
+def start_process(order: Order, file: str) -> int:
     """A process, and process group, for `file`."""
     if pid := os.fork():
         return pid
     os.setsid()
-    code = 70
+    exit_code = 70
     try:
-        code = int(run_file(order, file))
+        exit_code = int(run_file(order, file))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(exit_code)
 
 
 def kill(pid: int) -> None:
@@ -164,25 +164,25 @@ def run(order: Order) -> None:
         while waiting or running:
             while waiting and len(running) < order.jobs:
                 file = waiting.pop(0)
-                running[start(order, file)] = file, time.monotonic()
+                running[start_process(order, file)] = file, time.monotonic()
             time.sleep(0.02)
-            for pid, (file, since) in list(running.items()):
-                took = time.monotonic() - since
-                late = took > order.file_seconds
-                if late:
+            for pid, (file, started) in list(running.items()):
+                seconds = time.monotonic() - started
+                is_late = seconds > order.file_seconds
+                if is_late:
                     kill(pid)
-                result, status = os.waitpid(pid, 0 if late else os.WNOHANG)
+                result, status = os.waitpid(pid, 0 if is_late else os.WNOHANG)
                 if result:
                     del running[pid]
                     code = os.waitstatus_to_exitcode(status)
                     ended = ""
-                    if late:
+                    if is_late:
                         ended = f"longer than {order.file_seconds:g} s"
                     elif code < 0:
                         ended = f"killed by {signal.Signals(-code).name}"
                     elif code not in (0, 1, 2, 5):  # failures, no import, no tests: the tests say it
                         ended = f"exit code {code}"
-                    Recorder(order, file).say(ended=ended, seconds=round(took, 1))
+                    Recorder(order, file).say(ended=ended, seconds=round(seconds, 1))
     finally:
         for pid in running:
             kill(pid)
@@ -191,7 +191,7 @@ def run(order: Order) -> None:
 def main() -> None:
     order = Order(**json.load(sys.stdin))
     sys.path[0] = os.getcwd()
-    stand_in()
+    install_stand_ins()
     import vllm
 
     if not Path(vllm.__file__).is_relative_to(order.tree):

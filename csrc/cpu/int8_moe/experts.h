@@ -443,7 +443,7 @@ struct Items {
         (down_blocks + down_blocks_per_item - 1) / down_blocks_per_item;
     parts = choose_token_parts(tokens, down_groups, threads);
     tokens_per_part = (tokens + parts - 1) / parts;
-    // quantize_token's x; or the sums and outputs of the products
+    // A thread needs quantize_token's x, and later sums and outputs.
     scratch_bytes =
         std::max(Arena::padded_bytes<float>(p.hidden),
                  Arena::padded_bytes<int32_t>(kMC * kNR) +
@@ -555,7 +555,8 @@ inline void run_plan(const Plan& plan, Arena& arena, const Threads& threads) {
 
 template <class Microkernel>
 inline void run_experts(const Problem& problem, const Threads& all_threads) {
-  // A batch of blocks in compute_gate_up is at least one.
+  // Products of up to kMC rows are rounded up to kMAlign rows, and stay within
+  // the scratch [kMC, kNR].
   static_assert(kMC % Microkernel::kMAlign == 0);
   Plan plan;
   const int64_t products = problem.tokens * problem.top_k * 3 *

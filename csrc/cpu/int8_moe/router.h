@@ -64,6 +64,7 @@ inline void route_token(const Router& r, int64_t token, float* scores,
 
 // Fewer do not keep a thread busy for as long as it takes to wake it.
 constexpr int64_t kMinTokensPerThread = 64;
+constexpr int64_t kTokensPerItem = 16;
 
 inline void run_router(const Router& r, const Threads& all_threads) {
   const Threads threads = {
@@ -79,7 +80,7 @@ inline void run_router(const Router& r, const Threads& all_threads) {
   steps.assign_evenly(0, r.tokens);
   run_on_threads(threads, [&](int thread) {
     float* const scores = scratch + 2 * stride * thread;
-    steps.run(0, thread, 16, [&](int64_t token) {
+    steps.run(0, thread, kTokensPerItem, [&](int64_t token) {
       route_token(r, token, scores, scores + stride);
     });
   });

@@ -52,6 +52,7 @@ def main() -> int:
     import torch
     import triton
     import vllm
+    from vllm.forward_context import set_forward_context
 
     from tests.quantization.quark.utils import apply_experts, vllm_environment
 
@@ -59,7 +60,7 @@ def main() -> int:
     results: dict = {"device": torch.cuda.get_device_name(), "versions": versions, "rows": []}
     numbers = Layer(Shape.parse(f"int8:{args.shape}"))
     results["shape"] = str(numbers.shape)
-    with vllm_environment() as config:
+    with vllm_environment() as config, set_forward_context(None, config):
         layers = {}
         for backend in args.backends.split(","):
             try:

@@ -49,6 +49,8 @@ TOLERANCE = {"int8": 0.01, "bf16": 0.01, "fp8": 0.03}
 KEPT = 8
 # Less than this over the default at every count is no file's worth.
 GAIN = 1.05
+# A config that serves more counts may be slower than the best by this.
+SLACK = 1.02
 
 
 class Search:
@@ -221,24 +223,59 @@ def nearest_count(tokens: float) -> int:
     return min(COUNTS, key=lambda count: abs(math.log(count / tokens)))
 
 
-def gain(cells: list[dict], key: Key) -> float:
-    """The default's time over that of `key`, where it is the least of `cells`."""
+def times_of(cell: dict) -> dict[Key, float]:
+    """Microseconds of each candidate, uniform and skewed."""
+    return {tuple(key): uniform + skewed for key, uniform, skewed in cell["best"]}
+
+
+def gain(cells: list[dict], key: Key, over: Key | None = None) -> float:
+    """The default's time, or that of `over`, over that of `key`: the least of `cells`.
+
+    Where `over` is not among the last ones that were timed, the slowest of these stands for it.
+    """
     gains = []
     for cell in cells:
-        times = {tuple(best): uniform + skewed for best, uniform, skewed in cell["best"]}
-        gains.append(times[tuple(cell["default"])] / times[key])
+        times = times_of(cell)
+        base = over or tuple(cell["default"])
+        slowest = max(times[one] for one in times if one != tuple(cell["default"]))
+        gains.append(times.get(base, slowest) / times.get(key, slowest))
     return min(gains)
 
 
-def best_for_all(cells: list[dict]) -> Key:
-    """The candidate whose time over the best one's is the least where it is worst, of those timed in all `cells`."""
-    times = [{tuple(key): uniform + skewed for key, uniform, skewed in cell["best"]} for cell in cells]
-    common = [key for key in times[0] if all(key in of for of in times)]
-    return min(common, key=lambda key: max(of[key] / min(of.values()) for of in times))
+def losses_of(cells: list[dict], over: Key | None) -> dict[Key, float]:
+    """Time over the best one's, where it is the most, of the candidates that were timed in all `cells` and are nowhere
+    slower than the default or than `over`; of `over` alone where there is none."""
+    times = [times_of(cell) for cell in cells]
+    common = [key for key in times[0] if all(key in timed for timed in times)]
+    common = [key for key in common if gain(cells, key) >= 1 and gain(cells, key, over) >= 1]
+    if over and not common:
+        return {over: 1.0}
+    return {key: max(timed[key] / min(timed.values()) for timed in times) for key in common}
+
+
+def choose_configs(losses: dict[int, dict[Key, float]]) -> dict[int, Key]:
+    """A candidate for each count, few of them: each compiles when it is first launched, while someone waits.
+
+    From the lowest count on, the one that stays within SLACK of the best for the most counts; of several the one with
+    the least loss.
+    """
+    chosen: dict[int, Key] = {}
+    counts = list(losses)
+    while len(chosen) < len(counts):
+        rest = counts[len(chosen) :]
+        runs = {}
+        for key in losses[rest[0]]:
+            near = [losses[count].get(key, math.inf) <= SLACK for count in rest]
+            length = max(1, (near + [False]).index(False))
+            runs[key] = (-length, sum(losses[count].get(key, math.inf) for count in rest[:length]))
+        key = min(runs, key=runs.get)
+        chosen |= dict.fromkeys(rest[: -runs[key][0]], key)
+    return chosen
 
 
 def write(args: argparse.Namespace) -> None:
-    """Write vLLM's config files from measured cells: one a shape and device, where any count gains GAIN."""
+    """Write vLLM's config files from measured cells: one a shape and device, where any count gains GAIN over the
+    default, or with --sums over what stands in the file without int32 sums."""
     # A name says nothing of the hidden size: models share one.
     files: dict[str, dict[int, dict[str, dict]]] = {}
     for file in args.results:
@@ -256,8 +293,11 @@ def write(args: argparse.Namespace) -> None:
         if missing := [c for c in COUNTS if c not in configs]:
             print(f"{name}: not written, not measured at {missing} tokens")
             continue
-        chosen = {count: best_for_all([*configs[count].values()]) for count in COUNTS}
-        gains = {count: gain([*configs[count].values()], key) for count, key in chosen.items()}
+        plain = args.configs / name.replace(",sums=int32", "")
+        known = json.loads(plain.read_text()) if args.sums and plain.exists() else {}
+        over = {count: as_key(known[str(count)]) if known else None for count in COUNTS}
+        chosen = choose_configs({count: losses_of([*configs[count].values()], over[count]) for count in COUNTS})
+        gains = {count: gain([*configs[count].values()], key, over[count]) for count, key in chosen.items()}
         if max(gains.values()) < GAIN:
             print(f"{name}: not written, no count gains {GAIN - 1:.0%}")
             continue
@@ -265,7 +305,8 @@ def write(args: argparse.Namespace) -> None:
         new = args.configs / f".{name}.new"
         new.write_text(text)
         new.rename(args.configs / name)
-        print(f"{name}: {min(gains.values()):.2f}x to {max(gains.values()):.2f}x the default")
+        base = f"{plain.name}'s config" if known else "the default"
+        print(f"{name}: {min(gains.values()):.2f}x to {max(gains.values()):.2f}x {base}")
 
 
 def main() -> int:

@@ -155,6 +155,14 @@ def test_a_file_serves_all_shapes_of_its_name(made_up, tmp_path, capsys):
     assert "x the default" in capsys.readouterr().out
 
 
+def test_few_configs_serve_many_counts():
+    """Each compiles at its first launch: one that is near the best at several counts serves them all."""
+    a, b, c = (16,), (32,), (64,)
+    losses = {1: {a: 1.0, b: 1.019}, 2: {a: 1.021, b: 1.01, c: 1.0}, 4: {b: 1.02, c: 1.0}, 8: {c: 1.0}}
+    assert gpu_tune.choose_configs(losses) == {1: b, 2: b, 4: b, 8: c}
+    assert gpu_tune.choose_configs({1: {a: 1.1}, 2: {b: 1.0}}) == {1: a, 2: b}  # no better one is there
+
+
 def test_no_file_where_the_default_is_as_good(made_up, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu_tune, "GAIN", 9.0)
     out = tmp_path / "out.jsonl"

@@ -20,13 +20,35 @@ from vllm.model_executor.layers.fused_moe import fused_moe
 E, N, K = 4, 32, 64
 INT8, BF16 = {"BLOCK_SIZE_M": 48}, {"BLOCK_SIZE_M": 24}
 CONFIGS = Path(fused_moe.__file__).parent / "configs"
+# Experts and their width. Tensor parallel 1 to 8 parts the width, expert parallel 2
+# to 8 the experts.
+MODELS = {
+    "Step-3.5-Flash": (288, 1280),
+    "Qwen3.6-35B-A3B": (256, 512),
+    "MiniMax-M2": (256, 1536),
+    "DeepSeek-V3": (256, 2048),
+    "Qwen3-235B-A22B": (128, 1536),
+    "Qwen3-30B-A3B": (128, 768),
+    "GLM-4.5": (160, 1536),
+    "GLM-4.5-Air": (128, 1408),
+}
+
+
+def shares(experts: int, width: int) -> list[tuple[int, int]]:
+    """A rank's experts and their width."""
+    widths = [width // ranks for ranks in (1, 2, 4, 8)]
+    return [
+        # What no tile fits has no file; 160 is Step-3.5-Flash's.
+        *((experts, n) for n in widths if n % 64 == 0 or n == 160),
+        *((experts // ranks, width) for ranks in (2, 4, 8)),
+    ]
+
+
 SHIPPED = [
-    (experts, width, device)
-    for device in ("NVIDIA_H100_80GB_HBM3", "NVIDIA_H200")
-    for experts, width in (
-        *((288, n) for n in (1280, 640, 320, 160)),
-        *((e, 1280) for e in (144, 72, 36)),
-    )
+    *((e, n, "NVIDIA_H100_80GB_HBM3") for e, n in shares(*MODELS["Step-3.5-Flash"])),
+    *dict.fromkeys(
+        (e, n, "NVIDIA_H200") for model in MODELS.values() for e, n in shares(*model)
+    ),
 ]
 
 

@@ -78,6 +78,25 @@ def plot_layer_h200() -> str:
     return draw_lines(title, description, [*lines[:-1], limit, lines[-1]], "ms for one layer")
 
 
+def plot_layer_newest() -> str:
+    rows = _one_layer("moe-h200-0.33.0-288x1280.json")
+    names = {"bf16": "BF16", "default": "INT8, stock config", "sums": "INT8, int32 sums", "fp8": "FP8", "int8": "INT8"}
+    lines = _lines(rows, names, 1e3)
+    late = next(row["us"] for row in rows if row["tokens"] == 8192)
+    early = [row["us"] for row in rows if row["tokens"] <= 512]
+    ratio = _span([us["fp8"] / us["int8"] for us in early])
+    title = (
+        f"H200, vLLM 0.33.0: INT8 experts are {ratio} times as fast as FP8 up to 512 tokens; at 8192 "
+        f"they have {late['fp8'] / late['int8']:.2f} of its speed, with int32 sums "
+        f"{late['fp8'] / late['sums']:.2f}"
+    )
+    description = (
+        "Time of one layer of 288 experts over the number of tokens, both axes logarithmic. INT8 runs along FP8 up to "
+        "512 tokens; above, int32 sums lie between INT8 and FP8. vLLM's config for BF16 is slower from 96 tokens on."
+    )
+    return draw_lines(title, description, lines, "ms for one layer")
+
+
 ENGINE = {
     "quark-series": "INT8",
     "quark-stock": "INT8, stock vLLM",
@@ -345,6 +364,7 @@ PLOTS: dict[str, Callable[[], str]] = {
     "drift.svg": plot_drift,
     "performance/moe-h100.svg": plot_layer_h100,
     "performance/moe-h200.svg": plot_layer_h200,
+    "performance/moe-h200-0.33.0.svg": plot_layer_newest,
     "performance/depth-h200.svg": plot_engine_4,
     "performance/depth8-h200.svg": plot_engine_8,
     "performance/shards-h200.svg": plot_loading,

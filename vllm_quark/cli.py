@@ -170,8 +170,8 @@ def _open_tree(
     alone: bool = False,
 ) -> tuple[Tree, Series, list[Patch]]:
     target = Tree(tree or find_installed())
-    series, only = load_chosen(only, until, optional, target.applied())
-    series = series.in_package(target.package)
+    series, only = load_chosen(only, until, optional)
+    series = target.with_optional(series.in_package(target.package))
     return target, series, series.select(only, until, alone)
 
 
@@ -410,7 +410,8 @@ def shadow_command(
         raise QuarkError("--stock excludes --only and --with")
     if out.exists():
         raise QuarkError(f"{out}: exists already: delete it to make it anew")
-    series, only = load_chosen(only, None, optional, Tree(tree or find_installed()).applied())
+    series, only = load_chosen(only, None, optional)
+    series = Tree(tree or find_installed()).with_optional(series)
     names = [] if stock else [p.name for p in series.select(only)]
     print(make_shadow(out.absolute(), series, names, tree))
     return 0
@@ -426,7 +427,8 @@ def configs_command(
     """Write the launch configs of INT8 experts for VLLM_TUNED_CONFIG_FOLDER.
 
     vLLM looks for names with int8_w8a8 since patch 0013. Without it vLLM looks for names of no dtype, for BF16 experts
-    of the same sizes, too: use --stock where only INT8 experts are served.
+    of the same sizes, too: use --stock where only INT8 experts are served. Configs of such a folder go before those that
+    come with patch 0016.
 
     Example: vllm-quark configs -o tuned && VLLM_TUNED_CONFIG_FOLDER=$PWD/tuned vllm serve CKPT
     """

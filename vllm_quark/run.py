@@ -52,7 +52,8 @@ def find_shadow(only: list[str], until: str | None = None, optional: list[str] |
     folder = CACHE / "run" / _shadow_key(tree, repr((only, until, optional)))
     if folder.is_dir():
         return folder, False
-    series, only = load_chosen(only, until, optional, tree.applied())
+    series, only = load_chosen(only, until, optional)
+    series = tree.with_optional(series)
     names = [p.name for p in series.select(only, until)]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

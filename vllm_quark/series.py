@@ -46,6 +46,7 @@ class Series:
         strict: raises QuarkError for a name that is no optional patch's; else it is left to `select`.
         """
         words = {word.strip() for name in names for word in name.split(",")}
+        words = words - {""} or words
         known = {word for word in words for p in (*self.optional, *self.patches) if p.optional and p.is_called(word)}
         if strict and (unknown := sorted(words - known)):
             have = ", ".join(p.name for p in (*self.patches, *self.optional) if p.optional) or "none"
@@ -95,6 +96,8 @@ class Series:
         for p in self.patches:
             if p.is_called(name):
                 return p
+        if any(p.is_called(name) for p in self.optional):
+            raise QuarkError(f"'{name}' is an optional patch: name it with --with")
         raise QuarkError(f"no patch '{name}': the series has {', '.join(p.name for p in self.patches)}")
 
 
@@ -134,10 +137,8 @@ def load_chosen(
     only: Iterable[str] | None,
     until: str | None = None,
     optional: Iterable[str] | None = None,
-    applied: Iterable[str] = (),
 ) -> tuple[Series, list[str]]:
-    """The series with the optional patches of `--with`, of `--only` and of a tree that has them, and the names to
-    select from it.
+    """The series with the optional patches of `--with` and of `--only`, and the names to select from it.
 
     Raises QuarkError for a name in `optional` that is no optional patch's, and for `optional` beside `until`.
     """
@@ -147,4 +148,4 @@ def load_chosen(
     series = load_series()
     if optional:
         series = series.with_optional(optional, strict=True)
-    return series.with_optional([*only, *applied]), [*only, *optional] if only else []
+    return series.with_optional(only), [*only, *optional] if only else []

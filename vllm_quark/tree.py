@@ -242,9 +242,15 @@ class Tree:
         pairs = [pair for pair in zip(verdict.edited, in_commit.edited, strict=True) if pair[0] in verdict.present]
         return any(not {*pair}.intersection(in_commit.holders) for pair in (*pairs, *verdict.moved))
 
-    def applied(self) -> set[str]:
-        """Names of the patches that this tree has by record or by wheel."""
-        return {*read_record(self.root).applied, *self.by_wheel()}
+    def with_optional(self, series: Series) -> Series:
+        """`series` with the optional patches that this tree has: by record, by wheel or off the record.
+
+        A record names them by number: a patch may be called otherwise by now.
+        """
+        recorded = (name.partition("-")[0] for name in (*read_record(self.root).applied, *self.by_wheel()))
+        series = series.with_optional(recorded)
+        there = [p.name for p in series.optional if judge_patch(series, p, self.view({})).status is Status.UPSTREAM]
+        return series.with_optional(there)
 
     def by_wheel(self) -> set[str]:
         """Patches that came with an installed wheel (see repack)."""
@@ -399,6 +405,8 @@ class Tree:
         self._refuse_unfinished()
         with lock_tree(self.root):
             record, _ = self._settle_record()
+            # Another run may have applied one since the series was chosen.
+            series = self.with_optional(series)
             names = {p.name for p in patches} | set(record.applied)
             try:
                 self._carry_out(record, self._plan(series, names, record))
@@ -430,7 +438,9 @@ class Tree:
         self._refuse_unfinished()
         with lock_tree(self.root):
             self._refuse_moved_off_record(series, patches)
-            record = self._with_left_behind(series, patches, self._settle_record()[0])
+            record, _ = self._settle_record()
+            series = self.with_optional(series)
+            record = self._with_left_behind(series, patches, record)
             if not record.files:
                 record = replace(record, applied=[])  # all of it was replaced
             leaving = [p for p in patches if p.name in record.applied]

@@ -4,6 +4,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from trees import ROOT, cli, make_wheel, one_line, visible
 from vllm_quark.locate import find_installed
 from vllm_quark.series import load_series
 from vllm_quark.shadow import make_shadow
+from vllm_quark.tree import Tree
 
 OPTIONAL = """\
 subject: "[Kernel] Another x"
@@ -75,6 +77,34 @@ def test_named_beside_others(home, tree):
     one_line(cli(home, "revert", tree, "--only", "1"), NAME, "--with-dependents")
 
 
+def test_told_of_where_no_record_is(home, tree):
+    """As after `git am` or by hand."""
+    assert cli(home, "apply", tree, "--with", "6").returncode == 0
+    shutil.rmtree(tree / ".vllm-quark")
+    assert NAME in statuses(home, tree)
+    (tree / "vllm/other.py").write_text("x = 1\n")
+    assert NAME not in statuses(home, tree)
+
+
+def test_kept_under_another_name(home, tree):
+    """A record of an older series, which called the patch otherwise."""
+    assert cli(home, "apply", tree, "--with", "6").returncode == 0
+    record = tree / ".vllm-quark/record.json"
+    record.write_text(record.read_text().replace(NAME, "0006-old-name"))
+    assert cli(home, "apply", tree).returncode == 0
+    assert x_of(tree) == "x = 2\n" and statuses(home, tree)[NAME] == "applied"
+
+
+def test_one_that_another_run_applied_meanwhile_stays(home, tree):
+    """The series is chosen before the tree is locked."""
+    series = load_series(home)
+    chosen = series.select(["1"])
+    assert cli(home, "apply", tree, "--with", "6").returncode == 0
+    Tree(tree).apply(series, chosen)
+    assert x_of(tree) == "x = 2\n"
+    assert NAME in cli(home, "revert", tree).stdout
+
+
 def test_each_command_that_writes_takes_it(home, tree, tmp_path):
     diff = cli(home, "diff", tree, "--with", "6").stdout
     assert "+x = 2" in diff and "+x = 2" not in cli(home, "diff", tree).stdout
@@ -95,6 +125,7 @@ def test_bad_names(home, tree):
     one_line(cli(home, "apply", tree, "--with", "7"), "--with '7': no optional patch", NAME)
     one_line(cli(home, "apply", tree, "--with", "0001"), "--with '0001': no optional patch", NAME)
     one_line(cli(home, "apply", tree, "--with", ""), "--with ''", NAME)
+    one_line(cli(home, "apply", tree, "--until", "6"), "'6' is an optional patch", "--with")
     one_line(cli(home, "apply", tree, "--with", "6", "--until", "3"), "--with and --until exclude each other")
     one_line(cli(home, "shadow", tree, "-o", tree / "s", "--with", "6", "--stock"), "--stock excludes")
     assert visible(tree) == before

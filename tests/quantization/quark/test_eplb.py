@@ -5,6 +5,7 @@
 Run `pytest tests/quantization/quark/test_eplb.py`.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -222,18 +223,30 @@ def test_a_missing_expert_is_named_after_it_moved():
         ranks.reload(all_but(5), make_tensors())
 
 
-def make_worker(ranks: Ranks, reload_weights: Callable, drain: Callable) -> Any:
-    """A worker of the first rank whose reload and load balancing are stood in for."""
+class LoadBalancing:
+    """What a worker has of EPLB's state: one model, whose experts are on their way."""
+
+    def __init__(self, is_alive: bool = True) -> None:
+        self.async_worker = SimpleNamespace(is_alive=lambda: is_alive)
+        self.model = SimpleNamespace(rebalanced=True)
+        self.model_states = {"model": self.model}
+        self.calls: list[str] = []
+
+    def drain_async(self) -> None:
+        self.calls.append("drain")
+        self.model.rebalanced = False
+
+
+def make_worker(root: torch.nn.Module, state: LoadBalancing, reload: Callable) -> Any:
+    """A rank's worker whose reload and load balancing are stood in for."""
     runner = SimpleNamespace(
-        get_model=lambda: ranks.roots[0],
-        reload_weights=reload_weights,
-        eplb_state=SimpleNamespace(drain_async=drain),
+        get_model=lambda: root, reload_weights=reload, eplb_state=state
     )
     config = SimpleNamespace(quant_config=quark_config())
     return SimpleNamespace(model_runner=runner, vllm_config=config)
 
 
-def reload_fails() -> None:
+def fail_at_reload(**_: Any) -> None:
     pytest.fail("the reload began")
 
 
@@ -248,47 +261,73 @@ def async_ranks(layer_environment, monkeypatch) -> Ranks:
 
 def test_moves_end_before_a_reload(async_ranks):
     """They would bring old experts after it."""
-    calls: list[str] = []
-    tensors = make_tensors()
+    tensors, state = make_tensors(), LoadBalancing()
+    other = make_worker(async_ranks.roots[1], state, fail_at_reload)
+    stop_expert_moves(other.model_runner)
+    state.model.rebalanced = True
 
     def reload_weights() -> None:
-        calls.append("reload")
-        for root in async_ranks.roots:
-            root.experts.expert_moves_stopped = True  # the other rank's worker
+        state.calls.append("reload")
         async_ranks.reload(hand_over_experts, tensors)
 
-    worker = make_worker(async_ranks, reload_weights, lambda: calls.append("drain"))
-    Worker.reload_weights(worker)
-    assert calls == ["drain", "reload"]
+    Worker.reload_weights(make_worker(async_ranks.roots[0], state, reload_weights))
+    assert state.calls == ["drain", "drain", "reload"]
     async_ranks.assert_places(experts_at(MOVED), tensors)
 
 
+def test_moves_end_before_a_transfer_of_weights(async_ranks):
+    state = LoadBalancing()
+    worker = make_worker(async_ranks.roots[0], state, fail_at_reload)
+    worker._check_weight_transfer_engine = lambda: state.calls.append("begin")
+    with contextlib.suppress(AttributeError):  # the rest of it is not stood in for
+        Worker._start_weight_update(worker)
+    assert state.calls == ["drain", "begin"]
+
+
 def test_no_tensor_is_taken_while_experts_move(async_ranks):
-    """By another way than the worker's reload; after one, too."""
-    expert = async_ranks.roots[0].experts
-    for _ in range(2):
+    """By another way than the worker's, and after a reload that came to nothing."""
+    state, root = LoadBalancing(), async_ranks.roots[0]
+
+    def load() -> None:
+        reload.initialize_layerwise_reload(root)
+        load_one(root.experts, 0, 0, make_tensors())
+
+    def assert_refused() -> None:
         with pytest.raises(ValueError, match="use_async false in eplb_config"):
-            load_one(expert, 0, 0, make_tensors())
-        for root in async_ranks.roots:
-            root.experts.expert_moves_stopped = True
-        async_ranks.reload(hand_over_experts, make_tensors())
+            load()
+
+    assert_refused()
+    stop_expert_moves(make_worker(root, state, fail_at_reload).model_runner)
+    load()
+    state.model.rebalanced = True
+    assert_refused()
+    state.model.rebalanced = False
+    del state
+    assert_refused()  # of an engine that is gone
 
 
 def test_no_reload_of_data_parallel_ranks_while_experts_move(async_ranks):
     """One rank's drain would meet another one's step."""
-    parallel_config = async_ranks.roots[0].experts.moe_config.moe_parallel_config
-    parallel_config.dp_size = 2
-    drain = lambda: pytest.fail("waited for a rank that does not reload")  # noqa: E731
-    worker = make_worker(async_ranks, reload_fails, drain)
+    state, root = LoadBalancing(), async_ranks.roots[0]
+    root.experts.moe_config.moe_parallel_config.dp_size = 2
     with pytest.raises(ValueError, match="experts: .*use_async false in eplb_config"):
-        Worker.reload_weights(worker)
+        Worker.reload_weights(make_worker(root, state, fail_at_reload))
+    assert not state.calls
+
+
+def test_no_reload_where_the_moving_thread_has_ended(async_ranks):
+    """Its moves would be waited for for ever."""
+    state = LoadBalancing(is_alive=False)
+    with pytest.raises(ValueError, match="experts: .*has ended.*start vLLM anew"):
+        Worker.reload_weights(make_worker(async_ranks.roots[0], state, fail_at_reload))
+    assert not state.calls
 
 
 def test_nothing_to_end_where_experts_move_in_a_step():
-    ranks = Ranks().load(hand_over_experts, make_tensors())
+    ranks, state = Ranks().load(hand_over_experts, make_tensors()), LoadBalancing()
     ranks.move(MOVED)
-    drain = lambda: pytest.fail("nothing moves")  # noqa: E731
-    stop_expert_moves(make_worker(ranks, reload_fails, drain).model_runner)
+    stop_expert_moves(make_worker(ranks.roots[0], state, fail_at_reload).model_runner)
+    assert not state.calls
 
 
 def test_stacks_of_this_ranks_experts():

@@ -110,6 +110,16 @@ def test_sums_are_exact(K, sign):
 
 
 @runs_kernel
+def test_scales_of_another_dtype_do_not_narrow_the_sums():
+    x = torch.full((1, LARGE_K[0]), 127, dtype=torch.int8)
+    scales = torch.full((1, 1), 1e-3).half(), torch.full((1, 32, 1), 1e-3).half()
+    experts = torch.zeros(1, dtype=torch.int32)
+    out = multiply(x, x.expand(1, 32, -1), *scales, experts)
+    expected = LARGE_K[0] * 127 * 127 * scales[0].item() ** 2
+    torch.testing.assert_close(out, torch.full_like(out, expected))
+
+
+@runs_kernel
 def test_the_largest_sum_fits():
     x = torch.full((1, LARGE_K[-1]), 127, dtype=torch.int8)
     ones = torch.ones(1, 1), torch.ones(1, 32, 1)

@@ -9,6 +9,7 @@ start as, is refused when the weights are processed.
 """
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import MethodType
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from vllm.config import get_current_vllm_config
+from vllm.distributed.parallel_state import get_ep_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -48,14 +50,20 @@ def _find_reload(layer: torch.nn.Module) -> Any:
     return None
 
 
-def _refuse(layer: torch.nn.Module, where: str, kind: str, problem: str) -> NoReturn:
-    """Raise ValueError. During a reload `layer` has its old weights back first: the
-    next reload would begin with what this one had brought."""
+def _give_weights_back(layer: torch.nn.Module) -> bool:
+    """During a reload, give `layer` its old weights: the next reload would begin with
+    what this one had brought. Returns whether there is a reload."""
     if info := _find_reload(layer):
         from vllm.model_executor.model_loader.reload import layerwise
 
         layerwise._place_kernel_tensors(layer, info)
         info.reset()
+    return bool(info)
+
+
+def _refuse(layer: torch.nn.Module, where: str, kind: str, problem: str) -> NoReturn:
+    """Raise ValueError. During a reload `layer` has its old weights back first."""
+    if _give_weights_back(layer):
         problem += ". Or an earlier reload stopped halfway: reload again"
     raise ValueError(f"{where}: {kind} {problem}")
 
@@ -452,8 +460,9 @@ def load_expert(
     if not layer.moe_config.moe_parallel_config.enable_eplb:
         args = param, loaded_weight, weight_name, shard_id, expert_id, return_success
         return _load_place(layer, expert_id, *args)
-    if _moves_async(layer):
-        _check_not_moving(layer, layer.expert_moves_stopped)
+    if _moves_async(layer) and not _are_moves_stopped(layer):
+        _give_weights_back(layer)
+        raise ValueError(f"{layer.layer_name}: {_MOVING}")
     count = count_experts(layer.moe_config)
     if loaded_weight.dim() == 3:  # of all experts, or of some from this one on
         first = 0 if len(loaded_weight) == count else expert_id
@@ -475,15 +484,34 @@ def stop_expert_moves(model_runner) -> None:
     would bring old ones after a reload. The worker calls it on every rank, before a
     reload has changed anything; moves begin again with the next rearrangement.
 
-    Raises ValueError with data parallelism, whose ranks do not reload at one step.
+    Raises ValueError with data parallelism, whose ranks do not reload at one step,
+    and where the thread that moves them has ended.
     """
     layers = [*filter(_moves_async, model_runner.get_model().modules())]
+    if not layers:
+        return
+    where, state = layers[0].layer_name, model_runner.eplb_state
+    if layers[0].moe_config.moe_parallel_config.dp_size > 1:
+        raise ValueError(f"{where}: {_MOVING}")
+    # Its ranks have to agree, or some would wait for the others' moves for ever.
+    thread = state.async_worker
+    is_alive = torch.tensor(int(thread is not None and thread.is_alive()))
+    group = get_ep_group().cpu_group
+    torch.distributed.all_reduce(is_alive, torch.distributed.ReduceOp.MIN, group)
+    if not is_alive:
+        raise ValueError(
+            f"{where}: INT8 experts cannot be reloaded since load balancing's thread "
+            "has ended, as the log says: start vLLM anew"
+        )
+    state.drain_async()
     for layer in layers:
-        _check_not_moving(layer, layer.moe_config.moe_parallel_config.dp_size == 1)
-    if layers:
-        model_runner.eplb_state.drain_async()
-    for layer in layers:
-        layer.expert_moves_stopped = True
+        layer.eplb_state_ref = weakref.ref(state)
+
+
+_MOVING = (
+    "INT8 experts cannot be reloaded while they move asynchronously: start vLLM with "
+    "use_async false in eplb_config"
+)
 
 
 def _moves_async(layer: torch.nn.Module) -> bool:
@@ -491,12 +519,9 @@ def _moves_async(layer: torch.nn.Module) -> bool:
     return is_moved and getattr(layer, "moves_experts_async", False)
 
 
-def _check_not_moving(layer: torch.nn.Module, stopped: bool) -> None:
-    if not stopped:
-        raise ValueError(
-            f"{layer.layer_name}: INT8 experts cannot be reloaded while they move "
-            "asynchronously: start vLLM with use_async false in eplb_config"
-        )
+def _are_moves_stopped(layer: torch.nn.Module) -> bool:
+    state = layer.eplb_state_ref and layer.eplb_state_ref()
+    return bool(state) and not any(m.rebalanced for m in state.model_states.values())
 
 
 def _load_place(
@@ -611,7 +636,7 @@ def prepare_experts(layer: torch.nn.Module) -> None:
     layer.expert_places = None
     eplb_config = get_current_vllm_config().parallel_config.eplb_config
     layer.moves_experts_async = getattr(eplb_config, "use_async", False)
-    layer.expert_moves_stopped = False
+    layer.eplb_state_ref = None  # the state that was seen to move nothing
     # Rows and columns of an expert's projections, over all ranks, and whether two
     # share a parameter.
     layer.int8_shapes = dict.fromkeys(("w1", "w3"), (width, hidden, gated))
@@ -634,7 +659,6 @@ def finish_experts(layer: torch.nn.Module) -> None:
     def place_at(at: tuple[int, str]) -> str:
         return _experts_where(layer, _expert_at(layer, at[0]), at[1])
 
-    layer.expert_moves_stopped = False
     any_came = _any_came(layer)
     for name in _EXPERTS_INPUTS:
         # Not deleted: a reload registers it again.

@@ -427,8 +427,8 @@ def configs_command(
     """Write the launch configs of INT8 experts for VLLM_TUNED_CONFIG_FOLDER.
 
     vLLM looks for names with int8_w8a8 since patch 0013. Without it vLLM looks for names of no dtype, for BF16 experts
-    of the same sizes, too: use --stock where only INT8 experts are served. Configs of such a folder go before those that
-    come with patch 0016.
+    of the same sizes, too: use --stock where only INT8 experts are served. Configs of such a folder go before those
+    that come with patch 0016.
 
     Example: vllm-quark configs -o tuned && VLLM_TUNED_CONFIG_FOLDER=$PWD/tuned vllm serve CKPT
     """

@@ -80,10 +80,10 @@ test: env quark-env lint  ## everything that runs on this machine (an hour or mo
 	  --ways "eager, oneDNN" "compiled, operator" "compiled, oneDNN"
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=25 tests/e2e
 
-# The operator's tests with -fsanitize: its library, and Python with the sanitizers' runtime first.
-SANITIZERS := address,undefined
+# The operator's tests with -fsanitize: its library, and Python with the sanitizers' runtime first. tests/csrc has the
+# thread sanitizer.
 sanitize: env  ## the CPU operator's tests with -fsanitize
-	@SANITIZE=$(SANITIZERS) CMAKE_ARGS=-DINT8_MOE_EMULATE_AMX=ON $(BIN)/python setup.py -q build_ext \
+	@SANITIZE=address,undefined CMAKE_ARGS=-DINT8_MOE_EMULATE_AMX=ON $(BIN)/python setup.py -q build_ext \
 	  --build-temp build/sanitize --build-lib build/sanitize/lib
 	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \

@@ -20,7 +20,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from benchmarks.speed.gpu_engine import COMPILATION, RUNS, make_checkpoint
+from benchmarks.speed.depth_runs import COMPILATION, RUNS, make_checkpoint
 
 PROMPT, ANSWER, SECONDS, MOST = 512, 64, 10, 400
 FIGURES = ("request_throughput", "output_throughput", "completed", "failed")

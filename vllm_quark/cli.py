@@ -108,7 +108,7 @@ Only = Annotated[
 Until = Annotated[str | None, typer.Option("--until", metavar="NAME", help="the patches up to and with this one")]
 With = Annotated[
     list[str] | None,
-    typer.Option("--with", metavar="NAME", help="an optional patch, too, such as 0016: int32 sums of INT8 experts"),
+    typer.Option("--with", metavar="NAME", help="add an optional patch, such as 0016 (int32 sums of INT8 experts)"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 # Problems with the same way out are many at times; JSON has them all.
@@ -238,7 +238,7 @@ def revert(
     only: Only = None,
     until: Until = None,
     with_dependents: Annotated[
-        bool, typer.Option("--with-dependents", help="the patches that build on these, too")
+        bool, typer.Option("--with-dependents", help="also revert the patches that build on these")
     ] = False,
     as_json: AsJson = False,
 ) -> int:
@@ -277,8 +277,8 @@ def run_on_shadow(
 ) -> int:
     """Run COMMAND on the installed vLLM with the patches; nothing that is installed changes.
 
-    What COMMAND starts sees the patched vLLM, too: workers, scripts, python -m. A Ray cluster has to be started so
-    as well, on each node: vllm-quark run -- ray start ...
+    Processes that COMMAND starts use the patched vLLM as well: workers, scripts, python -m. Start a Ray cluster in the
+    same way on each node: vllm-quark run -- ray start ...
 
     Example: vllm-quark run -- vllm serve CKPT
     """
@@ -315,14 +315,21 @@ def diff_command(tree: TreeArgument = None, only: Only = None, until: Until = No
 @app.command("format-patch")
 @_guard
 def format_patch(
-    tree: Annotated[Path, typer.Argument(metavar="TREE", parser=_read_folder, help="the tree that the series is for")],
+    tree: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TREE", parser=_read_folder, help="the source tree of vLLM that will receive the series"
+        ),
+    ],
     out: OutFolder,
     only: Only = None,
     until: Until = None,
     optional: With = None,
     topic: Annotated[
         str | None,
-        typer.Option("--topic", metavar="NAME", help="a pull request's: seed, mtp, configs, cpu, schemes or sums"),
+        typer.Option(
+            "--topic", metavar="NAME", help="only one pull request's: seed, mtp, configs, cpu, schemes or sums"
+        ),
     ] = None,
     cover: Annotated[bool, typer.Option("--cover", help="a cover letter and the text of a pull request, too")] = False,
     as_json: AsJson = False,
@@ -380,7 +387,7 @@ def wheel_command(
     until: Until = None,
     optional: With = None,
 ) -> int:
-    """Make a patched wheel: the same, with the patches in it and +quark in its version.
+    """Make a copy of a wheel with the patches in it and +quark in its version.
 
     Example: vllm-quark wheel vllm-0.21.0-*.whl -o dist
     """
@@ -402,7 +409,7 @@ def shadow_command(
     optional: With = None,
     stock: Annotated[bool, typer.Option("--stock", help="no patch at all")] = False,
 ) -> int:
-    """Make a folder for PYTHONPATH: the installed vLLM with patches, itself untouched.
+    """Make a patched view of the installed vLLM, as a folder for PYTHONPATH.
 
     Example: vllm-quark shadow -o DIR --only 0002
     """
@@ -452,8 +459,8 @@ def check_command(
 ) -> int:
     """Show what is wrong with an INT8 checkpoint of AMD Quark, without vLLM or a GPU.
 
-    Its files are held against its config.json as vLLM does with the series, and the values of scales and zero
-    points are read. Of a model on the hub, headers alone are.
+    The command compares the files with config.json, as vLLM does with the series. It also reads the values of scales
+    and zero points. For a model on the hub it reads the headers only.
 
     Example: vllm-quark check ~/models/Step-3.5-Flash-INT8
 

@@ -9,7 +9,11 @@ from vllm_quark.series import Series
 from vllm_quark.topics import Topic
 
 SUBJECT = "[Bugfix][Quark] INT8 W8A8 checkpoints: right, or refused with a reason"
-# page, heading, what its first table shows
+_PURPOSE = (
+    "Stock vLLM serves INT8 W8A8 checkpoints of AMD Quark wrong without an error, or stops without the layer's name. "
+    "Each commit corrects one cause."
+)
+# page, heading, sentence before its first table
 _RESULTS = (
     (
         "results.md",
@@ -42,7 +46,7 @@ def _table(page: Path, heading: str) -> str:
 def pull_request(series: Series, patches: list[Patch], topic: Topic | None = None) -> str:
     """Purpose, test plan and test result as vLLM's template asks for them, for these patches.
 
-    topic: its tables instead of the whole series'.
+    topic: its purpose and its tables instead of the whole series'.
 
     Raises QuarkError where a page of docs/ lacks a table.
     """
@@ -56,8 +60,7 @@ def pull_request(series: Series, patches: list[Patch], topic: Topic | None = Non
     return f"""\
 ## Purpose
 
-Checkpoints that AMD Quark exports as INT8 W8A8, Step-3.5-Flash first, are served as garbage without an error, or stop
-without a name. One commit for each cause:
+{topic.purpose if topic else _PURPOSE}
 
 {changes}
 

@@ -92,12 +92,12 @@ class Rewrite(_Strict):
         if not isinstance(data, dict):
             return data
         data = data | {key: _expand_places(data[key]) for key in ("rule", "where") if key in data}
-        at, what, directly = (data.pop(key, None) for key in ("at", "what", "directly"))
+        at, description, directly = (data.pop(key, None) for key in ("at", "what", "directly"))
         if at is not None:
             place = place_rule(str(at))
             around = {"kind": "block", "inside": place} if directly else {"stopBy": "end", **place}
             data["rule"] = _within(data["rule"], around) if "rule" in data else place
-            data["anchor"] = f"{at}, {what}" if what else at
+            data["anchor"] = f"{at}, {description}" if description else at
         return data
 
     @model_validator(mode="after")

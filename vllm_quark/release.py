@@ -37,7 +37,7 @@ _KEPT = re.compile(
 
 @contextlib.contextmanager
 def _index(
-    what: str, project: str = "vllm", kind: str = "sdist"
+    subject: str, project: str = "vllm", kind: str = "sdist"
 ) -> "Iterator[tuple[PyPISimple, list[DistributionPackage]]]":
     """The package index that uv or pip are told to use, and the `project`'s distributions there, oldest first."""
     # Only what goes to the index needs these.
@@ -51,7 +51,7 @@ def _index(
             published = [p for p in packages if p.package_type == kind and p.version]
             yield index, sorted(published, key=lambda p: Version(p.version or "0"))
     except (requests.RequestException, DigestMismatchError, tarfile.TarError, OSError) as e:
-        raise QuarkError(f"{what} cannot be fetched: {' '.join(str(e).split())[:200]}: run again") from e
+        raise QuarkError(f"{subject} cannot be fetched: {' '.join(str(e).split())[:200]}: run again") from e
 
 
 def _find_distribution(packages: "list[DistributionPackage]", version: str) -> "DistributionPackage":

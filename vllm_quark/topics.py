@@ -15,12 +15,13 @@ TABLE_PARTS = 3
 
 @dataclass(frozen=True)
 class Topic:
-    """The title and the numbers of one pull request's patches, and the tables that show their results.
+    """The title, the purpose and the numbers of one pull request's patches, and the tables that show their results.
 
     results: (page of docs/, heading, sentence before the table) for each table.
     """
 
     title: str
+    purpose: str
     numbers: tuple[str, ...]
     results: tuple[tuple[str, str, str], ...]
 
@@ -30,12 +31,12 @@ class Topic:
 
 
 def _read_topic(path: Path, name: str, data: object) -> Topic:
-    if not isinstance(data, dict) or data.keys() != {"title", "patches", "results"}:
-        raise PatchError(f"{path}: topic '{name}' needs title, patches and results, and nothing else")
+    if not isinstance(data, dict) or data.keys() != {"title", "purpose", "patches", "results"}:
+        raise PatchError(f"{path}: topic '{name}' needs title, purpose, patches and results, and nothing else")
     if any(len(table) != TABLE_PARTS for table in data["results"]):
         raise PatchError(f"{path}: topic '{name}': each result needs a page, a heading and a sentence")
     results = tuple((str(page), str(heading), str(sentence)) for page, heading, sentence in data["results"])
-    return Topic(str(data["title"]), tuple(map(str, data["patches"])), results)
+    return Topic(str(data["title"]), str(data["purpose"]), tuple(map(str, data["patches"])), results)
 
 
 def find_topic(series: Series, name: str) -> Topic:

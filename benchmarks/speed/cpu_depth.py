@@ -66,7 +66,7 @@ def bytes_of_a_token(kind: str, layers: int) -> int:
     return 2 * rest + expert_bytes * (layers - 1) * TOP_K * 3 * WIDTH * HIDDEN
 
 
-def bandwidth() -> float:
+def measure_bandwidth() -> float:
     """Bytes a second of summing an int64 tensor of 1 GB."""
     import torch
 
@@ -94,7 +94,7 @@ def experts_of(llm) -> list[str]:
     return llm.apply_model(names)[0]
 
 
-def one(checkpoint: Path, out: Path, layers: int) -> None:
+def measure_checkpoint(checkpoint: Path, out: Path, layers: int) -> None:
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "HF_HUB_OFFLINE": "1",
@@ -105,7 +105,7 @@ def one(checkpoint: Path, out: Path, layers: int) -> None:
     from vllm import LLM
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    speed = bandwidth()
+    speed = measure_bandwidth()
     start = time.perf_counter()
     llm = LLM(
         str(checkpoint),
@@ -134,19 +134,19 @@ def one(checkpoint: Path, out: Path, layers: int) -> None:
     out.write_text(json.dumps(result))
 
 
-def available() -> float:
+def read_available_memory() -> float:
     """GB of memory that a process may still take."""
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) / 1e6
 
 
-def make(work: Path, kind: str, layers: int) -> Path:
+def make_checkpoint(work: Path, kind: str, layers: int) -> Path:
     """The checkpoint `kind` below `work`, made where it is not there."""
     folder = work / kind
     if folder.exists():
         return folder
     if kind == "int8-limit":
-        shutil.copytree(make(work, "int8", layers), folder, copy_function=os.symlink)
+        shutil.copytree(make_checkpoint(work, "int8", layers), folder, copy_function=os.symlink)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").unlink()
         limited = make_config(layers, VOCABULARY, LIMIT) | {"quantization_config": config["quantization_config"]}
@@ -165,7 +165,7 @@ def serve(args: argparse.Namespace, name: str) -> dict:
 
     kind, version, native = RUNS[name]
     layers = args.moe_layers + 1
-    checkpoint = make(args.work, kind, layers)
+    checkpoint = make_checkpoint(args.work, kind, layers)
     log = args.work / f"{name}.log"
     with tempfile.TemporaryDirectory() as folder:
         site = dict(args.site).get(version)
@@ -177,7 +177,7 @@ def serve(args: argparse.Namespace, name: str) -> dict:
         with open(log, "w") as log_file:
             process = subprocess.Popen(words, env=env, stdout=log_file, stderr=log_file, cwd=ROOT)
             while process.poll() is None:
-                if available() < args.floor:
+                if read_available_memory() < args.floor:
                     process.kill()
                     process.wait()
                     return {"failed": f"less than {args.floor} GB of memory were left"}
@@ -198,7 +198,7 @@ def main() -> int:
     ap.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     args = ap.parse_args()
     if args.one:
-        one(args.one, args.out, args.moe_layers + 1)
+        measure_checkpoint(args.one, args.out, args.moe_layers + 1)
         return 0
     if unknown := set(args.runs.split(",")) - set(RUNS):
         ap.error(f"--runs: {unknown.pop()} is none of {', '.join(RUNS)}")

@@ -26,7 +26,7 @@ WAYS = {"native": {}, "oneDNN": {"VLLM_INT8_MOE_LIBRARY": ""}}
 PROMPTS, LENGTH, VOCABULARY = 8, 512, 250
 
 
-def one(checkpoint: Path, out: Path, eager: bool) -> None:
+def measure_engine(checkpoint: Path, out: Path, eager: bool) -> None:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     import torch
@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        one(args.checkpoint, args.one, args.eager)
+        measure_engine(args.checkpoint, args.one, args.eager)
         return 0
     results: dict[str, list[dict]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:

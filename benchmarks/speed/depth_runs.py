@@ -32,11 +32,11 @@ def make_checkpoint(work: Path, kind: str, layers: int) -> Path:
     elif not quark.exists():
         write_apart(quark, layers, True)
     if kind == "compressed-tensors":
-        twin(quark, checkpoint)
+        write_twin(quark, checkpoint)
     return checkpoint
 
 
-def twin(quark: Path, folder: Path) -> None:
+def write_twin(quark: Path, folder: Path) -> None:
     """The compressed-tensors checkpoint of the same numbers: weights linked, scales [E, N, 1]."""
     from safetensors.torch import load_file, save_file
 

@@ -48,7 +48,7 @@ def read_bandwidth(folder: Path, files: str = "*.safetensors") -> tuple[int, flo
     return total, took
 
 
-def one(args: argparse.Namespace) -> None:
+def measure_run(args: argparse.Namespace) -> None:
     """One checkpoint through the engine of the vLLM that PYTHONPATH has first."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
     import torch
@@ -89,7 +89,7 @@ def one(args: argparse.Namespace) -> None:
     args.out.write_text(json.dumps(result))
 
 
-def every(args: argparse.Namespace) -> None:
+def measure_runs(args: argparse.Namespace) -> None:
     layers = args.moe_layers + 1
     results: dict = {"moe layers": args.moe_layers, "runs": {}}
     if args.out.exists():
@@ -118,7 +118,7 @@ def every(args: argparse.Namespace) -> None:
             shutil.rmtree(checkpoint)
 
 
-def shards(args: argparse.Namespace) -> None:
+def measure_shards(args: argparse.Namespace) -> None:
     """Seconds to load one layer's stacked experts on a rank, at once and expert by expert, and to read its files."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     import torch
@@ -193,7 +193,7 @@ def shards(args: argparse.Namespace) -> None:
 FIGURES = ("prefill tokens/s", *(f"decode tokens/s, batch {b}" for b in DECODE))
 
 
-def table(args: argparse.Namespace) -> None:
+def print_table(args: argparse.Namespace) -> None:
     runs = json.loads(args.out.read_text())["runs"]
     names = [name for name in RUNS if name in runs]
     rows = [*FIGURES, "load s", "read s", "load peak bytes", "peak bytes"]
@@ -223,19 +223,19 @@ def main() -> int:
     whole.add_argument("--runs", default=default, help=f"in their order, names repeated at will (default {default})")
     whole.add_argument("--keep", action="store_true", help="leave the checkpoints in --work")
     whole.add_argument("--timeout", type=float, default=200)
-    whole.set_defaults(run=every)
+    whole.set_defaults(run=measure_runs)
     part = sub.add_parser("one")
     part.add_argument("checkpoint", type=Path)
     part.add_argument("out", type=Path)
     part.add_argument("--engine", default="{}", help="more arguments of LLM, as JSON")
-    part.set_defaults(run=one)
+    part.set_defaults(run=measure_run)
     ranks = sub.add_parser("shards")
     ranks.add_argument("out", type=Path)
     ranks.add_argument("checkpoint", type=Path)
-    ranks.set_defaults(run=shards)
+    ranks.set_defaults(run=measure_shards)
     shown = sub.add_parser("table")
     shown.add_argument("out", type=Path)
-    shown.set_defaults(run=table)
+    shown.set_defaults(run=print_table)
     args = parser.parse_args()
     args.run(args)
     return 0

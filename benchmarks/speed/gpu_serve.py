@@ -24,7 +24,7 @@ from benchmarks.speed.depth_runs import COMPILATION, RUNS, make_checkpoint
 
 PROMPT, ANSWER, SECONDS, MOST = 512, 64, 10, 400
 FIGURES = ("request_throughput", "output_throughput", "completed", "failed")
-FIGURES += tuple(f"{which}_{what}_ms" for what in ("ttft", "tpot") for which in ("median", "p99"))
+FIGURES += tuple(f"{which}_{metric}_ms" for metric in ("ttft", "tpot") for which in ("median", "p99"))
 CLI = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
@@ -63,9 +63,9 @@ def bench(url: str, rate: str, args: argparse.Namespace, env: dict, log) -> dict
     words += ["--percentile-metrics", "ttft,tpot", "--metric-percentiles", "99", "--save-result"]
     words += ["--result-dir", str(file.parent), "--result-filename", file.name]
     file.unlink(missing_ok=True)
-    done = subprocess.run(words, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=args.timeout)
-    if done.returncode or not file.exists():
-        return {"failed to run": done.returncode}
+    process = subprocess.run(words, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=args.timeout)
+    if process.returncode or not file.exists():
+        return {"failed to run": process.returncode}
     result = json.loads(file.read_text())
     file.unlink()
     return {name: result[name] for name in FIGURES if name in result}

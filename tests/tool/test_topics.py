@@ -16,7 +16,7 @@ from vllm_quark.topics import find_topic
 
 TOPICS = yaml.safe_load((ROOT / "patches/topics.yaml").read_text())
 SYNTHETIC = """\
-small: {title: "[Bugfix] Two of three", patches: ["0001", "0003"], results: []}
+small: {title: "[Bugfix] Two of three", purpose: Two of three., patches: ["0001", "0003"], results: []}
 """
 
 
@@ -95,6 +95,8 @@ def test_bad_topics(home, tree, tmp_path):
     one_line(cli(home, "format-patch", tree, *out, "--topic", "small", "--only", "1"), "--topic excludes")
     (home / "patches/topics.yaml").write_text("small: {title: only}\n")
     one_line(
-        cli(home, "format-patch", tree, *out, "--topic", "small"), "topics.yaml", "needs title, patches and results"
+        cli(home, "format-patch", tree, *out, "--topic", "small"),
+        "topics.yaml",
+        "needs title, purpose, patches and results",
     )
     assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ class Layout(str, enum.Enum):
 def convert(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="a checkpoint's folder")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="folder to write, which does not exist yet")],
-    to: Annotated[Layout, typer.Option("--to", help="how to write it")],
+    to: Annotated[Layout, typer.Option("--to", help="layout to write")],
     per_token: Annotated[
         bool,
         typer.Option("--per-token", help="dynamic per-token activations where the format cannot say a layer's own"),
@@ -28,10 +28,12 @@ def convert(
 ) -> int:
     """Write an INT8 checkpoint of AMD Quark in another layout, its INT8 numbers bit for bit.
 
-    compressed-tensors: for a vLLM that cannot be patched. stacked, per-expert: Step-3.5's experts in three tensors a
-    layer, or one by one. What a layout cannot say is refused by the layer's name, before anything is written.
+    compressed-tensors: for a vLLM that cannot be patched. stacked, per-expert: Step-3.5's experts in three tensors per
+    layer, or one by one. The command refuses a layer that the layout cannot express, by its name, before it writes
+    anything.
 
-    It takes little memory, whatever the size. Killed, or out of room, it goes on where it stopped: run it again.
+    The command needs little memory for any size of checkpoint. If it is killed or the disk is full, run it again: it
+    continues where it stopped.
 
     Example: vllm-quark convert Step-3.5-Flash-INT8 -o Step-3.5-Flash-CT --to compressed-tensors
 

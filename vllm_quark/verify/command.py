@@ -27,15 +27,19 @@ ISSUE = "where we have no such machine (MI300X, MI350) the report helps us: .git
 
 def verify(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="a checkpoint's folder")],
-    layers: Annotated[str, typer.Option("--layers", metavar="N|all", help="how many: some of each kind first")] = "12",
-    report: Annotated[Path | None, typer.Option("--report", metavar="FILE.html", help="page with a plot")] = None,
+    layers: Annotated[
+        str, typer.Option("--layers", metavar="N|all", help="number of layers; each kind of layer comes first")
+    ] = "12",
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE.html", help="write the result as a page with a plot")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> int:
-    """Does this vLLM, on this machine, compute what an INT8 checkpoint of AMD Quark says?
+    """Compare this vLLM on this machine with the numbers of an INT8 checkpoint, layer by layer.
 
-    Builds the checkpoint's own layers one at a time from vLLM's classes, loads their tensors, feeds activations whose
-    tokens and channels differ by orders of magnitude, and compares with a float64 emulation of the scheme. It needs
-    memory for one layer, no engine and no server.
+    The command builds the checkpoint's own layers one at a time from vLLM's classes, and loads their tensors. It feeds
+    them activations whose tokens and channels differ by orders of magnitude. It compares the outputs with a float64
+    emulation of the scheme. It needs memory for one layer, no engine and no server.
 
     Example: vllm-quark verify Step-3.5-Flash-INT8 --layers 20 --report report.html
 
@@ -117,7 +121,7 @@ def _unfinished_path(report: Path) -> Path:
 
 
 def _measure(contents: "Checkpoint", chosen: list["Layer"]) -> tuple[dict[str, str], list["Row"]]:
-    """The machine in words, and a row a layer; each is told of on stderr as it comes."""
+    """The machine in words, and one row per layer; each row is printed on stderr when it is ready."""
     import torch
 
     from vllm_quark.verify.build import environment

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""INT8 W8A8 checkpoints of AMD Quark: what quark.py, quark_moe.py, the INT8 scheme
-and Step3p5's loader call."""
+"""Entry points for INT8 W8A8 checkpoints of AMD Quark. quark.py, quark_moe.py, the
+INT8 scheme and Step3p5's loader call them."""
 
 from .layers import int8_layers
 from .scheme import complete_config

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What the files of a Quark INT8 checkpoint hold against what its config says.
-
-By the checkpoint's own names, from the headers of its safetensors files: no
-weight is read, no layer built, nothing of vLLM imported.
+"""Comparison of the files of a Quark INT8 checkpoint with its config. It uses the
+checkpoint's own names and the headers of its safetensors files. It reads no weight,
+builds no layer and imports nothing of vLLM.
 """
 
 import json

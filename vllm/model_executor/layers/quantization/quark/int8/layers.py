@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Which scheme each layer of vLLM has in an INT8 checkpoint of AMD Quark.
+"""The scheme of each layer of vLLM in an INT8 checkpoint of AMD Quark.
 
 vLLM fuses projections and experts. A layer's parts are looked up one by one, by
 their names in the checkpoint; a layer whose parts cannot be served as one, or
@@ -154,11 +154,13 @@ class Int8Layers:
         served = schemes[0]
         if isinstance(served, Int8Scheme) and served.inputs() != exported.inputs():
             layers = "experts" if experts else "linear layers"
-            said = f"INT8 {layers} exported with {exported.inputs()} activations are "
-            said += f"served with {served.inputs()} ones"
-            if said not in self._warned:
-                self._warned.add(said)
-                logger.warning(said)
+            message = (
+                f"INT8 {layers} exported with {exported.inputs()} activations are "
+            )
+            message += f"served with {served.inputs()} ones"
+            if message not in self._warned:
+                self._warned.add(message)
+                logger.warning(message)
         return served
 
     def linear(self, layer_name: str, shards: list[str] | None) -> Any:

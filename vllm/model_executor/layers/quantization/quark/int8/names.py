@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Which layer config a module has, by the names that a Quark config may use.
+"""The layer config of a module, found by the names that a Quark config may use.
 
 Quark names modules as the checkpoint does, one projection and one expert at a
 time, by exact names, globs and `re:` patterns. vLLM renames modules, so each is

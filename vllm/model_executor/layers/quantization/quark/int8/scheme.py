@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""INT8 W8A8 schemes of AMD Quark: read, refused, and what kernels serve of them."""
+"""INT8 W8A8 schemes of AMD Quark: parsing, refusals, and the schemes that kernels
+serve instead."""
 
 import json
 from collections import defaultdict

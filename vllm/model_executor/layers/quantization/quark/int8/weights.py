@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Parameters of INT8 layers: how checkpoint tensors fit them, whether all came.
+"""Parameters of INT8 layers: loaders that fit checkpoint tensors, and checks that all
+were loaded.
 
 A parameter's loader is a method of its layer: vLLM's records for reloading know
 how to let go of those. It brings scales to the parameter's shape and notes the
@@ -619,8 +620,9 @@ def load_stacked(
         return False
     _note(param, [(expert, shard_id) for expert in experts])
     target, source = shard
-    each = max(1, _CHUNK_BYTES // max(1, target[0].numel() * target.element_size()))
-    for into, part in zip(target.split(each), source.split(each)):
+    bytes_per_expert = max(1, target[0].numel() * target.element_size())
+    count = max(1, _CHUNK_BYTES // bytes_per_expert)
+    for into, part in zip(target.split(count), source.split(count)):
         into.copy_(part)
     return True
 
@@ -667,12 +669,12 @@ def finish_experts(layer: torch.nn.Module) -> None:
     for stem, shards in (("w13", _w13_shards(layer)), ("w2", ("w2",))):
         weight = getattr(layer, f"{stem}_weight")
         scale = getattr(layer, f"{stem}_weight_scale")
-        wanted = [(place, shard) for place in places for shard in shards]
+        expected = [(place, shard) for place in places for shard in shards]
         for kind, param in (("weight", weight), ("weight_scale", scale)):
             came = param.__dict__.get("int8_shards", set())
-            came |= {w for w in wanted if (None, w[1]) in came}
+            came |= {w for w in expected if (None, w[1]) in came}
             if any_came:
-                _check_filled(layer, kind, param, wanted, place_at)
+                _check_filled(layer, kind, param, expected, place_at)
         rows = weight.shape[1] // len(shards)
 
         def shard_at(at: tuple[int, ...], shards=shards, rows=rows) -> str:

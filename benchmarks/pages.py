@@ -119,7 +119,8 @@ def releases_page(results: dict) -> str:
         "",
         "`make releases` wrote this page; do not edit it. The top of "
         "[benchmarks/compatibility/releases.py](../benchmarks/compatibility/releases.py) says what each release went "
-        f"through. Run on {run['date']}: {run['machine']}, Python {run['python']}.",
+        f"through. Run on {run['date']}: {run['machine']}, Python {run['python']}. "
+        f"The table of patches is of {run.get('patches', run['date'])}.",
         "",
     ]
     return "\n".join(page)

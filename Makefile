@@ -62,7 +62,7 @@ check: env quark-env lint  ## run before each commit: lint, layer tests, the too
 	VLLM_QUARK_MUTANTS=50 PYTHONPATH=$(CURDIR)/build/shadow \
 	  $(BIN)/python -m pytest -q -n 2 tests/quantization tests/entrypoints
 	$(BIN)/python -m pytest -q -n 2 tests/tool
-	@$(BIN)/python -m examples.step3p5_nano.lab $(CKPTS)
+	@$(BIN)/python -m examples.step3p5_nano.make_checkpoints $(CKPTS)
 	$(BIN)/python -m pytest -q tests/e2e/test_nano.py -k "with_the_series and stacked-all"
 
 # tests/tool applies, reverts and commits the series on $(RELEASE), and tests/e2e serves it there with the operator:
@@ -74,7 +74,7 @@ test: env quark-env lint  ## run every test that this machine can run (an hour o
 	$(BIN)/python -m pytest -q tests/csrc
 	$(BIN)/python -m benchmarks.compatibility.releases 0.20.0 0.26.0 newest
 	@$(MAKE) --no-print-directory test-upstream
-	@$(BIN)/python -m examples.step3p5_nano.lab $(CKPTS)
+	@$(BIN)/python -m examples.step3p5_nano.make_checkpoints $(CKPTS)
 	$(BIN)/python -m benchmarks.compatibility.releases none --engines newest
 	$(BIN)/python -m benchmarks.compatibility.releases none --engines $(RELEASE) \
 	  --ways "eager, oneDNN" "compiled, operator" "compiled, oneDNN"
@@ -103,7 +103,7 @@ lm-eval: env quark-env build/lm-eval/.made  ## run lm-evaluation-harness on the 
 	$(BIN)/python -m pytest -q -s tests/e2e/test_lm_eval.py
 
 load: env quark-env  ## serve 500 requests under load on CPU, twice (docs/cpu-load.md)
-	@$(BIN)/python -m examples.step3p5_nano.lab $(CKPTS)
+	@$(BIN)/python -m examples.step3p5_nano.make_checkpoints $(CKPTS)
 	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
 	PYTHONPATH=$(CURDIR)/build/shadow $(BIN)/python -m benchmarks.correctness.serve_load $(CKPTS)/quark --eager \
 	  --json build/load.json --logs build/load
@@ -140,7 +140,7 @@ models: env  ## run published models, stock and series: writes docs/models.md (h
 # The series on every release, the layer tests on some CPU wheels, the nano model on all, and docs/releases.md.
 WHEELS := 0.20.0 0.20.1 0.20.2 0.21.0 0.22.0 0.22.1 0.23.0 0.24.0 0.25.0 0.25.1 0.26.0 0.27.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0
 releases: env quark-env  ## try the series on every release: writes docs/releases.md
-	@$(BIN)/python -m examples.step3p5_nano.lab $(CKPTS)
+	@$(BIN)/python -m examples.step3p5_nano.make_checkpoints $(CKPTS)
 	$(BIN)/python -m benchmarks.compatibility.releases --wheels 0.20.0 0.20.2 0.21.0 0.22.0 0.26.0 0.29.0 newest \
 	  --engines $(WHEELS) newest --out docs/releases.md
 
@@ -163,7 +163,7 @@ test-gpu:  ## run the layer tests with the active Python's vLLM (GPU)
 	  $(if $(UPSTREAM),--source $(UPSTREAM))
 
 ckpts: env quark-env  ## export the nano model with AMD Quark into build/ckpts
-	$(BIN)/python -m examples.step3p5_nano.lab $(CKPTS)
+	$(BIN)/python -m examples.step3p5_nano.make_checkpoints $(CKPTS)
 
 tree: env  ## write vLLM 0.21.0's source tree with the series as commits
 	$(BIN)/vllm-quark make-tree $(RELEASE) -o build/vllm-$(RELEASE)

@@ -172,8 +172,3 @@ def make_checkpoints(out: Path) -> dict[str, Path]:
         for layout in ("stacked", "compressed-tensors"):
             folders[f"{layout}{name}"] = convert(layout, src, out / f"{layout}{name}")
     return folders
-
-
-if __name__ == "__main__":
-    for path in make_checkpoints(Path(sys.argv[1]).absolute()).values():
-        print(path)

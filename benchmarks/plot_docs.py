@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks.plots import COLOURS, OUTCOMES, Bars, Line, draw_bars, draw_grid, draw_lines, draw_shares, draw_table
@@ -221,11 +221,12 @@ def _read_runs(folder: str) -> list[dict]:
     return runs
 
 
-def _sum(bars: Iterable[Mapping[str, int]]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for counts in bars:
-        total += Counter(counts)
-    return total
+def _sum_kinds(groups: dict[str, dict[str, Counter[str]]]) -> tuple[Counter[str], Counter[str]]:
+    """The cases of each outcome over all groups, on stock and with the series."""
+    stock, series = (
+        sum((group[kind] for group in groups.values() if kind in group), Counter()) for kind in ("stock", "series")
+    )
+    return stock, series
 
 
 def _release(run: dict) -> str:
@@ -240,7 +241,7 @@ def plot_models() -> str:
     for run in sorted(_read_runs("models"), key=lambda run: (run["versions"].get("vllm", ""), run["kind"] == "series")):
         group = groups.setdefault(f"vLLM {_release(run)}, {run['machine'].split(',')[0]}", {})
         group[run["kind"]] = count_cells(run["cells"])
-    stock, series = (_sum(group[kind] for group in groups.values() if kind in group) for kind in ("stock", "series"))
+    stock, series = _sum_kinds(groups)
     title = (
         f"Of {stock.total()} quantized checkpoints stock serves {stock['wrong']} wrong without a word; with the series "
         f"it is {series['wrong']} of {series.total()}, and {series['right']} are right instead of {stock['right']}"
@@ -258,7 +259,7 @@ def plot_matrix() -> str:
         group = groups.setdefault(f"vLLM {run['vllm'].split('+')[0]}, {run['device']}", {})
         counts = Counter(cell["status"] for cell in run["cells"])
         group["series" if run["patched"] else "stock"] = counts
-    stock, series = (_sum(group[kind] for group in groups.values() if kind in group) for kind in ("stock", "series"))
+    stock, series = _sum_kinds(groups)
     title = (
         f"On stock {stock['garbage']} of {stock.total()} cells are garbage and {stock['stops']} stop; with the series "
         f"{series['right']} of {series.total()} are right, {series['per token']} run per token"

@@ -170,9 +170,7 @@ def _open_tree(
     alone: bool = False,
 ) -> tuple[Tree, Series, list[Patch]]:
     target = Tree(tree or find_installed())
-    series, only = load_chosen(only, until, optional)
-    series = target.with_optional(series.in_package(target.package))
-    return target, series, series.select(only, until, alone)
+    return target, *target.choose(only, until, optional, alone)
 
 
 def _exit_code(verdicts: list[Verdict]) -> int:
@@ -417,10 +415,8 @@ def shadow_command(
         raise QuarkError("--stock excludes --only and --with")
     if out.exists():
         raise QuarkError(f"{out}: exists already: delete it to make it anew")
-    series, only = load_chosen(only, None, optional)
-    series = Tree(tree or find_installed()).with_optional(series)
-    names = [] if stock else [p.name for p in series.select(only)]
-    print(make_shadow(out.absolute(), series, names, tree))
+    target, series, patches = _open_tree(tree, only, None, optional)
+    print(make_shadow(out.absolute(), series, [] if stock else [p.name for p in patches], target.root))
     return 0
 
 

@@ -13,7 +13,7 @@ from vllm_quark import CACHE, SERIES
 from vllm_quark.locate import SHADOW_NOTE, find_installed
 from vllm_quark.patches import QuarkError
 from vllm_quark.record import record_path
-from vllm_quark.series import home, load_chosen
+from vllm_quark.series import home
 from vllm_quark.shadow import make_shadow
 from vllm_quark.tree import Tree
 
@@ -52,16 +52,14 @@ def find_shadow(only: list[str], until: str | None = None, optional: list[str] |
     folder = CACHE / "run" / _shadow_key(tree, repr((only, until, optional)))
     if folder.is_dir():
         return folder, False
-    series, only = load_chosen(only, until, optional)
-    series = tree.with_optional(series)
-    names = [p.name for p in series.select(only, until)]
+    series, patches = tree.choose(only, until, optional)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         around = tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-", ignore_cleanup_errors=True)
     except OSError as e:
         raise QuarkError(f"{folder.parent}: cannot be written: {e.strerror}: name another in XDG_CACHE_HOME") from e
     with around as aside:
-        shadow = make_shadow(Path(aside, folder.name), series, names, tree.root)
+        shadow = make_shadow(Path(aside, folder.name), series, [p.name for p in patches], tree.root)
         (shadow / SHADOW_NOTE).write_text(f"{tree.root}\n")
         try:
             shadow.rename(folder)

@@ -40,18 +40,9 @@ class Series:
         patches, optional = (tuple(p.in_package(package) for p in group) for group in (self.patches, self.optional))
         return replace(self, patches=patches, optional=optional, package=package)
 
-    def with_optional(self, names: Iterable[str], strict: bool = False) -> "Series":
-        """The same with those of the optional patches that `names` name, as `select` does.
-
-        strict: raises QuarkError for a name that is no optional patch's; else it is left to `select`.
-        """
-        words = {word.strip() for name in names for word in name.split(",")}
-        words = words - {""} or words
-        known = {word for word in words for p in (*self.optional, *self.patches) if p.optional and p.is_called(word)}
-        if strict and (unknown := sorted(words - known)):
-            have = ", ".join(p.name for p in (*self.patches, *self.optional) if p.optional) or "none"
-            raise QuarkError(f"--with '{unknown[0]}': no optional patch: the series has {have}")
-        taken = [p for p in self.optional if any(map(p.is_called, words))]
+    def with_optional(self, names: Iterable[str]) -> "Series":
+        """The same with those of the optional patches that `names` name, as `select` does; others are left to it."""
+        taken = [p for p in self.optional if any(map(p.is_called, split_names(names)))]
         patches = sorted([*self.patches, *taken], key=lambda p: p.name)
         return replace(self, patches=tuple(patches), optional=tuple(p for p in self.optional if p not in taken))
 
@@ -66,7 +57,7 @@ class Series:
         for option, words in [*(("--only", words) for words in only), ("--until", until)]:
             if words is not None and not words.strip(", "):
                 raise QuarkError(f"{option} '{words}': names no patch: leave {option} out for all of them")
-        names = [name for words in only for name in map(str.strip, words.split(",")) if name]
+        names = split_names(only)
         if names and until:
             raise QuarkError("--only and --until exclude each other")
         if names:
@@ -99,6 +90,11 @@ class Series:
         if any(p.is_called(name) for p in self.optional):
             raise QuarkError(f"'{name}' is an optional patch: name it with --with")
         raise QuarkError(f"no patch '{name}': the series has {', '.join(p.name for p in self.patches)}")
+
+
+def split_names(words: Iterable[str]) -> list[str]:
+    """The names in `words`, of which commas part several."""
+    return [name for word in words for name in map(str.strip, word.split(",")) if name]
 
 
 def home() -> Path:
@@ -146,6 +142,9 @@ def load_chosen(
     if optional and until:
         raise QuarkError("--with and --until exclude each other")
     series = load_series()
-    if optional:
-        series = series.with_optional(optional, strict=True)
-    return series.with_optional(only), [*only, *optional] if only else []
+    for words in optional:
+        for name in split_names([words]) or [words]:
+            if not any(p.is_called(name) for p in series.optional):
+                have = ", ".join(p.name for p in series.optional) or "none"
+                raise QuarkError(f"--with '{name}': no optional patch: the series has {have}")
+    return series.with_optional([*only, *optional]), [*only, *optional] if only else []

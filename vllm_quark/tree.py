@@ -41,7 +41,7 @@ from vllm_quark.record import (
     read_record,
     settle,
 )
-from vllm_quark.series import Series
+from vllm_quark.series import Series, load_chosen
 from vllm_quark.text import decode
 from vllm_quark.transaction import change_files, lock_tree, read_file
 
@@ -242,15 +242,27 @@ class Tree:
         pairs = [pair for pair in zip(verdict.edited, in_commit.edited, strict=True) if pair[0] in verdict.present]
         return any(not {*pair}.intersection(in_commit.holders) for pair in (*pairs, *verdict.moved))
 
-    def with_optional(self, series: Series) -> Series:
-        """`series` with the optional patches that this tree has: by record, by wheel or off the record.
+    def with_recorded(self, series: Series) -> Series:
+        """`series` with the optional patches that this tree has by record or by wheel.
 
-        A record names them by number: a patch may be called otherwise by now.
+        They are named by number: a patch may be called otherwise by now.
         """
-        recorded = (name.partition("-")[0] for name in (*read_record(self.root).applied, *self.by_wheel()))
-        series = series.with_optional(recorded)
+        recorded = (*read_record(self.root).applied, *self.by_wheel())
+        return series.with_optional(name.partition("-")[0] for name in recorded)
+
+    def choose(
+        self, only: Iterable[str] | None, until: str | None, optional: Iterable[str] | None, alone: bool = False
+    ) -> tuple[Series, list[Patch]]:
+        """The series for this tree and the patches that a command's options select from it.
+
+        It has the optional patches that the options name and those that the tree has, on record or not. Raises
+        QuarkError as `load_chosen` and `Series.select` do.
+        """
+        series, names = load_chosen(only, until, optional)
+        series = self.with_recorded(series.in_package(self.package))
         there = [p.name for p in series.optional if judge_patch(series, p, self.view({})).status is Status.UPSTREAM]
-        return series.with_optional(there)
+        series = series.with_optional(there)
+        return series, series.select(names, until, alone)
 
     def by_wheel(self) -> set[str]:
         """Patches that came with an installed wheel (see repack)."""
@@ -406,7 +418,7 @@ class Tree:
         with lock_tree(self.root):
             record, _ = self._settle_record()
             # Another run may have applied one since the series was chosen.
-            series = self.with_optional(series)
+            series = self.with_recorded(series)
             names = {p.name for p in patches} | set(record.applied)
             try:
                 self._carry_out(record, self._plan(series, names, record))
@@ -439,7 +451,7 @@ class Tree:
         with lock_tree(self.root):
             self._refuse_moved_off_record(series, patches)
             record, _ = self._settle_record()
-            series = self.with_optional(series)
+            series = self.with_recorded(series)
             record = self._with_left_behind(series, patches, record)
             if not record.files:
                 record = replace(record, applied=[])  # all of it was replaced

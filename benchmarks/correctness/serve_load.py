@@ -35,6 +35,7 @@ import openai
 import psutil
 import requests
 
+from benchmarks.bench_serve import measure_serving
 from examples.step3p5_nano.lab import find_port, gap
 from examples.step3p5_nano.model import load
 from examples.step3p5_nano.text import BOS, HELD_OUT, stdlib
@@ -363,40 +364,9 @@ async def kill_under_load(server: Server, workload: list[Request]) -> int:
 
 def bench(url: str, ckpt: Path, count: int, at_once: int, folder: Path) -> dict:
     """The result of `vllm bench serve`. Raises RuntimeError where it fails."""
-    words = [
-        Path(sys.executable).with_name("vllm"),
-        "bench",
-        "serve",
-        "--base-url",
-        url,
-        "--model",
-        NAME,
-        "--tokenizer",
-        ckpt,
-        "--dataset-name",
-        "random",
-        "--random-input-len",
-        "450",
-        "--random-output-len",
-        "32",
-        "--random-range-ratio",
-        "0.9",
-        "--num-prompts",
-        str(count),
-        "--max-concurrency",
-        str(at_once),
-        "--temperature",
-        "0",
-        "--save-result",
-        "--result-dir",
-        folder,
-        "--result-filename",
-        "bench.json",
-    ]
-    process = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    if process.returncode:
-        raise RuntimeError(f"vllm bench serve failed: {process.stderr[-2000:]}")
-    result = json.loads((folder / "bench.json").read_text())
+    flags = ["--random-input-len", "450", "--random-output-len", "32", "--random-range-ratio", "0.9"]
+    flags += ["--num-prompts", str(count), "--max-concurrency", str(at_once)]
+    result = measure_serving(url, NAME, ckpt, flags, folder / "bench.log")
     return {
         k: result[k]
         for k in (

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks.speed.gpu_layer import EXPERTS, SKEW, WIDTH, Graph, Layer, Shape, calls_of, time_together
+from benchmarks.speed.gpu_layer import EXPERTS, WIDTH, Graph, Layer, Shape, time_together
 
 COUNTS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
@@ -69,9 +69,7 @@ def main() -> int:
                 results[f"{backend} failed"] = f"{type(error).__name__}: {error}"[:500]
                 print(backend, results[f"{backend} failed"], flush=True)
         for tokens in args.counts:
-            inputs = [
-                numbers.inputs(tokens, skew) for _ in range(max(1, calls_of(tokens) // 2)) for skew in (0.0, SKEW)
-            ]
+            inputs = numbers.mixed_inputs(tokens)
             exact = numbers.reference(inputs[1], min(4, tokens))
             row: dict = {"tokens": tokens, "us": {}, "error": {}}
             graphs = {}

@@ -326,6 +326,11 @@ class Layer:
         x = torch.randn(size, generator=self.generator, device="cuda")
         return x.bfloat16(), *routing(self.shape, tokens, skew, self.generator)
 
+    def mixed_inputs(self, tokens: int) -> list:
+        """`inputs` for one graph: half with uniform routing, half with skewed."""
+        pairs = max(1, calls_of(tokens) // 2)
+        return [self.inputs(tokens, skew) for _ in range(pairs) for skew in (0.0, SKEW)]
+
     def default(self, tokens: int) -> dict[str, int]:
         """What vLLM takes without a config file."""
         from vllm.model_executor.layers.fused_moe.fused_moe import get_default_config

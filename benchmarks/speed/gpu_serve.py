@@ -13,25 +13,20 @@ import argparse
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from pathlib import Path
 
+from benchmarks.bench_serve import measure_serving
 from benchmarks.speed.depth_runs import COMPILATION, RUNS, make_checkpoint
+from examples.step3p5_nano.lab import find_port
 
 PROMPT, ANSWER, SECONDS, MOST = 512, 64, 10, 400
 FIGURES = ("request_throughput", "output_throughput", "completed", "failed")
 FIGURES += tuple(f"{which}_{metric}_ms" for metric in ("ttft", "tpot") for which in ("median", "p99"))
 CLI = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
-
-
-def find_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def flags_of(engine: dict) -> list[str]:
@@ -53,21 +48,16 @@ def wait_for(process: subprocess.Popen, url: str, seconds: float) -> bool:
     return False
 
 
-def bench(url: str, rate: str, args: argparse.Namespace, env: dict, log) -> dict:
+def measure_rate(url: str, rate: str, args: argparse.Namespace, log: Path, env: dict) -> dict:
     """Figures of one rate, in requests per second."""
     count = MOST if rate == "inf" else min(MOST, max(30, int(float(rate) * SECONDS)))
-    file = args.out.with_suffix(".part.json")
-    words = [*CLI, "bench", "serve", "--base-url", url, "--model", "depth", "--tokenizer", str(args.tokenizer)]
-    words += ["--dataset-name", "random", "--random-input-len", str(PROMPT), "--random-output-len", str(ANSWER)]
-    words += ["--ignore-eos", "--num-prompts", str(count), "--request-rate", rate, "--temperature", "0"]
-    words += ["--percentile-metrics", "ttft,tpot", "--metric-percentiles", "99", "--save-result"]
-    words += ["--result-dir", str(file.parent), "--result-filename", file.name]
-    file.unlink(missing_ok=True)
-    process = subprocess.run(words, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=args.timeout)
-    if process.returncode or not file.exists():
-        return {"failed to run": process.returncode}
-    result = json.loads(file.read_text())
-    file.unlink()
+    flags = ["--random-input-len", str(PROMPT), "--random-output-len", str(ANSWER), "--ignore-eos"]
+    flags += ["--num-prompts", str(count), "--request-rate", rate]
+    flags += ["--percentile-metrics", "ttft,tpot", "--metric-percentiles", "99"]
+    try:
+        result = measure_serving(url, "depth", args.tokenizer, flags, log, env, args.timeout)
+    except RuntimeError as error:
+        return {"failed to run": str(error)}
     return {name: result[name] for name in FIGURES if name in result}
 
 
@@ -96,9 +86,11 @@ def main() -> int:
         words = [*CLI, "serve", str(checkpoint), "--tokenizer", str(args.tokenizer), "--served-model-name", "depth"]
         words += ["--port", str(port), "--max-model-len", "2048", "--max-num-seqs", "128", "--no-enable-prefix-caching"]
         words += ["--compilation-config", json.dumps(COMPILATION), "--kv-cache-memory-bytes", str(6 << 30)]
-        with open(args.out.with_suffix(f".{name}.log"), "w") as log:
+        log = args.out.with_suffix(f".{name}.log")
+        log.unlink(missing_ok=True)
+        with open(log, "a") as output:  # as the clients do
             server = subprocess.Popen(
-                [*words, *flags_of(engine), *args.server], env=env, stdout=log, stderr=subprocess.STDOUT
+                [*words, *flags_of(engine), *args.server], env=env, stdout=output, stderr=subprocess.STDOUT
             )
             try:
                 url, rates = f"http://127.0.0.1:{port}", {}
@@ -106,8 +98,8 @@ def main() -> int:
                     rates = {"no server": server.poll()}
                 else:
                     for rate in ("inf", "8"):  # kernels compile at their first launch
-                        bench(url, rate, args, env, log)
-                    rates = {rate: bench(url, rate, args, env, log) for rate in args.rates.split(",")}
+                        measure_rate(url, rate, args, log, env)
+                    rates = {r: measure_rate(url, r, args, log, env) for r in args.rates.split(",")}
             finally:
                 server.terminate()
                 server.wait(60)

@@ -24,13 +24,11 @@ from pathlib import Path
 from benchmarks.speed.gpu_layer import (
     COUNTS,
     EXPERTS,
-    SKEW,
     WIDTH,
     Graph,
     Layer,
     Shape,
     as_config,
-    calls_of,
     read_cells,
     time_together,
 )
@@ -155,8 +153,7 @@ def measure(args: argparse.Namespace) -> None:
         names["sums"] = (read_cells([args.sums]), str(shapes["int8"]))
     rows = []
     for tokens in args.counts or COUNTS:
-        calls = calls_of(tokens)
-        inputs = [int8.inputs(tokens, skew) for _ in range(max(1, calls // 2)) for skew in (0.0, SKEW)]
+        inputs = int8.mixed_inputs(tokens)
         configs = {"default": int8.default(tokens)}
         for name, (tuned, shape) in names.items():
             if cell := tuned.get((shape, tokens)):

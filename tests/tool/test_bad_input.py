@@ -320,9 +320,9 @@ def test_shadow_that_pythonpath_cannot_name(home, tree, tmp_path):
 def test_error_without_words(home, tree, tmp_path):
     """An OSError that has no errno says what it has."""
     code = (
-        "import sys, vllm_quark.cli as c\n"
+        "import sys, vllm_quark.cli as c, vllm_quark.tree as t\n"
         "def fail(*_): raise OSError('out of sorts')\n"
-        "c.load_chosen = fail\n"
+        "t.load_chosen = fail\n"
         f"sys.argv = ['vllm-quark', 'status', {str(tree)!r}]; c.main()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=home)

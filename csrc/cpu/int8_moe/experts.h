@@ -41,6 +41,8 @@ constexpr int64_t kMC = 192;
 constexpr int64_t kMaxBlocksPerItem = 4;
 constexpr int64_t kRowsPerItem = 4;  // of quantization
 constexpr int64_t kMinTokensPerPart = 32;
+// A down weight of all experts that stays in a core's cache, in bytes.
+constexpr int64_t kMaxCachedBytes = 256 << 10;
 // Fewer products do not keep a thread busy for as long as it takes to wake it.
 constexpr int64_t kMinProductsPerThread = 1 << 20;
 // Limits of a call's scratch, in bytes: of a piece's rows, and of a chunk.
@@ -439,6 +441,12 @@ struct Items {
     groups = (blocks + blocks_per_item - 1) / blocks_per_item;
     down_blocks = p.w2.columns / kNR * (tokens == 1 ? 2 : 1);
     down_blocks_per_item = choose_blocks_per_item(down_blocks, 1, threads);
+    // Parts of the tokens share a weight in the cache at no cost. So there the
+    // blocks of an item are many, and each row is looked up fewer times.
+    if (p.experts * p.w2.bytes() <= kMaxCachedBytes &&
+        tokens >= kMinTokensPerPart * threads) {
+      down_blocks_per_item = kMaxBlocksPerItem;
+    }
     down_groups =
         (down_blocks + down_blocks_per_item - 1) / down_blocks_per_item;
     parts = choose_token_parts(tokens, down_groups, threads);

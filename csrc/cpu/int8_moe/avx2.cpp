@@ -19,7 +19,7 @@ namespace {
 struct Avx2 {
   using Vector = __m256i;
   static constexpr int kColumns = 4, kMR = 2, kNR = kHalf;
-  static constexpr int kAccumulators = 8, kZeroPoint = 0;
+  static constexpr int kAccumulators = 8, kZeroPoint = 0, kGroups = 1;
 
   static Vector zero() { return _mm256_setzero_si256(); }
   static Vector load_weights(const int8_t* b) {
@@ -29,6 +29,7 @@ struct Avx2 {
   static Vector broadcast(const uint8_t* a) {
     return _mm256_cvtepi8_epi16(_mm_set1_epi32(load_activations(a)));
   }
+  template <int>
   static Vector dot(Vector sum, Vector w, Vector x) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x));
   }

@@ -16,7 +16,7 @@ namespace {
 struct Avx2Vnni {
   using Vector = __m256i;
   static constexpr int kColumns = 8, kMR = 6, kNR = kHalf;
-  static constexpr int kAccumulators = 8, kZeroPoint = 128;
+  static constexpr int kAccumulators = 8, kZeroPoint = 128, kGroups = 1;
 
   static Vector zero() { return _mm256_setzero_si256(); }
   static Vector load_weights(const int8_t* b) {
@@ -25,6 +25,7 @@ struct Avx2Vnni {
   static Vector broadcast(const uint8_t* a) {
     return _mm256_set1_epi32(load_activations(a));
   }
+  template <int>
   static Vector dot(Vector sum, Vector w, Vector x) {
     return _mm256_dpbusd_avx_epi32(sum, x, w);
   }

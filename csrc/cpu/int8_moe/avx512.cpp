@@ -16,7 +16,7 @@ namespace {
 struct Avx512 {
   using Vector = __m512i;
   static constexpr int kColumns = 8, kMR = 6, kNR = int8_moe::kNR;
-  static constexpr int kAccumulators = 4, kZeroPoint = 0;
+  static constexpr int kAccumulators = 4, kZeroPoint = 0, kGroups = 1;
 
   static Vector zero() { return _mm512_setzero_si512(); }
   static Vector load_weights(const int8_t* b) {
@@ -26,6 +26,7 @@ struct Avx512 {
   static Vector broadcast(const uint8_t* a) {
     return _mm512_cvtepi8_epi16(_mm256_set1_epi32(load_activations(a)));
   }
+  template <int>
   static Vector dot(Vector sum, Vector w, Vector x) {
     sum = _mm512_add_epi32(sum, _mm512_madd_epi16(w, x));
     // Keeps GCC 12 from computing the products of all rows before the sums: it

@@ -15,13 +15,14 @@ namespace {
 struct Avx512Vnni {
   using Vector = __m512i;
   static constexpr int kColumns = 16, kMR = 12, kNR = int8_moe::kNR;
-  static constexpr int kAccumulators = 4, kZeroPoint = 128;
+  static constexpr int kAccumulators = 4, kZeroPoint = 128, kGroups = 1;
 
   static Vector zero() { return _mm512_setzero_si512(); }
   static Vector load_weights(const int8_t* b) { return _mm512_loadu_si512(b); }
   static Vector broadcast(const uint8_t* a) {
     return _mm512_set1_epi32(load_activations(a));
   }
+  template <int>
   static Vector dot(Vector sum, Vector w, Vector x) {
     return _mm512_dpbusd_epi32(sum, x, w);
   }

@@ -11,8 +11,10 @@
 //   kZeroPoint          of the activations: 128 (unsigned) or 0 (signed)
 //   zero()              accumulators of 0
 //   load_weights(b)     kColumns * kKR weights
-//   broadcast(a)        kKR values of a row, in each column
-//   dot(acc, w, x)      acc + w . x, per column
+//   kGroups             groups of kKR values of K in a register of a row
+//   broadcast(a)        kGroups * kKR values of a row; a group for each column,
+//                       where kGroups is 1
+//   dot<G>(acc, w, x)   acc + w . x, per column, of group G of x
 //   add(acc, acc)
 //   load_sums(c)        accumulators of kColumns int32
 //   store_sums(acc, c)  kColumns int32
@@ -61,7 +63,8 @@ void microkernel(const uint8_t* a, int64_t a_stride, const int8_t* b, int64_t k,
                  int64_t k_begin, int64_t k_end,
                  const PrefetchDistances& distances, int32_t* c) {
   using Vector = typename V::Vector;
-  constexpr int NR = V::kNR;
+  constexpr int NR = V::kNR, kGroups = V::kGroups;
+  static_assert(kKAlign % (kKR * kGroups) == 0 && kKC % (kKR * kGroups) == 0);
   constexpr int kRegisters = NR / V::kColumns;  // registers of a row
   constexpr int kRegistersOfHalf = kHalf / V::kColumns;
   Vector accumulators[MR * kRegisters];
@@ -83,44 +86,52 @@ void microkernel(const uint8_t* a, int64_t a_stride, const int8_t* b, int64_t k,
   const auto multiply_until =
       [&](const int8_t* end, int64_t left,
           int64_t right) __attribute__((always_inline)) {
-        for (; w < end; w += kKR * kHalf) {
+        for (; w < end; w += kGroups * kKR * kHalf) {
           if (kPrefetch) {
-            prefetch(w + left);
-            if (NR > kHalf) prefetch(w + right);
+            unroll<kGroups>(INT8_MOE_EACH(g) {
+              prefetch(w + g * kKR * kHalf + left);
+              if (NR > kHalf) prefetch(w + g * kKR * kHalf + right);
+            });
           }
-          const auto load_weights = [&](auto j) __attribute__((always_inline)) {
-            return V::load_weights(w + j / kRegistersOfHalf * k * kHalf +
+          const auto load_weights = [&](auto g,
+                                        auto j) __attribute__((always_inline)) {
+            return V::load_weights(w + g * kKR * kHalf +
+                                   j / kRegistersOfHalf * k * kHalf +
                                    j % kRegistersOfHalf * V::kColumns * kKR);
           };
           const auto broadcast = [&](auto r) __attribute__((always_inline)) {
             return V::broadcast(triples[r / 3] + r % 3 * a_stride);
           };
           // The operand with fewer registers stays in them. The other one takes
-          // one register at a time.
-          if constexpr (kRegisters <= MR) {
+          // one register at a time. With several groups it is the rows that
+          // stay, as each of their registers serves several weights.
+          if constexpr (kRegisters <= MR && kGroups == 1) {
             Vector weights[kRegisters];
-            unroll<kRegisters>(
-                INT8_MOE_EACH(j) { weights[j] = load_weights(j); });
+            unroll<kRegisters>(INT8_MOE_EACH(j) {
+              weights[j] = load_weights(std::integral_constant<int, 0>(), j);
+            });
             unroll<MR>(INT8_MOE_EACH(r) {
               const Vector x = broadcast(r);
               unroll<kRegisters>(INT8_MOE_EACH(j) {
                 Vector& accumulator = accumulators[kRegisters * r + j];
-                accumulator = V::dot(accumulator, weights[j], x);
+                accumulator = V::template dot<0>(accumulator, weights[j], x);
               });
             });
           } else {
             Vector x[MR];
             unroll<MR>(INT8_MOE_EACH(r) { x[r] = broadcast(r); });
-            unroll<kRegisters>(INT8_MOE_EACH(j) {
-              const Vector weights = load_weights(j);
-              unroll<MR>(INT8_MOE_EACH(r) {
-                Vector& accumulator = accumulators[kRegisters * r + j];
-                accumulator = V::dot(accumulator, weights, x[r]);
+            unroll<kGroups>(INT8_MOE_EACH(g) {
+              unroll<kRegisters>(INT8_MOE_EACH(j) {
+                const Vector weights = load_weights(g, j);
+                unroll<MR>(INT8_MOE_EACH(r) {
+                  Vector& accumulator = accumulators[kRegisters * r + j];
+                  accumulator = V::template dot<g>(accumulator, weights, x[r]);
+                });
               });
             });
           }
           unroll<kTriples>(INT8_MOE_EACH(g) {
-            triples[g] += kKR;
+            triples[g] += kGroups * kKR;
             asm("" : "+r"(triples[g]));
           });
         }
@@ -147,20 +158,24 @@ void gemv(const uint8_t* a, const int8_t* half, int64_t k, int32_t* c) {
   using Vector = typename V::Vector;
   constexpr int kRegisters = kHalf / V::kColumns;
   // K is unrolled until there are kAccumulators.
-  constexpr int kUnroll = std::max(1, V::kAccumulators / kRegisters);
-  static_assert(kKAlign % (kKR * kUnroll) == 0);
+  constexpr int kGroups = V::kGroups;
+  constexpr int kUnroll = std::max(kGroups, V::kAccumulators / kRegisters);
+  static_assert(kUnroll % kGroups == 0 && kKAlign % (kKR * kUnroll) == 0);
   Vector accumulators[kUnroll * kRegisters];
   unroll<kUnroll * kRegisters>(
       INT8_MOE_EACH(j) { accumulators[j] = V::zero(); });
   for (int64_t i = 0; i < k; i += kKR * kUnroll) {
-    unroll<kUnroll>(INT8_MOE_EACH(u) {
-      const int8_t* w = half + (i + kKR * u) * kHalf;
-      prefetch(w + kPrefetchDistance);
-      const Vector x = V::broadcast(a + i + kKR * u);
-      unroll<kRegisters>(INT8_MOE_EACH(j) {
-        Vector& accumulator = accumulators[kRegisters * u + j];
-        accumulator =
-            V::dot(accumulator, V::load_weights(w + j * V::kColumns * kKR), x);
+    unroll<kUnroll / kGroups>(INT8_MOE_EACH(v) {
+      const Vector x = V::broadcast(a + i + kKR * kGroups * v);
+      unroll<kGroups>(INT8_MOE_EACH(g) {
+        constexpr int u = kGroups * v + g;
+        const int8_t* w = half + (i + kKR * u) * kHalf;
+        prefetch(w + kPrefetchDistance);
+        unroll<kRegisters>(INT8_MOE_EACH(j) {
+          Vector& accumulator = accumulators[kRegisters * u + j];
+          accumulator = V::template dot<g>(
+              accumulator, V::load_weights(w + j * V::kColumns * kKR), x);
+        });
       });
     });
   }

@@ -288,20 +288,22 @@ class Layer:
         def rand(*size):
             return torch.randn(size, generator=self.generator, device="cuda")
 
+        # Normal weights, as trained ones nearly are, and for both 8-bit dtypes the same ones: what the bits are decides
+        # how much power a product takes, and so the clock.
+        kinds = {"int8": torch.int8, "fp8": current_platform.fp8_dtype(), "bf16": torch.bfloat16}
+        dtype = kinds[shape.dtype]
+        largest = {"int8": 127.0, "fp8": torch.finfo(kinds["fp8"]).max}.get(shape.dtype)
+
         def weight(rows: int, columns: int):
-            if shape.dtype == "int8":
-                size, out = (E, rows, columns), torch.int8
-                w = torch.empty(size, dtype=out, device="cuda")
-                w.random_(-127, 128, generator=self.generator)
-                return w, (rand(E, rows, 1).abs() + 0.5) / (73 * columns**0.5)
-            out = torch.bfloat16
-            if shape.dtype == "fp8":
-                out = current_platform.fp8_dtype()
-            w = torch.empty(E, rows, columns, dtype=out, device="cuda")
-            for expert in w:
-                value = rand(rows, columns)
-                expert.copy_(value * (32 if shape.dtype == "fp8" else columns**-0.5))
-            return w, (rand(E, rows, 1).abs() + 0.5) / (32 * columns**0.5)
+            w = torch.empty(E, rows, columns, dtype=dtype, device="cuda")
+            scales = torch.ones(E, rows, 1, device="cuda")
+            for expert, scale in zip(w, scales, strict=True):
+                value = rand(rows, columns) * columns**-0.5
+                if largest:
+                    torch.div(value.abs().amax(-1, keepdim=True), largest, out=scale)
+                    value /= scale
+                expert.copy_(value.round_() if shape.dtype == "int8" else value)
+            return w, scales
 
         self.w1, s1 = weight(2 * N, H)
         self.w2, s2 = weight(H, N)
@@ -441,14 +443,18 @@ class Graph:
         return [a.elapsed_time(b) * 1000 / self.calls for a, b in pairs]
 
 
-def time_together(graphs: dict, rounds: int, replays: int = 3) -> dict:
+def time_together(graphs: dict, rounds: int, replays: int = 3, seconds: float = 0.0) -> dict:
     """Median microseconds a call of each graph, their replays interleaved. The first
-    replay of a turn warms up."""
+    replay of a turn warms up. seconds: of replays before those of each turn, so that the
+    clock is what the GPU sustains for this graph."""
     times: dict = {name: [] for name in graphs}
     order = list(graphs)
     for turn in range(rounds):
         for name in order if turn % 2 else reversed(order):
-            times[name] += graphs[name].times(replays + 1)[1:]
+            graph = graphs[name]
+            if seconds:
+                graph.times(max(1, int(1e6 * seconds / graph.calls / min(graph.times(2)))))
+            times[name] += graph.times(replays + 1)[1:]
     return {name: statistics.median(t) for name, t in times.items()}
 
 

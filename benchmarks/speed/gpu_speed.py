@@ -7,7 +7,8 @@
 One layer at Step-3.5-Flash's shape, or at `--shape`, each dtype with the best config
 that gpu_tune.py found; one run, medians of interleaved CUDA-graph replays, half of the
 inputs with uniform and half with skewed routing. `--sums TUNED.jsonl --plain SITE`, on
-a vLLM with patch 0016, measures its int32 sums ("sums") beside the kernel of SITE. The limit of a call is the larger
+a vLLM with patch 0016, measures its int32 sums ("sums") beside the kernel of SITE, and with `--overlap TUNED.jsonl`
+also what they would be with another Triton ("overlap", triton_overlap.py). The limit of a call is the larger
 of its bytes over the measured copy bandwidth and its operations over the measured
 int8 matmul rate.
 """
@@ -32,6 +33,7 @@ from benchmarks.speed.gpu_layer import (
     read_cells,
     time_together,
 )
+from benchmarks.speed.triton_overlap import overlapping_products
 
 PROFILED = (64, 256, 1024, 4096, 8192)
 # what a kernel's name says of its part in the layer
@@ -132,6 +134,16 @@ def with_kernel(layer: Layer, kernel):
     return call
 
 
+def with_overlap(layer: Layer):
+    """`layer` as a function, with kernels whose int8 products overlap."""
+
+    def call(config, inputs):
+        with overlapping_products():
+            return layer(config, inputs)
+
+    return call
+
+
 def measure(args: argparse.Namespace) -> None:
     import torch
     import triton
@@ -151,6 +163,9 @@ def measure(args: argparse.Namespace) -> None:
             kernel = read_kernel(args.plain, Path(folder))
         layers |= {"sums": int8, "int8": with_kernel(int8, kernel)}
         names["sums"] = (read_cells([args.sums]), str(shapes["int8"]))
+    if args.overlap:
+        layers["overlap"] = with_overlap(int8)
+        names["overlap"] = (read_cells([args.overlap]), str(shapes["int8"]))
     rows = []
     for tokens in args.counts or COUNTS:
         inputs = int8.mixed_inputs(tokens)
@@ -162,7 +177,7 @@ def measure(args: argparse.Namespace) -> None:
         for name, config in configs.items():
             layer = layers.get(name, layers["int8"])
             graphs[name] = Graph(lambda x, a=layer, c=config: a(c, x), inputs)
-        took = time_together(graphs, rounds=6)
+        took = time_together(graphs, rounds=6, seconds=args.seconds)
         del graphs
         work = [int8.work(one) for one in inputs]
         moved, operations = (statistics.mean(w) for w in zip(*work, strict=True))
@@ -191,6 +206,7 @@ def measure(args: argparse.Namespace) -> None:
             "triton": triton.__version__,
         },
         "ceilings": limits,
+        "seconds alone": args.seconds,
         "rows": rows,
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -231,6 +247,8 @@ def main() -> int:
     one.add_argument("--shape", default=f"{EXPERTS}:{WIDTH}", help="as gpu_tune's, without the dtype")
     one.add_argument("--sums", type=Path, metavar="TUNED", help="found with patch 0016")
     one.add_argument("--plain", type=Path, metavar="SITE", help="folder of a vllm/ without 0016")
+    one.add_argument("--overlap", type=Path, metavar="TUNED", help="found with --overlap, on a vLLM with 0016")
+    one.add_argument("--seconds", type=float, default=0.0, help="each contestant alone before its turns")
     one.set_defaults(run=measure)
     two = sub.add_parser("table")
     two.add_argument("out", type=Path)

@@ -18,6 +18,7 @@ both.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -41,6 +42,7 @@ from benchmarks.speed.gpu_layer import (
     space,
     time_together,
 )
+from benchmarks.speed.triton_overlap import overlapping_products
 
 ANCHORS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 # Largest relative difference from the default config's output. int8 products are
@@ -322,6 +324,7 @@ def main() -> int:
     one.add_argument("--minutes", type=float, default=8)
     one.add_argument("--target", default="sm_90", help="sm_90, gfx942, gfx950")
     one.add_argument("--workers", type=int)
+    one.add_argument("--overlap", action="store_true", help="of kernels whose products overlap (triton_overlap.py)")
     one.set_defaults(run=search)
     two = sub.add_parser("write")
     two.add_argument("results", type=Path, nargs="+")
@@ -329,7 +332,8 @@ def main() -> int:
     two.add_argument("--sums", action="store_true", help="found with 0016's int32 sums: under names of their own")
     two.set_defaults(run=write)
     args = parser.parse_args()
-    args.run(args)
+    with overlapping_products() if getattr(args, "overlap", False) else contextlib.nullcontext():
+        args.run(args)
     return 0
 
 

@@ -15,6 +15,9 @@ import pytest
 import torch
 
 from benchmarks.speed import gpu_layer, gpu_tune
+from vllm_quark.locate import find_installed
+from vllm_quark.series import load_series
+from vllm_quark.shadow import make_shadow
 
 ROOT = Path(__file__).parents[2]
 
@@ -222,3 +225,35 @@ def test_every_tile_compiles_to_int8_products(target, products, tmp_path):
     chosen_counts = dict(line.split(" -> ") for line in process.stdout.splitlines() if re.match(r"\d+ \d+ ", line))
     assert len(chosen_counts) == len(keys)
     assert all(count.isdigit() and int(count) > 0 for count in chosen_counts.values()), chosen_counts
+
+
+WAITS = r"""
+import contextlib, os, re
+from multiprocessing import get_context
+from benchmarks.speed.gpu_layer import compile_kernel
+from benchmarks.speed.triton_overlap import overlapping_products
+
+def find_waits(dtype, overlaps):
+    os.environ["TRITON_CACHE_DIR"] += f"-{dtype}-{overlaps}"
+    with overlapping_products() if overlaps else contextlib.nullcontext():
+        kernel = compile_kernel((128, 128, 128, 1, 4, 4), dtype, "sm_90", (False, 0, False))
+    print(dtype, overlaps, re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", kernel.asm["ptx"]), flush=True)
+
+if __name__ == "__main__":
+    import vllm.model_executor.layers.fused_moe.fused_moe
+    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        pool.starmap(find_waits, [("fp8", False), ("int8", False), ("int8", True)], chunksize=1)
+"""
+
+
+def test_triton_ends_each_int8_product_before_the_next(tmp_path):
+    """What docs/speed-gpu.md says of Triton, and that triton_overlap.py changes just that: the waits of a Hopper
+    kernel, in its loop and after it."""
+    series = load_series(ROOT).with_optional(["0016"])
+    shadow = make_shadow(tmp_path / "sums", series, [p.name for p in series.patches], find_installed())
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    env |= {"PYTHONPATH": str(shadow), "VLLM_LOGGING_LEVEL": "ERROR"}
+    process = subprocess.run([sys.executable, "-c", WAITS], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-2000:]
+    lines = process.stdout.splitlines()[-3:]
+    assert lines == ["fp8 False ['1', '0']", "int8 False ['0']", "int8 True ['1', '0']"]

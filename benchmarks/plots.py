@@ -24,6 +24,7 @@ COLOURS = {
     "INT8, stock vLLM": "#cc79a7",
     "INT8, stock config": "#882255",
     "INT8, int32 sums": "#332288",
+    "INT8, int32 sums, products overlap": "#117733",
     "INT8, oneDNN": "#56b4e9",
     "INT8, expert by expert": "#aa9933",
     "INT8, fused_experts_cpu": "#44aa99",

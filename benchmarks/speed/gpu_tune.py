@@ -290,7 +290,8 @@ def write(args: argparse.Namespace) -> None:
                 device = "NVIDIA_H200"
             suffix = ",sums=int32" if args.sums else ""
             name = f"{experts},{width},device_name={device},dtype=int8_w8a8{suffix}.json"
-            files.setdefault(name, {}).setdefault(cell["tokens"], {})[cell["shape"]] = cell
+            # searches of one shape with different tritons count as two: a config has to be good in both
+            files.setdefault(name, {}).setdefault(cell["tokens"], {})[f"{file} {cell['shape']}"] = cell
     for name, configs in sorted(files.items()):
         if missing := [c for c in COUNTS if c not in configs]:
             print(f"{name}: not written, not measured at {missing} tokens")

@@ -30,8 +30,8 @@ def let_products_overlap(text: str) -> str:
 
 
 def add_stage(self=None, stages=None, options=None, language=None, capability=None):
-    """Triton's `add_stages_inspection_hook`. Without arguments: what the cache's key gets, from 3.8 on; 3.6 wants a
-    process and an empty cache of its own."""
+    """Triton's `add_stages_inspection_hook`. Without arguments: what the cache's key gets. triton 3.6 does not
+    ask for it, and wants a process and an empty cache of its own."""
     if stages is None:
         return ("let_products_overlap", "let_products_overlap")
     make_ttgir = stages["ttgir"]

@@ -166,6 +166,22 @@ def test_few_configs_serve_many_counts():
     assert gpu_tune.choose_configs({1: {a: 1.1}, 2: {b: 1.0}}) == {1: a, 2: b}  # no better one is there
 
 
+def test_two_searches_of_a_shape_decide_together(made_up, tmp_path):
+    """As with two versions of triton: what is best in one and slow in the other is not taken."""
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    run(first)
+    cells = [json.loads(line) for line in first.read_text().splitlines()]
+    for cell in cells:
+        for row in cell["best"]:
+            if tuple(row[0]) == BEST[1024]:
+                row[1:] = [2 * time for time in row[1:]]
+    second.write_text("".join(json.dumps(cell) + "\n" for cell in cells))
+    for results, taken in (([first], True), ([first, second], False), ([second, first], False)):
+        gpu_tune.write(argparse.Namespace(results=results, configs=tmp_path, sums=False))
+        (file,) = tmp_path.glob("E=288*.json")
+        assert (gpu_layer.as_key(json.loads(file.read_text())["1024"]) == BEST[1024]) is taken
+
+
 def test_no_file_where_the_default_is_as_good(made_up, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu_tune, "GAIN", 9.0)
     out = tmp_path / "out.jsonl"

@@ -6,7 +6,8 @@
 
 Each of the runs is a server of its own, with the checkpoint, site and settings of `gpu_engine all`. Each rate is one
 `vllm bench serve`: random prompts of 512 tokens, 64 tokens each, some ten seconds of requests. tokenizer: a folder with
-any tokenizer whose ids the model has, such as a checkpoint of the nano model.
+any tokenizer whose ids the model has, such as a checkpoint of the nano model. Beside each rate stands the host's load
+before it: runs compare only where nothing else kept the host busy.
 """
 
 import argparse
@@ -99,7 +100,9 @@ def main() -> int:
                 else:
                     for rate in ("inf", "8"):  # kernels compile at their first launch
                         measure_rate(url, rate, args, log, env)
-                    rates = {r: measure_rate(url, r, args, log, env) for r in args.rates.split(",")}
+                    for rate in args.rates.split(","):
+                        load = os.getloadavg()[0]
+                        rates[rate] = {"host's load before": load, **measure_rate(url, rate, args, log, env)}
             finally:
                 server.terminate()
                 server.wait(60)

@@ -31,15 +31,20 @@ def environment():
         yield
 
 
-@pytest.fixture(autouse=True, params=["native", "onednn"])
+@pytest.fixture(autouse=True, params=["native", "onednn", "float"])
 def path(request, monkeypatch):
-    """Both ways, whether or not this vLLM has the native operator."""
+    """Every way, whether or not this vLLM has the native operator. "float" is that
+    of processors whose oneDNN saturates."""
     try:
         from vllm.model_executor.layers.fused_moe import cpu_int8_moe
     except ImportError:
         return request.param  # the tests say what is missing
-    if request.param == "onednn":
+    if request.param == "onednn" and cpu_int8_moe.onednn_saturates():
+        pytest.skip("oneDNN's INT8 products saturate on this processor")
+    if request.param != "native":
+        saturates = request.param == "float"
         monkeypatch.setattr(cpu_int8_moe, "native_experts", lambda: None)
+        monkeypatch.setattr(cpu_int8_moe, "onednn_saturates", lambda: saturates)
     elif cpu_int8_moe.native_experts() is None:
         pytest.skip("csrc/cpu/int8_moe is not built here")
     return request.param
@@ -201,10 +206,29 @@ def test_operator_contract(path):
         return
     args = (
         *(x, weights, ids),
-        *(experts.w13, experts.w2, experts.w13_out_size),
+        *(experts.w13, experts.w2, *experts.scales, experts.w13_out_size),
         *("silu", None, None, None, None, None, False),
     )
     torch.library.opcheck(torch.ops.vllm.cpu_int8_experts.default, args)
+
+
+def test_saturating_products_are_found():
+    from vllm import _custom_ops as ops
+    from vllm.model_executor.layers.quantization.utils import cpu_int8_product
+
+    x = torch.randint(-127, 128, (4, 4096), dtype=torch.int8)
+    weight = torch.randint(-127, 128, (64, 4096), dtype=torch.int8)
+    expected = x.double() @ weight.double().t()
+    largest = expected.abs().max()
+    out = cpu_int8_product.multiply_int8(x, weight)
+    assert (out.double() - expected).abs().max() < 1e-6 * largest
+    scale, x_scale = (torch.ones(n, 1, dtype=torch.float32) for n in (64, 4))
+    args = torch.float32, True, False, 32
+    handler = ops.create_onednn_scaled_mm(weight.t(), scale, *args)
+    args = x_scale, None, None, None, handler.handler_tensor
+    torch.ops._C.onednn_scaled_mm(out, x, *args)
+    is_right = bool((out.double() - expected).abs().max() < 1e-6 * largest)
+    assert is_right is not cpu_int8_product.onednn_saturates()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -21,7 +21,15 @@ TRITON = "TritonInt8ScaledMMLinearKernel"
 needs_cuda = pytest.mark.skipif(
     not current_platform.is_cuda(), reason="needs a CUDA device"
 )
-KERNELS = ["default", pytest.param(TRITON, marks=needs_cuda)]
+needs_cpu = pytest.mark.skipif(
+    not current_platform.is_cpu(), reason="needs the CPU platform"
+)
+FLOAT = "float32, as where oneDNN saturates"
+KERNELS = [
+    "default",
+    pytest.param(TRITON, marks=needs_cuda),
+    pytest.param(FLOAT, marks=needs_cpu),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +48,10 @@ def test_scheme(kind, scheme, dtype, kernel, monkeypatch):
         if kind in ck.EXPERTS:
             pytest.skip("experts have one kernel")
         monkeypatch.setenv("VLLM_DISABLED_KERNELS", CUTLASS)
+    if kernel == FLOAT:
+        from vllm.model_executor.layers.quantization.quark.int8 import weights
+
+        monkeypatch.setattr(weights, "onednn_saturates", lambda: True)
     ck.needs_kernel(kind)
     weight, activation = scheme
     cell = ck.serve_case(ck.Case(kind, weight, activation, dtype))

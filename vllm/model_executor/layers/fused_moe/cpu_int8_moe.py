@@ -12,6 +12,10 @@ import torch.nn.functional as F
 from vllm import _custom_ops as ops
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.cpu_int8_native import find_native
+from vllm.model_executor.layers.quantization.utils.cpu_int8_product import (
+    multiply_int8,
+    onednn_saturates,
+)
 from vllm.model_executor.utils import replace_parameter
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -58,12 +62,14 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def _grouped_mm(
     x: torch.Tensor,
     x_scale: torch.Tensor,
-    handlers: torch.Tensor,
+    weights: torch.Tensor,
+    scales: torch.Tensor | None,
     bias: torch.Tensor | None,
     counts: list[int],
     out_size: int,
 ) -> torch.Tensor:
-    """Rows of `x` [R, K] int8, grouped by expert, times each expert's weight."""
+    """Rows of `x` [R, K] int8, grouped by expert, times each expert's weight.
+    weights: [E, N, K] int8, or without scales [E], oneDNN's handlers."""
     out = torch.empty((x.size(0), out_size), dtype=torch.float32)
     per_token = x_scale.numel() > 1
     start = 0
@@ -71,16 +77,24 @@ def _grouped_mm(
         if count == 0:
             continue
         rows = slice(start, start + count)
+        x_scale_of_rows = x_scale[rows] if per_token else x_scale
+        bias_of_expert = bias[expert] if bias is not None else None
+        start += count
+        if scales is not None:
+            out[rows] = multiply_int8(x[rows], weights[expert])
+            out[rows] *= x_scale_of_rows * scales[expert]
+            if bias_of_expert is not None:
+                out[rows] += bias_of_expert
+            continue
         torch.ops._C.onednn_scaled_mm(
             out[rows],
             x[rows],
-            x_scale[rows] if per_token else x_scale,
+            x_scale_of_rows,
             None,
             None,
-            bias[expert] if bias is not None else None,
-            handlers[expert],
+            bias_of_expert,
+            weights[expert],
         )
-        start += count
     return out
 
 
@@ -88,8 +102,10 @@ def cpu_int8_experts(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
-    w13_handlers: torch.Tensor,
-    w2_handlers: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w13_scale: torch.Tensor | None,
+    w2_scale: torch.Tensor | None,
     w13_out_size: int,
     activation: str,
     w13_bias: torch.Tensor | None,
@@ -99,7 +115,7 @@ def cpu_int8_experts(
     expert_map: torch.Tensor | None,
     apply_router_weight_on_input: bool,
 ) -> torch.Tensor:
-    num_experts = w13_handlers.size(0)
+    num_experts = w13.size(0)
     if apply_router_weight_on_input:
         x = x * topk_weights.to(x.dtype)
     ids = topk_ids.flatten().long()
@@ -123,14 +139,15 @@ def cpu_int8_experts(
     gate_up = _grouped_mm(
         x_q[tokens],
         x_s[tokens] if a1_scale is None else x_s,
-        w13_handlers,
+        w13,
+        w13_scale,
         w13_bias,
         counts,
         w13_out_size,
     )
     act = ACTIVATIONS[activation](gate_up)
     act_q, act_s, _ = ops.onednn_scaled_int8_quant(act.contiguous(), a2_scale)
-    out = _grouped_mm(act_q, act_s, w2_handlers, w2_bias, counts, x.size(1))
+    out = _grouped_mm(act_q, act_s, w2, w2_scale, w2_bias, counts, x.size(1))
     if not apply_router_weight_on_input:
         out *= topk_weights.flatten()[order].float().unsqueeze(-1)
     return result.index_add_(0, tokens, out).to(x.dtype)
@@ -165,7 +182,8 @@ def native_experts() -> Any | None:
         )
         return None
     isa = namespace.isas()[0]
-    if isa in BEHIND_ONEDNN and hasattr(torch.ops._C, "onednn_scaled_mm"):
+    has_onednn = hasattr(torch.ops._C, "onednn_scaled_mm")
+    if isa in BEHIND_ONEDNN and has_onednn and not onednn_saturates():
         logger.info_once(
             "INT8 experts on CPU run on oneDNN, which is faster than %s with %s",
             why,
@@ -231,6 +249,11 @@ class CPUInt8Experts:
     def _pack_onednn(self, weights, scales) -> torch.Tensor:
         self.w13_out_size = weights[0].size(1)
         dynamic = self.input_scales[0] is None
+        self.scales: tuple[torch.Tensor | None, ...] = (None, None)
+        if onednn_saturates():
+            self.w13, self.w2 = weights
+            self.scales = tuple(s.data.float().reshape(len(s), -1) for s in scales)
+            return weights[0].new_empty(0)
         # oneDNN reads the scales in place: these are the experts' own.
         self._scales = [scale.data.clone() for scale in scales]
         self._handlers = [
@@ -270,6 +293,7 @@ class CPUInt8Experts:
             topk_ids,
             self.w13,
             self.w2,
+            *self.scales,
             self.w13_out_size,
             self.activation,
             *self.biases,

@@ -18,10 +18,15 @@ from typing import Any, NoReturn
 
 import torch
 
+from vllm import _custom_ops as ops
 from vllm.config import get_current_vllm_config
 from vllm.distributed.parallel_state import get_ep_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.layers.quantization.utils.cpu_int8_product import (
+    multiply_int8,
+    onednn_saturates,
+)
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from .layers import count_experts
@@ -351,10 +356,17 @@ def _process_on_cpu(kernel: Any, layer: torch.nn.Module) -> None:
     """The kernel's own processing. Its product for AMX quantizes per token whatever
     the scheme, ends the process over float16, and stops over rows that are no
     multiple of 32; oneDNN's is made for the default dtype, which a reload does not
-    set, and reads the scales where they lie."""
+    set, and reads the scales where they lie. Where it saturates the product is not
+    oneDNN's."""
     fits_amx = layer.params_dtype is torch.bfloat16 and layer.weight.size(0) % 32 == 0
     with set_default_torch_dtype(layer.params_dtype):
-        if fits_amx and not kernel.config.is_static_input_scheme:
+        if onednn_saturates():
+            weight = layer.weight.data
+            kernel.process_weights_for_onednn(layer)
+            kernel.dnnl_handler = None
+            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+            kernel.linear_method = MethodType(_apply_in_float, kernel)
+        elif fits_amx and not kernel.config.is_static_input_scheme:
             type(kernel).process_weights_after_loading(kernel, layer)
         else:
             kernel.linear_method = kernel._apply_weights_onednn
@@ -364,6 +376,22 @@ def _process_on_cpu(kernel: Any, layer: torch.nn.Module) -> None:
             torch.empty(0, dtype=torch.int8), requires_grad=False
         )
     kernel.int8_scales = layer.weight_scale
+
+
+def _apply_in_float(
+    kernel: Any, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """What the kernel's _apply_weights_onednn computes, with multiply_int8."""
+    weight, scale, x_scale, x_zero, zero_sums = kernel._get_layer_params(layer)
+    x_q, x_scale, x_zero = ops.onednn_scaled_int8_quant(
+        x.reshape(-1, x.size(-1)), x_scale, x_zero, kernel.config.input_symmetric
+    )
+    out = multiply_int8(x_q, weight) * scale.flatten() * x_scale
+    if x_zero is not None:
+        out -= x_scale * x_zero * zero_sums
+    if bias is not None:
+        out += bias
+    return out.to(x.dtype).reshape(*x.shape[:-1], weight.size(0))
 
 
 def finish_linear(scheme: Any, layer: torch.nn.Module) -> None:

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""INT8 products on CPUs whose oneDNN saturates them."""
+
+from functools import cache
+
+import torch
+
+from vllm import _custom_ops as ops
+from vllm.logger import init_logger
+
+logger = init_logger(__name__)
+
+# Values of a weight that are in float32 at once.
+_MAX_FLOATS = 4 << 20
+
+
+@cache
+def onednn_saturates() -> bool:
+    """Whether oneDNN's INT8 product is wrong on this processor, as one product of
+    the largest values shows. Says so once, in the log.
+
+    Without VNNI oneDNN adds two products of activations, moved to 0 to 255, in 16
+    bits: up to 2 * 255 * 127, of which half fits ("Nuances of int8 computations"
+    in oneDNN's developer guide).
+    """
+    if not hasattr(torch.ops._C, "onednn_scaled_mm"):
+        return False
+    k, n = 64, 32
+    x = torch.full((1, k), 127, dtype=torch.int8)
+    weight = torch.full((n, k), 127, dtype=torch.int8)
+    scale = torch.ones(n, dtype=torch.float32)
+    x_scale = torch.ones(1, 1, dtype=torch.float32)
+    handler = ops.create_onednn_scaled_mm(
+        weight.t(), scale, torch.float32, True, False, 32
+    )
+    out = torch.empty(1, n, dtype=torch.float32)
+    torch.ops._C.onednn_scaled_mm(
+        out, x, x_scale, None, None, None, handler.handler_tensor
+    )
+    if bool((out == k * 127 * 127).all()):
+        return False
+    logger.warning_once(
+        "oneDNN's INT8 products are wrong on this processor, which has no VNNI: "
+        "Quark's INT8 layers compute theirs in another way, which may be slower"
+    )
+    return True
+
+
+def multiply_int8(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x` [M, K] int8 times `weight` [N, K] int8 transposed: [M, N] float32.
+
+    Sums up to 2**24, K of 1040, are exact, others rounded as float32 sums are.
+    """
+    rows = max(1, _MAX_FLOATS // weight.size(1))
+    x = x.float()
+    parts = [x @ part.float().t() for part in weight.split(rows)]
+    return torch.cat(parts, dim=-1)

@@ -490,14 +490,16 @@ def test_a_cap_that_is_no_instruction_set():
 
 
 @needs_operators
-def test_onednn_stays_where_it_is_faster(isa, monkeypatch):
-    """For experts; the router is faster anywhere."""
+@pytest.mark.parametrize("saturates", [False, True])
+def test_onednn_stays_where_it_is_faster(isa, saturates, monkeypatch):
+    """And right: for experts; the router is faster anywhere."""
 
     class Capped:
         isas = staticmethod(lambda: ISAS[isa:])
 
     monkeypatch.setattr(cpu_int8_moe, "find_native", lambda: (Capped, "library"))
-    behind = ISAS[isa] in cpu_int8_moe.BEHIND_ONEDNN
+    monkeypatch.setattr(cpu_int8_moe, "onednn_saturates", lambda: saturates)
+    behind = ISAS[isa] in cpu_int8_moe.BEHIND_ONEDNN and not saturates
     has_onednn = hasattr(torch.ops._C, "onednn_scaled_mm")
     assert (cpu_int8_moe.native_experts() is None) == (behind and has_onednn)
     logits = torch.zeros(3, 8)

@@ -381,14 +381,14 @@ def _process_on_cpu(kernel: Any, layer: torch.nn.Module) -> None:
 def _apply_in_float(
     kernel: Any, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """What the kernel's _apply_weights_onednn computes, with multiply_int8."""
-    weight, scale, x_scale, x_zero, zero_sums = kernel._get_layer_params(layer)
+    """What the kernel's _apply_weights_onednn computes, with multiply_int8. Zero
+    points go before the product: after it large sums would have to cancel out."""
+    weight, scale, x_scale, x_zero, _ = kernel._get_layer_params(layer)
     x_q, x_scale, x_zero = ops.onednn_scaled_int8_quant(
         x.reshape(-1, x.size(-1)), x_scale, x_zero, kernel.config.input_symmetric
     )
+    x_q = x_q.float() if x_zero is None else x_q.float() - x_zero
     out = multiply_int8(x_q, weight) * scale.flatten() * x_scale
-    if x_zero is not None:
-        out -= x_scale * x_zero * zero_sums
     if bias is not None:
         out += bias
     return out.to(x.dtype).reshape(*x.shape[:-1], weight.size(0))

@@ -40,12 +40,16 @@ def environment(layer_environment):
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["native", "onednn"])
+@pytest.fixture(params=["native", "onednn", "float"])
 def path(request, monkeypatch):
     from vllm.model_executor.layers.fused_moe import cpu_int8_moe
 
-    if request.param == "onednn":
+    if request.param != "native":
         monkeypatch.setattr(cpu_int8_moe, "native_experts", lambda: None)
+    if request.param == "float":
+        monkeypatch.setattr(cpu_int8_moe, "onednn_saturates", lambda: True)
+    elif request.param == "onednn" and cpu_int8_moe.onednn_saturates():
+        pytest.skip("oneDNN's INT8 products saturate on this processor")
     elif cpu_int8_moe.native_experts() is None:
         pytest.skip("csrc/cpu/int8_moe is not built here")
     return request.param

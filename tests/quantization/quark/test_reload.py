@@ -34,8 +34,8 @@ TOKENS = 33
 LOADED = [(kind, "") for kind in ck.LINEAR + ck.EXPERTS] + [("moe_stacked", "at_once")]
 ON_CPU = current_platform.is_cpu()
 # Kernels that this platform chooses between.
-OF_LINEAR = ("onednn", "sgl") if ON_CPU else ("default",)
-OF_EXPERTS = ("native", "onednn") if ON_CPU else ("default",)
+OF_LINEAR = ("onednn", "sgl", "float") if ON_CPU else ("default",)
+OF_EXPERTS = ("native", "onednn", "float") if ON_CPU else ("default",)
 SCHEMES = [
     pytest.param((weight, activation), marks=marks, id=f"{weight}-{activation}")
     for weight in ck.WEIGHTS
@@ -69,7 +69,8 @@ def way(request, monkeypatch) -> tuple[str, bool]:
     if ON_CPU and kind in ck.EXPERTS:
         from vllm.model_executor.layers.fused_moe import cpu_int8_moe
 
-        if kernel == "onednn":
+        if kernel != "native":
+            _choose_product(monkeypatch, cpu_int8_moe, kernel)
             monkeypatch.setattr(cpu_int8_moe, "native_experts", lambda: None)
         elif cpu_int8_moe.native_experts() is None:
             pytest.skip("csrc/cpu/int8_moe is not built here")
@@ -77,8 +78,18 @@ def way(request, monkeypatch) -> tuple[str, bool]:
         if kernel == "sgl" and not torch.cpu._is_amx_tile_supported():
             pytest.skip("this processor has no AMX")
         monkeypatch.setenv("VLLM_CPU_SGL_KERNEL", str(int(kernel == "sgl")))
+        from vllm.model_executor.layers.quantization.quark.int8 import weights
+
+        _choose_product(monkeypatch, weights, kernel)
         _watch_products(monkeypatch)
     return kind, bool(how)
+
+
+def _choose_product(monkeypatch, module, kernel: str) -> None:
+    """oneDNN's, or float32's as where oneDNN saturates."""
+    if kernel == "onednn" and module.onednn_saturates():
+        pytest.skip("oneDNN's INT8 products saturate on this processor")
+    monkeypatch.setattr(module, "onednn_saturates", lambda: kernel == "float")
 
 
 def _load_at_once() -> Callable[..., bool] | None:

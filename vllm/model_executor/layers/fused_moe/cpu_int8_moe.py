@@ -249,13 +249,13 @@ class CPUInt8Experts:
     def _pack_onednn(self, weights, scales) -> torch.Tensor:
         self.w13_out_size = weights[0].size(1)
         dynamic = self.input_scales[0] is None
+        # The experts' own: oneDNN reads them in place, and a reload frees the layer's.
+        self._scales = [scale.data.clone() for scale in scales]
         self.scales: tuple[torch.Tensor | None, ...] = (None, None)
         if onednn_saturates():
             self.w13, self.w2 = weights
-            self.scales = tuple(s.data.float().reshape(len(s), -1) for s in scales)
+            self.scales = tuple(s.float().reshape(len(s), -1) for s in self._scales)
             return weights[0].new_empty(0)
-        # oneDNN reads the scales in place: these are the experts' own.
-        self._scales = [scale.data.clone() for scale in scales]
         self._handlers = [
             [
                 ops.create_onednn_scaled_mm(

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -174,8 +175,12 @@ def test_stock_runs_excluded_layers_as_int8(tmp_path):
     off = {
         re.match(r"<tr><td>([^<]*)", row)[1] for row in re.findall(r"<tr><td>model\..*?</tr>", text) if ">off" in row
     }
-    assert len(rows) == 10 and off and all(name.endswith((".qkv_proj", ".gate_up_proj")) for name in off), off
-    assert "model.layers.0.mlp.gate_up_proj" not in off
+    assert len(rows) == 10 and any(name.endswith(".qkv_proj") for name in off), off
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    # Without VNNI stock's oneDNN is wrong for layers that are INT8, too (docs/fixes.md).
+    if platform.machine() != "x86_64" or re.search(r"\b(avx512_vnni|avx_vnni)\b", cpu):
+        assert all(name.endswith((".qkv_proj", ".gate_up_proj")) for name in off), off
+        assert "model.layers.0.mlp.gate_up_proj" not in off
     assert "without vllm-quark" in text and "stops<br>NotImplementedError" in text
 
 

@@ -17,6 +17,7 @@ import torch
 
 from examples.step3p5_nano.lab import ROOT, call, make_pythonpath
 from tests.e2e.jobs import read_logprobs, relative_distance, run_jobs
+from tests.processor import needs_vnni
 from vllm_quark.convert.conversion import convert_checkpoint
 
 DENSE = [f"dense-{weights}-{sign}" for weights in ("channel", "tensor") for sign in ("sym", "asym")]
@@ -49,11 +50,13 @@ def serve(names: list[str], folder: Path, python: str | Path, **env: str) -> dic
     return summary
 
 
+@needs_vnni
 def test_static_dense_exports_on_stock(vllm, tmp_path):
     for distances in serve(DENSE, tmp_path, sys.executable, PYTHONPATH=make_pythonpath(vllm([]))).values():
         assert distances["exact"] <= 0.1 and distances["blank"] >= 0.5, distances
 
 
+@needs_vnni
 def test_experts_on_the_newest_stock(tmp_path):
     """Per token, as --per-token writes static ones and as the series serves them."""
     if not NEWEST.exists():
@@ -89,6 +92,7 @@ print(json.dumps(errors).replace("Infinity", "1e9").replace("NaN", "1e9"))
 """
 
 
+@needs_vnni
 def test_step3p5_without_a_packed_modules_mapping(ckpts, vllm, tmp_path):
     """Linear layers of stock 0.21.0, whose Step-3.5 has none: right by the fused names in `ignore`, garbage without."""
     out = convert(ckpts["quark"], tmp_path / "out")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from examples.step3p5_nano.lab import ROOT, make_pythonpath
+from tests.processor import lacks_vnni
 from vllm_quark.locate import find_installed
 from vllm_quark.series import load_series
 from vllm_quark.tree import Tree
@@ -41,5 +42,7 @@ def test_red_without(patch, without):
 @PATCHES
 def test_green_alone(patch, vllm):
     """Cherry-picked, a patch passes the tests it brings."""
+    if lacks_vnni() and patch.name.startswith("0002"):
+        pytest.skip("without 0007 linear layers are oneDNN's, which are wrong on a CPU without VNNI")
     code, output = run(vllm([patch.name[:4]]), *find_tests(patch))
     assert code == 0 and re.search(r"\d+ passed", output), output

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from test_check import Checkpoint as Small
 from trees import ROOT, cli, one_line
 
+from tests.processor import lacks_vnni
 from tests.quantization.quark import quantization_config
 from vllm_quark.checkpoint import read_checkpoint
 from vllm_quark.locate import find_installed
@@ -176,9 +176,7 @@ def test_stock_runs_excluded_layers_as_int8(tmp_path):
         re.match(r"<tr><td>([^<]*)", row)[1] for row in re.findall(r"<tr><td>model\..*?</tr>", text) if ">off" in row
     }
     assert len(rows) == 10 and any(name.endswith(".qkv_proj") for name in off), off
-    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    # Without VNNI stock's oneDNN is wrong for layers that are INT8, too (docs/fixes.md).
-    if platform.machine() != "x86_64" or re.search(r"\b(avx512_vnni|avx_vnni)\b", cpu):
+    if not lacks_vnni():  # there stock is wrong for layers that are INT8, too
         assert all(name.endswith((".qkv_proj", ".gate_up_proj")) for name in off), off
         assert "model.layers.0.mlp.gate_up_proj" not in off
     assert "without vllm-quark" in text and "stops<br>NotImplementedError" in text

@@ -288,8 +288,7 @@ class Layer:
         def rand(*size):
             return torch.randn(size, generator=self.generator, device="cuda")
 
-        # Normal weights, as trained ones nearly are, and for both 8-bit dtypes the same ones: what the bits are decides
-        # how much power a product takes, and so the clock.
+        # Normal weights, as trained ones nearly are, and for both 8-bit dtypes the same ones.
         kinds = {"int8": torch.int8, "fp8": current_platform.fp8_dtype(), "bf16": torch.bfloat16}
         dtype = kinds[shape.dtype]
         largest = {"int8": 127.0, "fp8": torch.finfo(kinds["fp8"]).max}.get(shape.dtype)

@@ -331,9 +331,9 @@ def main() -> int:
     two.add_argument("results", type=Path, nargs="+")
     two.add_argument("--configs", type=Path, required=True)
     two.add_argument("--sums", action="store_true", help="found with 0016's int32 sums: under names of their own")
-    two.set_defaults(run=write)
+    two.set_defaults(run=write, overlap=False)
     args = parser.parse_args()
-    with overlapping_products() if getattr(args, "overlap", False) else contextlib.nullcontext():
+    with overlapping_products() if args.overlap else contextlib.nullcontext():
         args.run(args)
     return 0
 

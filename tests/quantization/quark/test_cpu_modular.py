@@ -13,6 +13,7 @@ from .utils import (
     DTYPE,
     apply_experts,
     assert_close,
+    choose_cpu_product,
     emulate_moe,
     make_experts,
     parameter_name,
@@ -45,11 +46,8 @@ def path(request, monkeypatch):
     from vllm.model_executor.layers.fused_moe import cpu_int8_moe
 
     if request.param != "native":
+        choose_cpu_product(monkeypatch, cpu_int8_moe, request.param)
         monkeypatch.setattr(cpu_int8_moe, "native_experts", lambda: None)
-    if request.param == "float":
-        monkeypatch.setattr(cpu_int8_moe, "onednn_saturates", lambda: True)
-    elif request.param == "onednn" and cpu_int8_moe.onednn_saturates():
-        pytest.skip("oneDNN's INT8 products saturate on this processor")
     elif cpu_int8_moe.native_experts() is None:
         pytest.skip("csrc/cpu/int8_moe is not built here")
     return request.param

@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 from .utils import (
     DTYPE,
     assert_close,
+    choose_cpu_product,
     emulate_activation,
     emulate_linear,
     emulate_moe,
@@ -39,12 +40,9 @@ def path(request, monkeypatch):
         from vllm.model_executor.layers.fused_moe import cpu_int8_moe
     except ImportError:
         return request.param  # the tests say what is missing
-    if request.param == "onednn" and cpu_int8_moe.onednn_saturates():
-        pytest.skip("oneDNN's INT8 products saturate on this processor")
     if request.param != "native":
-        saturates = request.param == "float"
+        choose_cpu_product(monkeypatch, cpu_int8_moe, request.param)
         monkeypatch.setattr(cpu_int8_moe, "native_experts", lambda: None)
-        monkeypatch.setattr(cpu_int8_moe, "onednn_saturates", lambda: saturates)
     elif cpu_int8_moe.native_experts() is None:
         pytest.skip("csrc/cpu/int8_moe is not built here")
     return request.param

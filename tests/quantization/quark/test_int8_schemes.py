@@ -15,6 +15,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
 from . import checkpoints as ck
+from .utils import choose_cpu_product
 
 CUTLASS = "CutlassInt8ScaledMMLinearKernel"
 TRITON = "TritonInt8ScaledMMLinearKernel"
@@ -51,7 +52,7 @@ def test_scheme(kind, scheme, dtype, kernel, monkeypatch):
     if kernel == FLOAT:
         from vllm.model_executor.layers.quantization.quark.int8 import weights
 
-        monkeypatch.setattr(weights, "onednn_saturates", lambda: True)
+        choose_cpu_product(monkeypatch, weights, "float")
     ck.needs_kernel(kind)
     weight, activation = scheme
     cell = ck.serve_case(ck.Case(kind, weight, activation, dtype))

@@ -25,7 +25,14 @@ from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.platforms import current_platform
 
 from . import checkpoints as ck
-from .utils import DEVICE, DTYPE, needs_dynamic, parameter_name, shard
+from .utils import (
+    DEVICE,
+    DTYPE,
+    choose_cpu_product,
+    needs_dynamic,
+    parameter_name,
+    shard,
+)
 
 reload = pytest.importorskip("vllm.model_executor.model_loader.reload")
 Tensors = dict[str, torch.Tensor]
@@ -70,7 +77,7 @@ def way(request, monkeypatch) -> tuple[str, bool]:
         from vllm.model_executor.layers.fused_moe import cpu_int8_moe
 
         if kernel != "native":
-            _choose_product(monkeypatch, cpu_int8_moe, kernel)
+            choose_cpu_product(monkeypatch, cpu_int8_moe, kernel)
             monkeypatch.setattr(cpu_int8_moe, "native_experts", lambda: None)
         elif cpu_int8_moe.native_experts() is None:
             pytest.skip("csrc/cpu/int8_moe is not built here")
@@ -80,16 +87,9 @@ def way(request, monkeypatch) -> tuple[str, bool]:
         monkeypatch.setenv("VLLM_CPU_SGL_KERNEL", str(int(kernel == "sgl")))
         from vllm.model_executor.layers.quantization.quark.int8 import weights
 
-        _choose_product(monkeypatch, weights, kernel)
+        choose_cpu_product(monkeypatch, weights, kernel)
         _watch_products(monkeypatch)
     return kind, bool(how)
-
-
-def _choose_product(monkeypatch, module, kernel: str) -> None:
-    """oneDNN's, or float32's as where oneDNN saturates."""
-    if kernel == "onednn" and module.onednn_saturates():
-        pytest.skip("oneDNN's INT8 products saturate on this processor")
-    monkeypatch.setattr(module, "onednn_saturates", lambda: kernel == "float")
 
 
 def _load_at_once() -> Callable[..., bool] | None:

@@ -71,6 +71,14 @@ def vllm_environment() -> Iterator[VllmConfig]:
             os.unlink(store)
 
 
+def choose_cpu_product(monkeypatch: Any, module: Any, kind: str) -> None:
+    """Have `module` take oneDNN's INT8 product ("onednn") or that of processors where
+    oneDNN saturates ("float")."""
+    if kind == "onednn" and module.onednn_saturates():
+        pytest.skip("oneDNN's INT8 products saturate on this processor")
+    monkeypatch.setattr(module, "onednn_saturates", lambda: kind == "float")
+
+
 @contextlib.contextmanager
 def shard(rank: int, size: int) -> Iterator[None]:
     """Build and load layers as tensor-parallel rank `rank` of `size`."""

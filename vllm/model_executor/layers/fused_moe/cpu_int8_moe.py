@@ -79,22 +79,22 @@ def _grouped_mm(
         rows = slice(start, start + count)
         x_scale_of_rows = x_scale[rows] if per_token else x_scale
         bias_of_expert = bias[expert] if bias is not None else None
-        start += count
-        if scales is not None:
+        if scales is None:
+            torch.ops._C.onednn_scaled_mm(
+                out[rows],
+                x[rows],
+                x_scale_of_rows,
+                None,
+                None,
+                bias_of_expert,
+                weights[expert],
+            )
+        else:
             out[rows] = multiply_int8(x[rows], weights[expert])
             out[rows] *= x_scale_of_rows * scales[expert]
             if bias_of_expert is not None:
                 out[rows] += bias_of_expert
-            continue
-        torch.ops._C.onednn_scaled_mm(
-            out[rows],
-            x[rows],
-            x_scale_of_rows,
-            None,
-            None,
-            bias_of_expert,
-            weights[expert],
-        )
+        start += count
     return out
 
 
@@ -169,15 +169,16 @@ BEHIND_ONEDNN = ("avx512", "portable")
 
 
 def native_experts() -> Any | None:
-    """The native operators, or None where oneDNN serves the experts. Says once, in
-    the log, which of both it is.
+    """The native operators, or None where oneDNN or float32 serves the experts. Says
+    once, in the log, which of them it is.
 
     Raises ValueError where VLLM_INT8_MOE_ISA names no instruction set.
     """
     namespace, why = find_native()
     if namespace is None:
         logger.warning_once(
-            "INT8 experts on CPU run on oneDNN, expert by expert, which is slower: %s",
+            "INT8 experts on CPU run %s, expert by expert, which is slower: %s",
+            "in float32" if onednn_saturates() else "on oneDNN",
             why,
         )
         return None
@@ -196,7 +197,7 @@ def native_experts() -> Any | None:
 
 class CPUInt8Experts:
     """Routed INT8 experts of one layer, packed for the native operator where it
-    is built (csrc/cpu/int8_moe), else for oneDNN.
+    is built (csrc/cpu/int8_moe), else for oneDNN, or kept where that saturates.
 
     Takes over `layer.w13_weight` [E, 2I, K] and `layer.w2_weight` [E, K, I],
     both int8. `scales` are theirs, float32, per channel ([E, N] or [E, N, 1]) or
@@ -228,9 +229,13 @@ class CPUInt8Experts:
         self.biases = [b if b is None else b.float().contiguous() for b in biases]
         self.input_scales = input_scales
         weights = (layer.w13_weight.data, layer.w2_weight.data)
+        self.w13_out_size = weights[0].size(1)
+        self.scales: tuple[torch.Tensor | None, ...] = (None, None)
         # A parameter: a reload copies it to where it lay before.
         if self.operators is not None:
             packed = self._pack_native(weights, scales)
+        elif onednn_saturates():
+            packed = self._keep_int8(weights, scales)
         else:
             packed = self._pack_onednn(weights, scales)
         replace_parameter(layer, "w13_weight", packed)
@@ -246,16 +251,17 @@ class CPUInt8Experts:
         kind = self.operators.activations().index(self.activation)
         return self.operators.pack(*tensors, kind, LIMIT, *self.input_scales)
 
+    def _keep_int8(self, weights, scales) -> torch.Tensor:
+        self.w13, self.w2 = weights
+        # The experts' own: a reload frees the layer's.
+        own = (scale.data.clone().float() for scale in scales)
+        self.scales = tuple(scale.reshape(len(scale), -1) for scale in own)
+        return weights[0].new_empty(0)
+
     def _pack_onednn(self, weights, scales) -> torch.Tensor:
-        self.w13_out_size = weights[0].size(1)
         dynamic = self.input_scales[0] is None
-        # The experts' own: oneDNN reads them in place, and a reload frees the layer's.
+        # oneDNN reads the scales in place: these are the experts' own.
         self._scales = [scale.data.clone() for scale in scales]
-        self.scales: tuple[torch.Tensor | None, ...] = (None, None)
-        if onednn_saturates():
-            self.w13, self.w2 = weights
-            self.scales = tuple(s.float().reshape(len(s), -1) for s in self._scales)
-            return weights[0].new_empty(0)
         self._handlers = [
             [
                 ops.create_onednn_scaled_mm(

@@ -17,8 +17,8 @@ _MAX_FLOATS = 4 << 20
 
 @cache
 def onednn_saturates() -> bool:
-    """Whether oneDNN's INT8 product is wrong on this processor, as one product of
-    the largest values shows. Says so once, in the log.
+    """Whether oneDNN's INT8 product is wrong in this process, as one product of the
+    largest values shows. Says so once, in the log.
 
     Without VNNI oneDNN adds two products of activations, moved to 0 to 255, in 16
     bits: up to 2 * 255 * 127, of which half fits ("Nuances of int8 computations"
@@ -45,8 +45,8 @@ def onednn_saturates() -> bool:
     if bool((out == k * 127 * 127).all()):
         return False
     logger.warning_once(
-        "oneDNN's INT8 products are wrong on this processor, which has no VNNI: "
-        "Quark's INT8 layers compute theirs in another way, which may be slower"
+        "oneDNN's INT8 products are wrong here, as it runs without VNNI: Quark's "
+        "INT8 layers compute theirs in another way, which may be slower"
     )
     return True
 

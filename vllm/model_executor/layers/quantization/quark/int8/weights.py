@@ -362,6 +362,7 @@ def _process_on_cpu(kernel: Any, layer: torch.nn.Module) -> None:
     with set_default_torch_dtype(layer.params_dtype):
         if onednn_saturates():
             weight = layer.weight.data
+            # For the forms of the scales; oneDNN's copy of the weight goes at once.
             kernel.process_weights_for_onednn(layer)
             kernel.dnnl_handler = None
             layer.weight = torch.nn.Parameter(weight, requires_grad=False)

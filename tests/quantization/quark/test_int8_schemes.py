@@ -68,6 +68,36 @@ def test_scheme(kind, scheme, dtype, kernel, monkeypatch):
     assert cell.status in allowed, cell
 
 
+@needs_cpu
+@pytest.mark.parametrize("activation", ["token_sym", "token_asym", "static_asym"])
+def test_float_product_is_one_operator_for_torch_compile(activation, monkeypatch):
+    """torch.compile takes 36 s for a weight whose parts it sees."""
+    from vllm.model_executor.layers.quantization.quark.int8 import weights
+    from vllm.model_executor.layers.quantization.utils import cpu_int8_product
+
+    choose_cpu_product(monkeypatch, weights, "float")
+    monkeypatch.setattr(cpu_int8_product, "_MAX_FLOATS", ck.K)
+    case = ck.Case("plain", activation=activation)
+    x = ck.inputs_for(case, 8, torch.Generator().manual_seed(1))
+    layer = ck.build_loaded(ck.make_checkpoint("plain", activation))
+    ck.finish(layer)
+    called = []
+
+    def collect(graph, _):
+        called.extend(str(n.target) for n in graph.graph.nodes if n.op != "output")
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda x: layer.scheme.kernel.apply_weights(layer, x),
+        backend=collect,
+        fullgraph=True,
+    )
+    out = compiled(x)
+    assert torch.equal(out, layer(x)[0])
+    assert sum("multiply_int8" in name for name in called) == 1, called
+    assert not any("matmul" in name for name in called), called
+
+
 @pytest.mark.parametrize("activation", ["static_asym", "token_asym"])
 def test_widths_that_cutlass_has_no_zero_points_for(activation, monkeypatch):
     """As Qwen3.5's `in_proj_ba`, one row for each head, split over ranks."""

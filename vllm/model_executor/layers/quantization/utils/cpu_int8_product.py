@@ -8,6 +8,7 @@ import torch
 
 from vllm import _custom_ops as ops
 from vllm.logger import init_logger
+from vllm.utils.torch_utils import direct_register_custom_op
 
 logger = init_logger(__name__)
 
@@ -40,7 +41,8 @@ def onednn_saturates() -> bool:
         torch.ops._C.onednn_scaled_mm(
             out, x, x_scale, None, None, None, handler.handler_tensor
         )
-    except RuntimeError:  # the layers say what they cannot do
+    except RuntimeError as error:  # the layers say what they cannot do
+        logger.warning_once("oneDNN's INT8 product was not checked: %s", error)
         return False
     if bool((out == k * 127 * 127).all()):
         return False
@@ -59,3 +61,15 @@ def multiply_int8(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     x = x.float()
     parts = [x @ part.float().t() for part in weight.split(rows)]
     return torch.cat(parts, dim=-1)
+
+
+def multiply_int8_fake(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.size(0), weight.size(0), dtype=torch.float32)
+
+
+# An operator: torch.compile would compile each part of the weight.
+direct_register_custom_op(
+    op_name="multiply_int8",
+    op_func=multiply_int8,
+    fake_impl=multiply_int8_fake,
+)

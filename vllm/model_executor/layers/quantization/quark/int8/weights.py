@@ -24,7 +24,6 @@ from vllm.distributed.parallel_state import get_ep_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.layers.quantization.utils.cpu_int8_product import (
-    multiply_int8,
     onednn_saturates,
 )
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -356,26 +355,22 @@ def _process_on_cpu(kernel: Any, layer: torch.nn.Module) -> None:
     """The kernel's own processing. Its product for AMX quantizes per token whatever
     the scheme, ends the process over float16, and stops over rows that are no
     multiple of 32; oneDNN's is made for the default dtype, which a reload does not
-    set, and reads the scales where they lie. Where it saturates the product is not
-    oneDNN's."""
-    fits_amx = layer.params_dtype is torch.bfloat16 and layer.weight.size(0) % 32 == 0
+    set, and reads the scales where they lie. Where it saturates, float32's follows."""
+    weight = layer.weight.data
+    fits_amx = layer.params_dtype is torch.bfloat16 and weight.size(0) % 32 == 0
     with set_default_torch_dtype(layer.params_dtype):
-        if onednn_saturates():
-            weight = layer.weight.data
-            # For the forms of the scales; oneDNN's copy of the weight goes at once.
-            kernel.process_weights_for_onednn(layer)
-            kernel.dnnl_handler = None
-            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-            kernel.linear_method = MethodType(_apply_in_float, kernel)
-        elif fits_amx and not kernel.config.is_static_input_scheme:
+        if fits_amx and not kernel.config.is_static_input_scheme:
             type(kernel).process_weights_after_loading(kernel, layer)
         else:
             kernel.linear_method = kernel._apply_weights_onednn
             kernel.process_weights_for_onednn(layer)
-    if layer.weight is None:  # oneDNN has its own; LoRA asks for the device
-        layer.weight = torch.nn.Parameter(
-            torch.empty(0, dtype=torch.int8), requires_grad=False
-        )
+    if kernel.linear_method == kernel._apply_weights_onednn:
+        if onednn_saturates():
+            kernel.dnnl_handler = None
+            kernel.linear_method = MethodType(_apply_in_float, kernel)
+        else:  # oneDNN has its own; LoRA asks for the device
+            weight = torch.empty(0, dtype=torch.int8)
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     kernel.int8_scales = layer.weight_scale
 
 
@@ -389,7 +384,7 @@ def _apply_in_float(
         x.reshape(-1, x.size(-1)), x_scale, x_zero, kernel.config.input_symmetric
     )
     x_q = x_q.float() if x_zero is None else x_q.float() - x_zero
-    out = multiply_int8(x_q, weight) * scale.flatten() * x_scale
+    out = torch.ops.vllm.multiply_int8(x_q, weight) * scale.flatten() * x_scale
     if bias is not None:
         out += bias
     return out.to(x.dtype).reshape(*x.shape[:-1], weight.size(0))

@@ -9,11 +9,20 @@ from pathlib import Path
 import pytest
 
 
+def _lacks(flags: str) -> bool:
+    file = Path("/proc/cpuinfo")
+    found = file.read_text() if file.exists() else ""
+    return platform.machine() == "x86_64" and not re.search(rf"\b({flags})\b", found)
+
+
 def lacks_vnni() -> bool:
     """Whether oneDNN's INT8 products saturate here (docs/fixes.md): an x86 processor with neither form of VNNI."""
-    file = Path("/proc/cpuinfo")
-    flags = file.read_text() if file.exists() else ""
-    return platform.machine() == "x86_64" and not re.search(r"\b(avx512_vnni|avx_vnni)\b", flags)
+    return _lacks("avx512_vnni|avx_vnni")
+
+
+def lacks_avx512() -> bool:
+    """Whether vLLM 0.21.0's own BF16 experts stop here (docs/models-why.md): an x86 processor without AVX-512."""
+    return _lacks("avx512f")
 
 
 needs_vnni = pytest.mark.skipif(lacks_vnni(), reason="stock's INT8 layers are wrong on a CPU without VNNI")

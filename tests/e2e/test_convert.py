@@ -50,7 +50,6 @@ def serve(names: list[str], folder: Path, python: str | Path, **env: str) -> dic
     return summary
 
 
-@needs_vnni
 def test_static_dense_exports_on_stock(vllm, tmp_path):
     for distances in serve(DENSE, tmp_path, sys.executable, PYTHONPATH=make_pythonpath(vllm([]))).values():
         assert distances["exact"] <= 0.1 and distances["blank"] >= 0.5, distances

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from examples.step3p5_nano.lab import ROOT
 from tests.e2e.models.export import Tensors, read
 from tests.e2e.models.judge import BF16, judge, make, run
+from tests.processor import lacks_avx512
 from tests.quantization.quark import activation_config
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("models")]
@@ -37,6 +38,8 @@ RIGHT = [
     ("qwen3.5", "static-asym"),
     ("gemma-4", "globs"),
 ]
+# Those whose exports leave a layer's experts in BF16.
+WITH_BF16_EXPERTS = ("granite-moe", "llama-4-stacked")
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ def results(vllm, tmp_path_factory):
 @pytest.mark.parametrize("cell", RIGHT, ids="-".join)
 def test_right(cell, results):
     print(cell, results[cell])
+    if cell[0] in WITH_BF16_EXPERTS and lacks_avx512() and "vLLM config is not set" in results[cell].said:
+        pytest.skip("vLLM 0.21.0's BF16 experts stop on a CPU without AVX-512")
     assert results[cell].what == "right", results[cell]
 
 

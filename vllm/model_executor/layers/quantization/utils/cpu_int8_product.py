@@ -12,8 +12,8 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 logger = init_logger(__name__)
 
-# Values of a weight that are in float32 at once.
-_MAX_FLOATS = 4 << 20
+# Values of a weight that are in float32 at once: they stay in a cache.
+_MAX_FLOATS = 1 << 20
 
 
 @cache
@@ -57,10 +57,14 @@ def multiply_int8(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`x` [M, K], small integers of any dtype, times `weight` [N, K] int8 transposed:
     [M, N] float32. Sums up to 2**24, of int8 at K of 1040, are exact; others are
     rounded as float32 sums are."""
-    rows = max(1, _MAX_FLOATS // weight.size(1))
+    rows = max(1, min(weight.size(0), _MAX_FLOATS // weight.size(1)))
     x = x.float()
-    parts = [x @ part.float().t() for part in weight.split(rows)]
-    return torch.cat(parts, dim=-1)
+    # One part for all: new memory at each step takes longer than the products.
+    part = x.new_empty(rows, weight.size(1))
+    out = x.new_empty(x.size(0), weight.size(0))
+    for ints, sums in zip(weight.split(rows), out.split(rows, dim=-1)):
+        torch.mm(x, part[: ints.size(0)].copy_(ints).t(), out=sums)
+    return out
 
 
 def multiply_int8_fake(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -70,14 +70,12 @@ check: env quark-env lint  ## run before each commit: lint, layer tests, the too
 test: env quark-env lint  ## run every test that this machine can run (an hour or more on two cores)
 	@rm -rf build/shadow && $(BIN)/vllm-quark shadow -o build/shadow
 	PYTHONPATH=$(CURDIR)/build/shadow $(BIN)/python -m pytest -q -n 2 tests/quantization tests/entrypoints
-	$(BIN)/python -m pytest -q -n 2 --durations=10 tests/tool tests/benchmarks
-	$(BIN)/python -m pytest -q tests/csrc
+	$(BIN)/python -m pytest -q -n 2 --durations=10 tests/csrc tests/tool tests/benchmarks
 	$(BIN)/python -m benchmarks.compatibility.releases 0.20.0 0.26.0 newest
 	@$(MAKE) --no-print-directory test-upstream
 	@$(BIN)/python -m examples.step3p5_nano.make_checkpoints $(CKPTS)
 	$(BIN)/python -m benchmarks.compatibility.releases none --engines newest
-	$(BIN)/python -m benchmarks.compatibility.releases none --engines $(RELEASE) \
-	  --ways "eager, oneDNN" "compiled, operator" "compiled, oneDNN"
+	$(BIN)/python -m benchmarks.compatibility.releases none --engines $(RELEASE) --ways "eager, oneDNN" "compiled, oneDNN"
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=25 tests/e2e
 
 # The operator's tests with -fsanitize: its library, and Python with the sanitizers' runtime first. tests/csrc has the

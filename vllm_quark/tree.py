@@ -247,7 +247,7 @@ class Tree:
 
         They are named by number: a patch may be called otherwise by now.
         """
-        recorded = (*self._settle_record()[0].applied, *self.by_wheel())
+        recorded = (*read_record(self.root).applied, *self.by_wheel())
         return series.with_optional(name.partition("-")[0] for name in recorded)
 
     def choose(

@@ -95,18 +95,6 @@ def test_kept_under_another_name(home, tree):
     assert x_of(tree) == "x = 2\n" and statuses(home, tree)[NAME] == "applied"
 
 
-def test_not_applied_again_where_the_originals_are_back(home, tree, tmp_path):
-    """As after `git checkout .` and `git clean -d`: the record names patches of which nothing is there."""
-    originals = shutil.copytree(tree, tmp_path / "originals")
-    assert cli(home, "apply", tree, "--with", "6").returncode == 0
-    (tree / ".vllm-quark").rename(originals / ".vllm-quark")
-    shutil.rmtree(tree)
-    originals.rename(tree)
-    assert NAME not in statuses(home, tree)
-    assert cli(home, "apply", tree).returncode == 0
-    assert x_of(tree) == "x = 1\n"
-
-
 def test_one_that_another_run_applied_meanwhile_stays(home, tree):
     """The series is chosen before the tree is locked."""
     series = load_series(home)

@@ -50,7 +50,7 @@ struct Avx2 {
 
 constexpr int kMR = 6;
 
-// Up to kMR rows of KC, widened once for both halves of a block.
+// Up to kMR rows of at most KC, widened once for both halves of a block.
 struct WidenedPanel {
   int16_t even[kMR][kKC / 2], odd[kMR][kKC / 2];
 
@@ -147,15 +147,17 @@ struct Avx2Microkernel {
     }
     WidenedPanel panel;
     const int64_t panels = (m + kMR - 1) / kMR;
-    for (int64_t k_begin = 0; k_begin < k; k_begin += kKC) {
-      const int64_t kc = std::min(kKC, k - k_begin);
-      const bool last = k_begin + kKC >= k;
-      // In the last KC it leads to the next block's start.
-      const int64_t distance = kPrefetchDistance + (last ? half_bytes : 0);
+    const int64_t parts = (k + kKC - 1) / kKC;  // of K
+    int64_t k_begin = 0;
+    for (int64_t part = 0; part < parts; ++part) {
+      // Parts and panels are of equal size, as panels are in microkernel.h.
+      const int64_t kc = round_up((k - k_begin) / (parts - part), kKAlign);
+      // To the next part, from the last one to the next block's start.
+      const int64_t distance =
+          kc * kHalf + (part + 1 == parts ? half_bytes : 0);
       const int8_t* const left = block + k_begin * kHalf;
       int64_t row = 0;
       for (int64_t i = 0; i < panels; ++i) {
-        // Panels are of equal size, as in microkernel.h.
         const int64_t mr = (m - row + panels - i - 1) / (panels - i);
         panel.widen(a + row * a_stride + k_begin, a_stride, mr, kc);
         const auto& functions = i == 0 ? kWithPrefetch : kWithoutPrefetch;
@@ -165,6 +167,7 @@ struct Avx2Microkernel {
         }
         row += mr;
       }
+      k_begin += kc;
     }
   }
 };

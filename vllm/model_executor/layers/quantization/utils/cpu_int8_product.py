@@ -55,7 +55,7 @@ def onednn_saturates() -> bool:
 
 def multiply_int8(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`x` [M, K], small integers of any dtype, times `weight` [N, K] int8 transposed:
-    [M, N] float32. Sums up to 2**24, of int8 at K of 1040, are exact; others are
+    [M, N] float32. Sums up to 2**24, of int8 at K of 1024, are exact; others are
     rounded as float32 sums are."""
     rows = max(1, min(weight.size(0), _MAX_FLOATS // weight.size(1)))
     x = x.float()

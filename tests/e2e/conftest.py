@@ -2,12 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """Checkpoints, patched vLLMs and the float reference, once for all engine tests."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from examples.step3p5_nano.lab import ROOT, Judge, make_checkpoints, make_pythonpath, shadow
+from examples.step3p5_nano.lab import QUARK_PYTHON, ROOT, Judge, call, make_checkpoints, make_pythonpath, shadow
 from tests.e2e.jobs import run_jobs
 from vllm_quark.series import load_series
 
@@ -26,6 +27,17 @@ def pytest_collection_finish(session):
 def ckpts() -> dict[str, Path]:
     """Every export and layout of the nano model, made by AMD Quark."""
     return make_checkpoints(ROOT / "build/ckpts")
+
+
+@pytest.fixture(scope="session")
+def exports() -> Path:
+    """Calibrated static exports, made by AMD Quark. Tests that take them are in the group "exports"."""
+    out, script = ROOT / "build/static", Path(__file__).with_name("static_exports.py")
+    last = out / "dense-tensor-asym/expected.json"
+    if not last.exists() or last.stat().st_mtime < script.stat().st_mtime:
+        path = os.pathsep.join([str(QUARK_PYTHON.parent), os.environ["PATH"]])
+        call(ROOT / "build/static.log", QUARK_PYTHON, script, out, PATH=path)
+    return out
 
 
 @pytest.fixture(scope="session")

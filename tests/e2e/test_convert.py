@@ -30,13 +30,10 @@ def convert(folder: Path, out: Path) -> Path:
     return out
 
 
-def serve(names: list[str], folder: Path, python: str | Path, **env: str) -> dict[str, dict[str, float]]:
+def serve(exports: list[Path], folder: Path, python: str | Path, **env: str) -> dict[str, dict[str, float]]:
     """Distances of log-probabilities from what each converted export's numbers say, by reading (static_exports.py)."""
-    jobs, expected = [], {}
-    for name in names:
-        export = ROOT / "build/static" / name
-        if not (export / "expected.json").is_file():
-            pytest.skip(f"{export} is not there (tests/e2e/test_exports.py makes it)")
+    jobs, expected, names = [], {}, [export.name for export in exports]
+    for name, export in zip(names, exports, strict=True):
         expected[name] = json.loads((export / "expected.json").read_text())
         ckpt = convert(export, folder / name)
         jobs.append({"ckpt": str(ckpt), "ids": expected[name]["ids"], "logprobs": 128, "tokens": 4})
@@ -50,17 +47,19 @@ def serve(names: list[str], folder: Path, python: str | Path, **env: str) -> dic
     return summary
 
 
-def test_static_dense_exports_on_stock(vllm, tmp_path):
-    for distances in serve(DENSE, tmp_path, sys.executable, PYTHONPATH=make_pythonpath(vllm([]))).values():
+def test_static_dense_exports_on_stock(exports, vllm, tmp_path):
+    path = make_pythonpath(vllm([]))
+    for distances in serve([exports / name for name in DENSE], tmp_path, sys.executable, PYTHONPATH=path).values():
         assert distances["exact"] <= 0.1 and distances["blank"] >= 0.5, distances
 
 
 @needs_vnni
-def test_experts_on_the_newest_stock(tmp_path):
+def test_experts_on_the_newest_stock(exports, tmp_path):
     """Per token, as --per-token writes static ones and as the series serves them."""
     if not NEWEST.exists():
         pytest.skip(f"{NEWEST} is not there (make releases)")
-    for distances in serve(["moe-channel-sym", "moe-tensor-asym"], tmp_path, NEWEST, PYTHONPATH="").values():
+    names = ("moe-channel-sym", "moe-tensor-asym")
+    for distances in serve([exports / name for name in names], tmp_path, NEWEST, PYTHONPATH="").values():
         assert distances["served"] <= 0.15 and distances["blank"] >= 0.5, distances
 
 

@@ -3,28 +3,14 @@
 """Calibrated static exports, symmetric and not, of AMD Quark itself, through the engine."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
 
-from examples.step3p5_nano.lab import QUARK_PYTHON, ROOT, call
 from tests.e2e.jobs import read_logprobs, relative_distance
 
 pytestmark = pytest.mark.xdist_group("exports")
 SCHEMES = [f"{kind}-{w}-{s}" for kind in ("moe", "dense") for w in ("channel", "tensor") for s in ("sym", "asym")]
-
-
-@pytest.fixture(scope="module")
-def exports() -> Path:
-    out = ROOT / "build/static"
-    script = Path(__file__).with_name("static_exports.py")
-    last = out / SCHEMES[-1] / "expected.json"
-    if not last.exists() or last.stat().st_mtime < script.stat().st_mtime:
-        path = os.pathsep.join([str(QUARK_PYTHON.parent), os.environ["PATH"]])
-        call(ROOT / "build/static.log", QUARK_PYTHON, script, out, PATH=path)
-    return out
 
 
 @pytest.fixture(scope="module")

@@ -32,13 +32,13 @@ def convert(folder: Path, out: Path) -> Path:
 
 def serve(exports: list[Path], folder: Path, python: str | Path, **env: str) -> dict[str, dict[str, float]]:
     """Distances of log-probabilities from what each converted export's numbers say, by reading (static_exports.py)."""
-    jobs, expected, names = [], {}, [export.name for export in exports]
-    for name, export in zip(names, exports, strict=True):
-        expected[name] = json.loads((export / "expected.json").read_text())
-        ckpt = convert(export, folder / name)
-        jobs.append({"ckpt": str(ckpt), "ids": expected[name]["ids"], "logprobs": 128, "tokens": 4})
+    jobs, expected = [], {}
+    for export in exports:
+        expected[export.name] = json.loads((export / "expected.json").read_text())
+        ckpt = convert(export, folder / export.name)
+        jobs.append({"ckpt": str(ckpt), "ids": expected[export.name]["ids"], "logprobs": 128, "tokens": 4})
     summary = {}
-    for name, result in zip(names, run_jobs(jobs, folder, python, **env), strict=True):
+    for name, result in zip(expected, run_jobs(jobs, folder, python, **env), strict=True):
         assert "error" not in result, result
         out = read_logprobs(result, 128)
         references = {r: torch.tensor(expected[name][r])[:, :-1] for r in ("exact", "served", "blank")}

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Compile the launch configs of INT8 experts before the first request."""
+
+import inspect
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import override_config
+from vllm.model_executor.layers.fused_moe.fused_moe import try_get_optimal_moe_config
+from vllm.utils.math_utils import cdiv
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker
+
+logger = init_logger(__name__)
+
+# Triton compiles apart what 16 divides: the routed rows, and the rows with padding.
+_DIVISOR = 16
+
+
+def int8_moe_warmup(worker: "Worker") -> None:
+    """Launch the fused MoE kernel of INT8 experts with each config that a batch of up
+    to max_num_batched_tokens tokens takes.
+
+    Layers of one shape share what is compiled. No other rank takes part. Left out are
+    layers whose tokens other ranks send (all-to-all), weights that stay in host memory,
+    models with LoRA, and other kernels than Triton's.
+    """
+    config = worker.vllm_config
+    if (
+        worker.model_config.enforce_eager
+        or config.lora_config is not None
+        or not getattr(config.kernel_config, "enable_jit_warmup", True)
+    ):
+        return
+    start = time.perf_counter()
+    launched: dict[tuple[Any, ...], int] = {}
+    with torch.inference_mode():
+        for layer in worker.get_model().modules():
+            if not _is_launched_here(layer, worker.device):
+                continue
+            shape = (
+                *layer.w13_weight.shape,
+                *layer.w2_weight.shape,
+                layer.top_k,
+                layer.global_num_experts,
+                layer.expert_map is None,
+            )
+            if shape not in launched:
+                launched[shape] = _launch_configs(
+                    layer,
+                    worker.model_config.dtype,
+                    worker.scheduler_config.max_num_batched_tokens,
+                )
+    if launched:
+        logger.info(
+            "Warmed up %d launch configs of INT8 experts in %.2f s.",
+            sum(launched.values()),
+            time.perf_counter() - start,
+        )
+
+
+def _is_launched_here(layer: torch.nn.Module, device: torch.device) -> bool:
+    """Whether this rank alone launches Triton's kernel with INT8 weights of `layer`."""
+    method = getattr(layer, "quant_method", None)
+    quant_config = getattr(method, "moe_quant_config", None)
+    if quant_config is None or not quant_config.use_int8_w8a8:
+        return False
+    if layer.w13_weight.device.type != device.type:
+        return False
+    if method.moe.moe_parallel_config.use_all2all_kernels:
+        return False
+    experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+    if experts is None:  # the method calls fused_experts
+        return True
+    from vllm.model_executor.layers.fused_moe import TritonExperts
+
+    return isinstance(experts, TritonExperts)
+
+
+def _launch_configs(layer: torch.nn.Module, dtype: torch.dtype, most: int) -> int:
+    """Launch each config that `layer` takes for up to `most` tokens; their number."""
+    method = layer.quant_method
+    quant_config = method.moe_quant_config
+    # From here on there are as many routed rows as experts, and the kernel's integers
+    # change only in what divides them.
+    steady = cdiv(layer.global_num_experts, layer.top_k)
+    counts: dict[tuple[tuple[str, int], ...], set[int]] = {}
+    few = range(1, min(steady, most + 1))
+    for tokens in (*few, *range(steady, most + 1, _DIVISOR), most):
+        config = try_get_optimal_moe_config(
+            layer.w13_weight.shape,
+            layer.w2_weight.shape,
+            layer.top_k,
+            quant_config.config_name(dtype),
+            tokens,
+            block_shape=quant_config.block_shape,
+        )
+        if tokens < steady:
+            launches = {tokens}
+        else:
+            launches = set(range(steady, steady + _DIVISOR))
+        # Triton tells launches apart by the order of their options, too.
+        counts.setdefault(tuple(config.items()), set()).update(launches)
+    hidden_size = layer.w2_weight.shape[1]
+    # Layers' arguments after the router's differ between methods: none is needed.
+    rest = len(inspect.signature(method.apply).parameters) - 4
+    for items, launches in counts.items():
+        with override_config(dict(items)):
+            for tokens in sorted(launches):
+                device = layer.w13_weight.device
+                x = torch.zeros(tokens, hidden_size, dtype=dtype, device=device)
+                ids = torch.arange(layer.top_k, dtype=torch.int32, device=device)
+                ids = ids.expand(tokens, -1).contiguous()
+                weights = torch.ones_like(ids, dtype=torch.float32)
+                method.apply(layer, x, weights, ids, *[None] * rest)
+    return len(counts)

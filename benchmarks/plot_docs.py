@@ -164,6 +164,38 @@ def plot_engine_8() -> str:
     return _engine("depth8-h200.json", "eight")
 
 
+SERVED = {"quark-series": "INT8", "quark-sums": "INT8, int32 sums", "fp8": "FP8", "bf16": "BF16"}
+SERVING = {
+    "first token, 8 requests/s, ms": ("8", "median_ttft_ms"),
+    "first token, 32 requests/s, ms": ("32", "median_ttft_ms"),
+    "first token, 64 requests/s, ms": ("64", "median_ttft_ms"),
+    "further token, 32 requests/s, ms": ("32", "median_tpot_ms"),
+    "further token, 64 requests/s, ms": ("64", "median_tpot_ms"),
+    "requests/s, all at once": ("inf", "request_throughput"),
+}
+
+
+def plot_serving() -> str:
+    runs = _read("serve-h200-0.33.0.json")["runs"]
+    panels = []
+    for heading, (rate, figure) in SERVING.items():
+        values = {}
+        for run, name in SERVED.items():
+            measured = [one[rate][figure] for one in runs[run]]
+            values[name] = (statistics.median(measured), min(measured), max(measured))
+        panels.append(Bars(heading, values))
+    served = panels[-1].values
+    title = (
+        f"H200, vLLM 0.33.0: INT8 serves {served['INT8'][0]:.0f} requests per second, FP8 {served['FP8'][0]:.0f} and "
+        f"BF16 {served['BF16'][0]:.0f}"
+    )
+    description = (
+        "Medians of the time to the first token at three request rates, of the time per further token at two, and the "
+        "requests per second with all at once, behind vllm serve. INT8 lies beside FP8, and BF16 serves fewest."
+    )
+    return draw_bars(title, description, panels)
+
+
 def plot_loading() -> str:
     ranks = _read("shards-h200.json")["ranks"]
     panels = []
@@ -393,6 +425,7 @@ PLOTS: dict[str, Callable[[], str]] = {
     "performance/overlap-h200-0.33.0.svg": plot_overlap,
     "performance/depth-h200.svg": plot_engine_4,
     "performance/depth8-h200.svg": plot_engine_8,
+    "performance/serve-h200-0.33.0.svg": plot_serving,
     "performance/shards-h200.svg": plot_loading,
     "performance/cpu-moe.svg": plot_cpu,
     "performance/cpu-moe-amx.svg": plot_cpu_amx,

@@ -6,8 +6,10 @@
 
 Each of the runs is a server of its own, with the checkpoint, site and settings of `gpu_engine all`. Each rate is one
 `vllm bench serve`: random prompts of 512 tokens, 64 tokens each, some ten seconds of requests. tokenizer: a folder with
-any tokenizer whose ids the model has, such as a checkpoint of the nano model. Beside each rate stands the host's load
-before it: runs compare only where nothing else kept the host busy.
+any tokenizer whose ids the model has, such as a checkpoint of the nano model. Each server compiles Triton's kernels
+anew: "first" has the figures of its first requests, 8 per second. All requests at once follow, without a figure, and
+then the rates. Beside each rate stands the host's load before it: runs compare only where nothing else kept the host
+busy.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -83,6 +86,7 @@ def main() -> int:
         checkpoint = make_checkpoint(args.work, kind, args.moe_layers + 1)
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1"}
         env["PYTHONPATH"] = f"{getattr(args, site)}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        env["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-", dir=args.work)
         port = find_port()
         words = [*CLI, "serve", str(checkpoint), "--tokenizer", str(args.tokenizer), "--served-model-name", "depth"]
         words += ["--port", str(port), "--max-model-len", "2048", "--max-num-seqs", "128", "--no-enable-prefix-caching"]
@@ -90,6 +94,7 @@ def main() -> int:
         log = args.out.with_suffix(f".{name}.log")
         log.unlink(missing_ok=True)
         with open(log, "a") as output:  # as the clients do
+            start = time.monotonic()
             server = subprocess.Popen(
                 [*words, *flags_of(engine), *args.server], env=env, stdout=output, stderr=subprocess.STDOUT
             )
@@ -98,8 +103,9 @@ def main() -> int:
                 if not wait_for(server, url, args.timeout):
                     rates = {"no server": server.poll()}
                 else:
-                    for rate in ("inf", "8"):  # kernels compile at their first launch
-                        measure_rate(url, rate, args, log, env)
+                    rates["seconds until ready"] = time.monotonic() - start
+                    rates["first"] = measure_rate(url, "8", args, log, env)
+                    measure_rate(url, "inf", args, log, env)
                     for rate in args.rates.split(","):
                         load = os.getloadavg()[0]
                         rates[rate] = {"host's load before": load, **measure_rate(url, rate, args, log, env)}

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from vllm.model_executor.layers.fused_moe import fused_moe, get_config
-from vllm.model_executor.layers.fused_moe.config import int8_w8a8_moe_quant_config
+from vllm.model_executor.layers.fused_moe.config import (
+    FUSED_MOE_UNQUANTIZED_CONFIG,
+    int8_w8a8_moe_quant_config,
+)
 from vllm.model_executor.warmup import kernel_warmup
 from vllm.platforms import current_platform
 
@@ -21,24 +24,34 @@ from .utils import DEVICE, DTYPE, apply_experts, make_experts, quark_config
 needs_gpu = pytest.mark.skipif(not current_platform.is_cuda_alike(), reason="no GPU")
 
 E, TOP_K, WIDTH, HIDDEN = 48, 4, 128, 256
-# Few tokens, some hundreds, and more: each has a config of its own.
-KEYS = {1: 16, 64: 32, 512: 64, 4096: 128}
+STEADY = E // TOP_K  # from here on only what divides the rows tells kernels apart
+# Counts of tokens that have a config of their own, and its BLOCK_SIZE_M and _N. Some
+# are taken by few counts, one by a few tokens only.
+BLOCKS = {
+    1: (16, 64),
+    8: (16, 32),
+    24: (16, 128),
+    28: (32, 64),
+    32: (32, 128),
+    512: (64, 64),
+    4096: (128, 64),
+}
 CONFIGS = {
     tokens: {
-        "BLOCK_SIZE_M": block,
-        "BLOCK_SIZE_N": 64,
+        "BLOCK_SIZE_M": rows,
+        "BLOCK_SIZE_N": columns,
         "BLOCK_SIZE_K": 64,
         "GROUP_SIZE_M": 1,
         "num_warps": 4,
         "num_stages": 3,
     }
-    for tokens, block in KEYS.items()
+    for tokens, (rows, columns) in BLOCKS.items()
 }
 
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """A launch config for each count of KEYS, under every name that is looked for."""
+    """The file of CONFIGS, under every name that is looked for."""
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
     for dtype in (None, "int8_w8a8"):
         name = fused_moe.get_config_file_name(E, WIDTH, dtype)
@@ -74,81 +87,116 @@ def warm_up(worker: SimpleNamespace) -> None:
 class RecordingMethod:
     """The method of a layer of INT8 experts; keeps each launch's config and tokens."""
 
-    def __init__(self, kernel: object = None, all2all: bool = False):
+    def __init__(self, kernel: object = None, per_token: bool = True, **parallel):
         self.moe_quant_config = int8_w8a8_moe_quant_config(
             w1_scale=torch.ones(E, 2 * WIDTH, 1),
             w2_scale=torch.ones(E, HIDDEN, 1),
             a1_scale=None,
             a2_scale=None,
-            per_act_token_quant=True,
+            per_act_token_quant=per_token,
         )
         self.moe_kernel = kernel and SimpleNamespace(fused_experts=kernel)
-        parallel = SimpleNamespace(use_all2all_kernels=all2all)
-        self.moe = SimpleNamespace(moe_parallel_config=parallel)
-        self.launches: list[tuple[int, int]] = []
+        settings = {"dp_size": 1, "use_all2all_kernels": False} | parallel
+        self.moe = SimpleNamespace(moe_parallel_config=SimpleNamespace(**settings))
+        self.launches: list[tuple[tuple, int]] = []
 
     def apply(self, layer, x, topk_weights, topk_ids, shared_experts_input):
         assert x.shape == (len(topk_ids), HIDDEN) and x.dtype == DTYPE
         assert topk_ids.shape == topk_weights.shape == (len(x), TOP_K)
-        self.launches.append((get_config()["BLOCK_SIZE_M"], len(x)))
+        # The order counts: Triton tells kernels apart by it.
+        self.launches.append((tuple(get_config().items()), len(x)))
 
 
-def make_layer(method: RecordingMethod) -> torch.nn.Module:
+def make_layer(method: object, experts: int = E, mapped: bool = False):
     layer = torch.nn.Module()
     layer.quant_method = method
-    layer.w13_weight = torch.empty(E, 2 * WIDTH, HIDDEN, dtype=torch.int8)
-    layer.w2_weight = torch.empty(E, HIDDEN, WIDTH, dtype=torch.int8)
-    layer.top_k, layer.global_num_experts, layer.expert_map = TOP_K, E, None
+    for name, shape in (("w13", (2 * WIDTH, HIDDEN)), ("w2", (HIDDEN, WIDTH))):
+        weight = torch.empty(E, *shape, dtype=torch.int8)
+        param = torch.nn.Parameter(weight, requires_grad=False)
+        layer.register_parameter(f"{name}_weight", param)
+    layer.top_k, layer.global_num_experts = TOP_K, experts
+    layer.expert_map = torch.arange(experts) if mapped else None
+    layer.apply_router_weight_on_input = False
     return layer
+
+
+def launches_of(method: RecordingMethod, key: int) -> set[int]:
+    """Counts of tokens that were launched with the config of CONFIGS at `key`."""
+    config = tuple(CONFIGS[key].items())
+    return {tokens for launched, tokens in method.launches if launched == config}
 
 
 def test_each_config_in_reach_is_launched(files):
     method = RecordingMethod()
-    warm_up(make_worker(make_layer(method), most=1024))
-    assert {block for block, _ in method.launches} == {16, 32, 64}
-    # Few rows are launched as they are; of more, each remainder of 16.
-    assert [m for block, m in method.launches if block == 16][:11] == [*range(1, 12)]
-    for block in (16, 32, 64):
-        tokens = {m for b, m in method.launches if b == block}
-        assert {m % 16 for m in tokens} == set(range(16))
-        assert max(tokens) < 32
+    warm_up(make_worker(make_layer(method), most=2048))
+    assert {config for config, _ in method.launches} == {
+        tuple(config.items()) for tokens, config in CONFIGS.items() if tokens <= 512
+    }
+    # Few tokens are launched as they are; of more, each remainder of 16.
+    many = set(range(STEADY, STEADY + 16))
+    assert launches_of(method, 1) == {1, 2, 3, 4}
+    assert launches_of(method, 8) == {*range(5, STEADY), *many}
+    for key in (24, 28, 32, 512):
+        assert launches_of(method, key) == many
     assert get_config() is None
 
 
 def test_a_batch_of_few_tokens_bounds_it(files):
     method = RecordingMethod()
-    warm_up(make_worker(make_layer(method), most=8))
-    assert method.launches == [(16, m) for m in range(1, 9)]
+    warm_up(make_worker(make_layer(method), most=6))
+    assert [tokens for _, tokens in method.launches] == [*range(1, 7)]
 
 
-def test_layers_of_one_shape_are_launched_once(files):
+def test_layers_that_are_compiled_alike_are_launched_once(files):
     methods = [RecordingMethod(), RecordingMethod()]
     warm_up(make_worker(*map(make_layer, methods)))
     assert methods[0].launches and not methods[1].launches
 
 
 @pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(RecordingMethod(kernel=object()), marks=needs_gpu),
-        RecordingMethod(all2all=True),
-        SimpleNamespace(moe_quant_config=None),
-        None,
-    ],
-    ids=["another kernel", "all-to-all", "not quantized", "no method"],
+    "experts, mapped, per_token",
+    [(2 * E, False, True), (E, True, True), (E, False, False)],
+    ids=["experts", "map", "scheme"],
 )
-def test_others_are_left_alone(files, method):
-    layer = make_layer(method)
-    warm_up(make_worker(layer))
-    assert not getattr(method, "launches", [])
+def test_layers_that_are_not_are_launched_each(files, experts, mapped, per_token):
+    methods = [RecordingMethod(), RecordingMethod(per_token=per_token)]
+    other = make_layer(methods[1], experts, mapped)
+    warm_up(make_worker(make_layer(methods[0]), other))
+    assert methods[0].launches and methods[1].launches
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"kernel": object()}, {"use_all2all_kernels": True}, {"dp_size": 2}],
+    ids=["another kernel", "all-to-all", "data parallel"],
+)
+def test_others_are_left_alone(files, settings):
+    method = RecordingMethod(**settings)
+    warm_up(make_worker(make_layer(method), torch.nn.Linear(1, 1)))
+    assert not method.launches
+
+
+def test_what_is_not_int8_is_left_alone(files):
+    method = RecordingMethod()
+    method.moe_quant_config = FUSED_MOE_UNQUANTIZED_CONFIG
+    warm_up(make_worker(make_layer(method)))
+    assert not method.launches
 
 
 def test_weights_in_host_memory_are_left_alone(files):
     method = RecordingMethod()
-    worker = make_worker(make_layer(method))
-    worker.device = torch.device("cuda:0")
-    warm_up(worker)
+    layer = make_layer(method)
+    layer.w2_weight = torch.nn.Parameter(layer.w2_weight.to("meta"), False)
+    warm_up(make_worker(layer))
     assert not method.launches
+
+
+def test_a_vllm_without_the_setting_warms_up(files):
+    method = RecordingMethod()
+    worker = make_worker(make_layer(method), most=1)
+    del worker.vllm_config.kernel_config.enable_jit_warmup
+    warm_up(worker)
+    assert method.launches
 
 
 @pytest.mark.parametrize(

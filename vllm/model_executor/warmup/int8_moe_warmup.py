@@ -4,6 +4,7 @@
 
 import inspect
 import time
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import override_config
 from vllm.model_executor.layers.fused_moe.fused_moe import try_get_optimal_moe_config
+from vllm.triton_utils import HAS_TRITON
 from vllm.utils.math_utils import cdiv
 
 if TYPE_CHECKING:
@@ -26,9 +28,10 @@ def int8_moe_warmup(worker: "Worker") -> None:
     """Launch the fused MoE kernel of INT8 experts with each config that a batch of up
     to max_num_batched_tokens tokens takes.
 
-    Layers of one shape share what is compiled. No other rank takes part. Left out are
-    layers whose tokens other ranks send (all-to-all), weights that stay in host memory,
-    models with LoRA, and other kernels than Triton's.
+    Layers for which the kernel is compiled alike are launched once. No other rank takes
+    part. Left out are layers whose tokens come from other ranks (data and sequence
+    parallel), weights that stay in host memory, models with LoRA, and other kernels
+    than Triton's.
     """
     config = worker.vllm_config
     if (
@@ -38,20 +41,14 @@ def int8_moe_warmup(worker: "Worker") -> None:
     ):
         return
     start = time.perf_counter()
-    launched: dict[tuple[Any, ...], int] = {}
+    launched: dict[Hashable, int] = {}
     with torch.inference_mode():
         for layer in worker.get_model().modules():
             if not _is_launched_here(layer, worker.device):
                 continue
-            shape = (
-                *layer.w13_weight.shape,
-                *layer.w2_weight.shape,
-                layer.top_k,
-                layer.global_num_experts,
-                layer.expert_map is None,
-            )
-            if shape not in launched:
-                launched[shape] = _launch_configs(
+            kind = _compiled_as(layer)
+            if kind not in launched:
+                launched[kind] = _launch_configs(
                     layer,
                     worker.model_config.dtype,
                     worker.scheduler_config.max_num_batched_tokens,
@@ -70,16 +67,35 @@ def _is_launched_here(layer: torch.nn.Module, device: torch.device) -> bool:
     quant_config = getattr(method, "moe_quant_config", None)
     if quant_config is None or not quant_config.use_int8_w8a8:
         return False
-    if layer.w13_weight.device.type != device.type:
+    if any(param.device.type != device.type for param in layer.parameters()):
         return False
-    if method.moe.moe_parallel_config.use_all2all_kernels:
+    parallel = method.moe.moe_parallel_config
+    if parallel.dp_size > 1 or parallel.use_all2all_kernels:
         return False
     experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
     if experts is None:  # the method calls fused_experts
         return True
+    if not HAS_TRITON:
+        return False
     from vllm.model_executor.layers.fused_moe import TritonExperts
 
     return isinstance(experts, TritonExperts)
+
+
+def _compiled_as(layer: torch.nn.Module) -> Hashable:
+    """What the compiled kernels of `layer` depend on, beside the batch."""
+    quant_config = layer.quant_method.moe_quant_config
+    return (
+        layer.w13_weight.shape,
+        layer.w2_weight.shape,
+        layer.top_k,
+        layer.global_num_experts,
+        layer.expert_map is None,
+        layer.apply_router_weight_on_input,
+        quant_config.per_act_token_quant,
+        quant_config.a1_scale is None,
+        quant_config.w1_bias is None,
+    )
 
 
 def _launch_configs(layer: torch.nn.Module, dtype: torch.dtype, most: int) -> int:
@@ -89,9 +105,8 @@ def _launch_configs(layer: torch.nn.Module, dtype: torch.dtype, most: int) -> in
     # From here on there are as many routed rows as experts, and the kernel's integers
     # change only in what divides them.
     steady = cdiv(layer.global_num_experts, layer.top_k)
-    counts: dict[tuple[tuple[str, int], ...], set[int]] = {}
-    few = range(1, min(steady, most + 1))
-    for tokens in (*few, *range(steady, most + 1, _DIVISOR), most):
+    counts: dict[tuple[tuple[str, Any], ...], set[int]] = {}
+    for tokens in range(1, most + 1):
         config = try_get_optimal_moe_config(
             layer.w13_weight.shape,
             layer.w2_weight.shape,
@@ -100,14 +115,14 @@ def _launch_configs(layer: torch.nn.Module, dtype: torch.dtype, most: int) -> in
             tokens,
             block_shape=quant_config.block_shape,
         )
-        if tokens < steady:
-            launches = {tokens}
-        else:
-            launches = set(range(steady, steady + _DIVISOR))
         # Triton tells launches apart by the order of their options, too.
-        counts.setdefault(tuple(config.items()), set()).update(launches)
+        launches = counts.setdefault(tuple(config.items()), set())
+        if tokens < steady:
+            launches.add(tokens)
+        else:
+            launches.update(range(steady, steady + _DIVISOR))
     hidden_size = layer.w2_weight.shape[1]
-    # Layers' arguments after the router's differ between methods: none is needed.
+    # Methods differ in the arguments after the router's: none is needed.
     rest = len(inspect.signature(method.apply).parameters) - 4
     for items, launches in counts.items():
         with override_config(dict(items)):

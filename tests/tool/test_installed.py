@@ -65,8 +65,14 @@ def test_every_patch_applies_alone(installed, real_series):
         assert snapshot(installed) == before
 
 
+def find_fixtures(source: bytes) -> set[str]:
+    """Names of the functions that a conftest.py makes fixtures."""
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    return {f.name for f in functions if any("fixture" in ast.unparse(d) for d in f.decorator_list)}
+
+
 def test_what_a_patch_brings_stands_alone(real_series):
-    """A cherry-picked patch has all that its tests import from beside them."""
+    """A cherry-picked patch has all that its tests take from beside them: modules, and fixtures of conftest.py."""
     for patch in real_series.patches:
         files = {f for p in real_series.select([patch.name]) for f in p.files}
         for file in patch.files:
@@ -77,6 +83,11 @@ def test_what_a_patch_brings_stands_alone(real_series):
                     if not node.module:  # what is no module is the package's own
                         modules = {name for name in modules if (real_series.home / folder / name).is_file()}
                     assert {str(folder / name) for name in modules | {"__init__.py"}} <= files, (patch.name, file)
+                conftest = str(Path(file).parent / "conftest.py")
+                if isinstance(node, ast.FunctionDef) and (real_series.home / conftest).is_file():
+                    fixtures = find_fixtures(real_series.content(conftest))
+                    if fixtures & {a.arg for a in node.args.args}:
+                        assert conftest in files, (patch.name, file, node.name)
 
 
 def test_style_is_vllms_own(unpacked, tmp_path):

@@ -46,6 +46,10 @@ def _span(values: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def _middle_and_ends(runs: list[float]) -> tuple[float, float, float]:
+    return statistics.median(runs), min(runs), max(runs)
+
+
 def plot_layer_h100() -> str:
     rows = _one_layer("moe-h100.json")
     early = [row["us"] for row in rows if row["tokens"] <= 1024]
@@ -142,7 +146,7 @@ def _engine(file: str, depth: str) -> str:
         values = {}
         for run, name in ENGINE.items():
             if measured := [one[figure] for one in runs.get(run, [])]:
-                values[name] = (statistics.median(measured), min(measured), max(measured))
+                values[name] = _middle_and_ends(measured)
         panels.append(Bars(f"{heading}, tokens/s", values))
     ratios = [panel.values["INT8"][0] / panel.values["BF16"][0] for panel in panels]
     title = (
@@ -179,10 +183,7 @@ def plot_serving() -> str:
     runs = _read("serve-h200-0.33.0.json")["runs"]
     panels = []
     for heading, (rate, figure) in SERVING.items():
-        values = {}
-        for run, name in SERVED.items():
-            measured = [one[rate][figure] for one in runs[run]]
-            values[name] = (statistics.median(measured), min(measured), max(measured))
+        values = {name: _middle_and_ends([one[rate][figure] for one in runs[run]]) for run, name in SERVED.items()}
         panels.append(Bars(heading, values))
     served = panels[-1].values
     title = (
@@ -238,10 +239,10 @@ def plot_cpu_engine() -> str:
     for file, how in (("cpu-engine.json", "compiled"), ("cpu-engine-eager.json", "eager")):
         stored = _read(file)
         for figure in ("prefill", "decode, batch 1", "decode, batch 16"):
-            values = {}
-            for key, name in (("native", "INT8"), ("oneDNN", "INT8, oneDNN")):
-                runs = [run[figure] for run in stored[key]]
-                values[name] = (statistics.median(runs), min(runs), max(runs))
+            values = {
+                name: _middle_and_ends([run[figure] for run in stored[key]])
+                for key, name in (("native", "INT8"), ("oneDNN", "INT8, oneDNN"))
+            }
             panels.append(Bars(f"{figure}, {how}", values))
     ratios = [panel.values["INT8"][0] / panel.values["INT8, oneDNN"][0] for panel in panels]
     title = f"Through the engine on an AMD EPYC the operator gives {_span(ratios)} times as many tokens per second"

@@ -86,14 +86,15 @@ def main() -> int:
         checkpoint = make_checkpoint(args.work, kind, args.moe_layers + 1)
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1"}
         env["PYTHONPATH"] = f"{getattr(args, site)}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-        env["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-", dir=args.work)
         port = find_port()
         words = [*CLI, "serve", str(checkpoint), "--tokenizer", str(args.tokenizer), "--served-model-name", "depth"]
         words += ["--port", str(port), "--max-model-len", "2048", "--max-num-seqs", "128", "--no-enable-prefix-caching"]
         words += ["--compilation-config", json.dumps(COMPILATION), "--kv-cache-memory-bytes", str(6 << 30)]
         log = args.out.with_suffix(f".{name}.log")
         log.unlink(missing_ok=True)
-        with open(log, "a") as output:  # as the clients do
+        kept = tempfile.TemporaryDirectory(prefix="triton-", dir=args.work, ignore_cleanup_errors=True)
+        with open(log, "a") as output, kept as cache:  # the clients append, too
+            env["TRITON_CACHE_DIR"] = cache
             start = time.monotonic()
             server = subprocess.Popen(
                 [*words, *flags_of(engine), *args.server], env=env, stdout=output, stderr=subprocess.STDOUT

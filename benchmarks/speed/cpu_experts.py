@@ -24,6 +24,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe import cpu_int8_moe
 from vllm.model_executor.layers.fused_moe.cpu_int8_native import native
+from vllm.plugins import load_general_plugins
 
 SHAPES = {"nano": (16, 64, 128, 4), "E=32, N=1280, K=4096": (32, 1280, 4096, 8)}
 TOKENS = (1, 8, 64, 512)
@@ -218,6 +219,7 @@ def main() -> int:
     parser.add_argument("--without", default="", help="contestants to leave out, separated by semicolons")
     parser.add_argument("--packing", action="store_true", help="how fast weights are packed, and no more")
     args = parser.parse_args()
+    load_general_plugins()  # vllm-quark's names its own library to vLLM
     if native() is None:
         sys.exit("cpu_experts: the native operator is not built here: make env with a C++ compiler")
     torch.manual_seed(0)

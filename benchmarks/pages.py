@@ -55,26 +55,42 @@ def list_runs(results: dict) -> list[dict]:
 def merge_engines(results: dict) -> dict[str, dict[str, list[float | None]]]:
     """Perplexities by release, oldest first, and way; where several runs have the same, those of the newest run.
 
-    An engine that stopped has an empty list.
+    An engine that stopped has an empty list, unless another run served its release in that way.
     """
     merged: dict[str, dict[str, list[float | None]]] = {}
     for run in list_runs(results):
         for version, ways in run["engines"].items():
-            merged.setdefault(version, {}).update(ways)
+            served = merged.setdefault(version, {})
+            served.update({way: values or served.get(way, values) for way, values in ways.items()})
     return dict(sorted(merged.items(), key=lambda item: Version(item[0])))
+
+
+def list_stopped(results: dict) -> list[tuple[str, str]]:
+    """The releases, oldest first, and ways in which an engine of any run stopped."""
+    runs = [
+        (v, way, values)
+        for run in list_runs(results)
+        for v, ways in run["engines"].items()
+        for way, values in ways.items()
+    ]
+    return sorted(((v, way) for v, way, values in runs if not values), key=lambda stop: (Version(stop[0]), stop[1]))
 
 
 def _answer_releases(results: dict) -> list[str]:
     versions = [row["version"] for row in results["rows"]]
-    engines = {version: ways for version, ways in merge_engines(results).items() if all(ways.values())}
+    engines = {version: ways for version, ways in merge_engines(results).items() if any(ways.values())}
     if not versions or not engines:
         return []
     values = [value for ways in engines.values() for way in ways.values() for value in way]
     off = max(abs(value / results["reference"] - 1) for value in values) if all(values) else None
     served = "" if off is None else f", all within {off:.1%} of the float reference's perplexity"
+    why = ""
+    if stopped := list_stopped(results):
+        releases = ", ".join(dict.fromkeys(version for version, _ in stopped))
+        why = f"In a run below it stopped on {releases}: [results.md](results.md#other-releases) says why. "
     return [
         f"The series applies to {len(versions)} releases, {versions[0]} to {versions[-1]}. On CPU the engine served "
-        f"the nano model on {len(engines)} releases, {list(engines)[0]} to {list(engines)[-1]}{served}. "
+        f"the nano model on {len(engines)} releases, {list(engines)[0]} to {list(engines)[-1]}{served}. {why}"
         "[results.md](results.md) has the runs on GPUs.",
         "",
     ]

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks.pages import list_runs, merge_engines
+from benchmarks.pages import list_runs, list_stopped, merge_engines
 from benchmarks.plots import COLOURS, OUTCOMES, Bars, Line, draw_bars, draw_grid, draw_lines, draw_shares, draw_table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -398,10 +398,13 @@ def plot_releases() -> str:
         for run in list_runs(stored)
         for t in run["tests"]
     }
+    stopped = list_stopped(stored)
     for version, ways in (engines := merge_engines(stored)).items():
         for way, values in ways.items():
             near = [abs(value / stored["reference"] - 1) <= NEAR if value else False for value in values]
-            cpu.setdefault(f"engine, {way}", {})[version] = "right" if near and all(near) else "right in part"
+            cpu.setdefault(f"engine, {way}", {})[version] = (
+                "right" if all(near) and (version, way) not in stopped else "right in part"
+            )
     groups = {"CPU": cpu}
     for run in _read_runs("matrix"):
         if run["patched"]:

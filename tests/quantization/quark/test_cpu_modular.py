@@ -3,6 +3,8 @@
 """INT8 experts on CPU that the oracle picks, through the quant method, against
 float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -195,6 +197,22 @@ def test_experts_of_other_ranks_are_skipped(path):
     assert 0 < is_local.sum() < len(is_local)
     assert torch.equal(out[~is_local], torch.zeros_like(out[~is_local]))
     assert_close(out[is_local], experts.emulate(x, weights, local)[is_local])
+
+
+@pytest.mark.parametrize("use_ep", [False, True])
+def test_experts_for_amx_do_not_part_experts(use_ep, monkeypatch):
+    """Upstream's take a global id for a local expert's, and say that they do not."""
+    from vllm.model_executor.layers.fused_moe import cpu_int8_modular
+
+    class CPUExpertsInt8:
+        is_monolithic = staticmethod(lambda: False)
+
+    monkeypatch.setattr(cpu_int8_modular, "native_experts", lambda: None)
+    parallel = SimpleNamespace(use_ep=use_ep)
+    chosen = cpu_int8_modular.choose_experts(
+        CPUExpertsInt8, SimpleNamespace(moe_parallel_config=parallel)
+    )
+    assert chosen.__name__ == (OURS if use_ep else "CPUExpertsInt8")
 
 
 def test_torch_compile_traces_through(path):

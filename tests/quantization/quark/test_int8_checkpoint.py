@@ -11,6 +11,7 @@ import os
 from types import SimpleNamespace
 
 import pytest
+import regex as re
 import torch
 from safetensors.torch import save_file
 
@@ -21,6 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.models.utils import WeightsMapper
 
 from . import checkpoints as ck
 from .utils import quark_config
@@ -158,6 +160,18 @@ def test_layers_that_are_unquantized_in_the_files(kind, tmp_path, monkeypatch):
     assert len(warnings) == 1 and warnings[0][2].startswith(stem)
 
 
+def test_unquantized_files_that_a_mapper_renames_by_an_expression(tmp_path):
+    """As the Transformers backend maps GPT-NeoX's."""
+    checkpoint = ck.make_checkpoint("plain")
+    written = "gpt_neox.layers.1.mlp.up_proj"
+    weight = torch.ones(4, 4, dtype=torch.bfloat16)
+    config = look(checkpoint, write(tmp_path, {f"{written}.weight": weight}))
+    expression = re.compile(r"^gpt_neox\.(.+)")
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_regex={expression: r"model.\1"}))
+    assert config.int8.linear("model.layers.1.mlp.up_proj", None) is None
+    assert config.int8.linear("model.layers.2.mlp.up_proj", None)
+
+
 @pytest.mark.parametrize(
     "stacks",
     [
@@ -250,6 +264,20 @@ def test_a_layer_short_of_a_tensor_is_named(tmp_path):
     del tensors["model.layers.3.input_layernorm.weight"]
     with pytest.raises(ValueError, match="layers.3.input_layernorm.weight is not in"):
         look(ck.make_checkpoint("plain"), write(tmp_path, tensors))
+
+
+def test_one_excluded_projection_of_one_layer_passes(tmp_path):
+    """As people keep the most sensitive ones in high precision."""
+    scaled = {"mlp.down_proj.weight": (4, 4), "mlp.down_proj.weight_scale": (4,)}
+    tensors = layers(5, BLOCK | scaled)
+    for name in [n for n in tensors if n.endswith("down_proj.weight")]:
+        tensors[name] = tensors[name].to(torch.int8)
+    name = "model.layers.3.mlp.down_proj"
+    tensors[f"{name}.weight"] = torch.ones(4, 4, dtype=torch.bfloat16)
+    del tensors[f"{name}.weight_scale"]
+    checkpoint = ck.make_checkpoint("plain")
+    checkpoint.config["exclude"] = [name]
+    look(checkpoint, write(tmp_path, tensors))
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from . import checkpoints as ck
-from .utils import shard
+from .utils import FusedShards, shard
+
+K = ck.K
 
 
 @pytest.fixture(autouse=True)
@@ -235,6 +237,68 @@ def test_tensor_parallel_linear(kind, weight, size):
         weights = ck._matrix(checkpoint, module, True).chunk(size, -1)
         inputs = [ck.quantize(p, "token_sym") for p in x.chunk(size, -1)]
         assert ck.is_right(total, sum(p @ m.t() for p, m in zip(inputs, weights)))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("column", [False, True])
+def test_fused_layers_of_a_models_own(column, size):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, K, generator=generator).to(torch.bfloat16)
+    shards = {}
+    for name, rows in {"index_k": 32, "gate": 64}.items():
+        weight = torch.randint(-127, 128, (rows, K), generator=generator)
+        scale = torch.rand(rows, generator=generator) + 0.5
+        shards[name] = weight.to(torch.int8), scale.reshape(-1, 1) if column else scale
+    torch.set_default_dtype(torch.bfloat16)
+    for rank in range(size):
+        with shard(rank, size), torch.device(ck.DEVICE):
+            layer = FusedShards(K, [32, 64, 32], size, **own_layer(rank))
+            for name, (weight, scale) in shards.items():
+                layer.weight.weight_loader(layer.weight, weight, name)
+                layer.weight_scale.weight_loader(layer.weight_scale, scale, name)
+            layer.quant_method.process_weights_after_loading(layer)
+        out = layer(x.to(ck.DEVICE))[0].cpu()
+        x_q = ck.quantize(x, "token_sym")
+        expected = [
+            x_q @ (w.double() * s.double().reshape(-1, 1)).t()
+            for w, s in shards.values()
+        ]
+        expected[1] = expected[1].chunk(size, -1)[rank]
+        served = out[:, : 32 + 64 // size]
+        assert ck.is_right(served, torch.cat(expected, -1)), (rank, served)
+
+
+@pytest.mark.parametrize("kind", ["weight", "weight_scale"])
+def test_fused_layers_of_a_models_own_name_what_is_missing(kind):
+    with torch.device(ck.DEVICE):
+        layer = FusedShards(K, [32, 64, 32], 1, **own_layer(kind))
+        for name, rows in {"index_k": 32, "gate": 64}.items():
+            for each, tensor in {
+                "weight": torch.ones(rows, K, dtype=torch.int8),
+                "weight_scale": torch.ones(rows),
+            }.items():
+                if (name, each) != ("gate", kind):
+                    param = getattr(layer, each)
+                    param.weight_loader(param, tensor.cpu(), name)
+        with pytest.raises(ValueError, match=f"shard gate: {kind} is not in"):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_fused_layers_of_a_models_own_without_a_shard_are_refused():
+    """Rows that no tensor filled are padding only where the model made them 0."""
+    with torch.device(ck.DEVICE):
+        layer = FusedShards(K, [32, 64, 32], 1, **own_layer("gap"))
+        weight = torch.ones(32, K, dtype=torch.int8)
+        layer.weight.weight_loader(layer.weight, weight.cpu(), "index_k")
+        scale = layer.weight_scale
+        scale.weight_loader(scale, torch.ones(32).cpu(), "index_k")
+        with pytest.raises(ValueError, match="weight_scale .*was not loaded"):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def own_layer(name) -> dict:
+    config = ck.quark_config(ck.make_checkpoint("plain"))
+    return {"quant_config": config, "prefix": f"model.layers.0.in_proj_{name}"}
 
 
 @pytest.mark.parametrize("weight", ck.WEIGHTS)

@@ -9,6 +9,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import regex as re
 import torch
 
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
@@ -215,6 +216,46 @@ def test_exclude_of_experts(how):
         assert layer.w13_weight.is_floating_point() == excluded
 
 
+@pytest.mark.parametrize("gate", [None, ""])
+def test_exclude_of_experts_without_gates(gate, monkeypatch):
+    """Nemotron-H names gates up_proj, and ups not at all."""
+    checkpoint = ck.make_checkpoint("moe_per_expert")
+    config = ck.quark_config(checkpoint)
+    layer = ck.build(checkpoint, config)
+    name = f"{checkpoint.prefix}.{{}}.{{}}"
+    kept = [name.format(e, p) for e in range(ck.E) for p in ("up_proj", "down_proj")]
+    for kind, own in {"gate": "up_proj", "up": gate, "down": "down_proj"}.items():
+        monkeypatch.setattr(layer, f"ckpt_{kind}_proj_name", own, raising=False)
+    for excluded in (kept, ["*.experts.*"]):
+        checkpoint.config["exclude"] = excluded
+        config = ck.quark_config(checkpoint)
+        method = config.int8.select_method(config, layer, checkpoint.prefix)
+        assert type(method).__name__ == "UnquantizedFusedMoEMethod"
+    checkpoint.config["exclude"] = kept[1:]
+    config = ck.quark_config(checkpoint)
+    with pytest.raises(ValueError, match="not quantized"):
+        config.int8.select_method(config, layer, checkpoint.prefix)
+    for kind in ("gate", "up", "down"):
+        monkeypatch.setattr(layer, f"ckpt_{kind}_proj_name", None)
+    monkeypatch.setattr(layer.moe_config, "is_act_and_mul", False, raising=False)
+    checkpoint.config["exclude"] = kept
+    config = ck.quark_config(checkpoint)
+    method = config.int8.select_method(config, layer, checkpoint.prefix)
+    assert type(method).__name__ == "UnquantizedFusedMoEMethod"
+
+
+def test_specs_in_a_list_of_one():
+    """A config may have a list of specs, one for each stage of quantization."""
+    checkpoint = ck.make_checkpoint("plain", "static_sym")
+    default = checkpoint.config["global_quant_config"]
+    expected = ck.quark_config(checkpoint).int8.linear(checkpoint.prefix, None)
+    for part in ("weight", "input_tensors"):
+        default[part] = [default[part]]
+    assert ck.quark_config(checkpoint).int8.linear(checkpoint.prefix, None) == expected
+    default["weight"] *= 2
+    assert ck.quark_config(checkpoint).int8 is None
+
+
 def test_names_before_and_after_the_models_mapper():
     mapper = WeightsMapper(orig_to_new_substr={".share_expert.": ".moe.share_expert."})
     for written in ("model.layers.5.share_expert", "model.layers.5.moe.share_expert"):
@@ -253,6 +294,19 @@ def test_names_that_a_mapper_changes_more_than_once():
     assert written in config.int8.names.of(checkpoint.prefix)
     layer = ck.build(checkpoint, config)
     assert isinstance(layer.quant_method, UnquantizedLinearMethod)
+
+
+def test_names_that_a_mapper_changes_by_an_expression():
+    """As the Transformers backend maps GPT-NeoX's."""
+    expression = re.compile(r"^gpt_neox\.(.+)")
+    mapper = WeightsMapper(orig_to_new_regex={expression: r"model.\1"})
+    written = "gpt_neox.layers.0.mlp.up_proj"
+    checkpoint = ck.make_checkpoint("plain")
+    change_scheme(checkpoint, written, "input_tensors", **STATIC)
+    config = ck.quark_config(checkpoint)
+    config.apply_vllm_mapper(mapper)
+    assert config.int8.linear("model.layers.0.mlp.up_proj", None).static
+    assert not config.int8.linear("model.layers.1.mlp.up_proj", None).static
 
 
 def test_names_of_a_module_that_a_prefix_ends_in():

@@ -28,6 +28,7 @@ from . import checkpoints as ck
 from .utils import (
     DEVICE,
     DTYPE,
+    FusedShards,
     choose_cpu_product,
     needs_dynamic,
     parameter_name,
@@ -401,3 +402,45 @@ def test_rank_of_two(some_pair, rank):
         pair.run(model)
         model.reload(pair.b.tensors.items())
         pair.assert_like_a_fresh_load(model, pair.b.tensors)
+
+
+def test_fused_layers_of_a_models_own():
+    """Rows of padding are made 0 once, before the first load."""
+    checkpoint = ck.make_checkpoint("plain")
+    model = Model(checkpoint)
+    shards = ("index_k", 32), ("gate", 64)
+
+    def draw(scale: float) -> Tensors:
+        """By "kind shard", what the checkpoint has of a shard."""
+        return {
+            f"{kind} {name}": tensor
+            for name, rows in shards
+            for kind, tensor in {
+                "weight": torch.randint(-127, 128, (rows, ck.K)).to(torch.int8),
+                "weight_scale": torch.full((rows,), scale),
+            }.items()
+        }
+
+    with default_dtype(torch.bfloat16), torch.device(DEVICE):
+        config = ck.quark_config(checkpoint)
+        layer = FusedShards(
+            ck.K, [32, 64, 32], 1, quant_config=config, prefix="model.in_proj"
+        )
+        model.layer, model.root = layer, torch.nn.Module()
+        model.root.add_module("in_proj", layer)
+        reload.record_metadata_for_reloading(model.root)
+
+    def hand_over(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in tensors:
+            kind, shard = name.split()
+            param = getattr(layer, kind)
+            param.weight_loader(param, tensor, shard)
+
+    model._hand_over = hand_over
+    x = torch.randn(5, ck.K).to(torch.bfloat16)
+    for i, tensors in enumerate((draw(0.5), draw(0.25), draw(2.0))):
+        (model.reload if i else model.load)(tensors.items())
+        weight = torch.cat([tensors[f"weight {name}"] for name, _ in shards])
+        scale = torch.cat([tensors[f"weight_scale {name}"] for name, _ in shards])
+        expected = ck.quantize(x, "token_sym") @ (weight * scale[:, None]).double().t()
+        assert ck.is_right(layer(x.to(DEVICE))[0].cpu()[:, :96], expected)

@@ -28,6 +28,7 @@ from vllm.distributed.parallel_state import (
 )
 from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.layers.fused_moe.router import router_factory
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 from vllm.platforms import current_platform
 from vllm.v1.worker import workspace
@@ -109,6 +110,32 @@ needs_dynamic = pytest.mark.skipif(
     and not hasattr(QuarkConfig, "_is_dynamic_per_token_w8a8"),
     reason="this vLLM knows static INT8 activations only",
 )
+
+
+class FusedShards(MergedColumnParallelLinear):
+    """Shards of their own names, as models fuse them, on `size` ranks: the first one is
+    on every rank, the last one is padding."""
+
+    NAMES = ("index_k", "gate", "padding")
+
+    def __init__(self, columns: int, sizes: list[int], size: int, **kwargs):
+        outputs = [sizes[0] * size, *sizes[1:]]
+        super().__init__(columns, outputs, bias=False, **kwargs)
+        self.weight.data[-sizes[-1] // size :].zero_()
+
+    def weight_loader(self, param, loaded_weight, loaded_shard_id=None):
+        ranks = self.tp_rank, getattr(param, "tp_rank", None)
+        if loaded_shard_id == "index_k":
+            self.tp_rank = 0
+            if ranks[1] is not None:
+                param.tp_rank = 0
+        load = MergedColumnParallelLinear.weight_loader_v2
+        load(self, param, loaded_weight, self.NAMES.index(loaded_shard_id))
+        self.tp_rank = ranks[0]
+        if ranks[1] is not None:
+            param.tp_rank = ranks[1]
+
+    weight_loader_v2 = weight_loader
 
 
 def make_runner(**kwargs: Any) -> torch.nn.Module:

@@ -129,9 +129,13 @@ class PortableCPUExpertsInt8(mk.FusedMoEExpertsModular):
         )
 
 
-def choose_experts(chosen: type[mk.FusedMoEExperts]) -> type[mk.FusedMoEExperts]:
+def choose_experts(
+    chosen: type[mk.FusedMoEExperts], moe_config: FusedMoEConfig
+) -> type[mk.FusedMoEExperts]:
     """The class that Quark's method builds where the oracle chose `chosen`."""
-    is_amx = chosen.__name__ == "CPUExpertsInt8"
-    if chosen.is_monolithic() or (is_amx and native_experts() is not None):
-        return PortableCPUExpertsInt8
-    return chosen
+    is_ours = chosen.is_monolithic()
+    if chosen.__name__ == "CPUExpertsInt8":
+        # It takes each id for a local expert's.
+        is_parallel = moe_config.moe_parallel_config.use_ep
+        is_ours = is_parallel or native_experts() is not None
+    return PortableCPUExpertsInt8 if is_ours else chosen

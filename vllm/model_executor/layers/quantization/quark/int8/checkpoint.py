@@ -270,13 +270,16 @@ def _is_of_groups(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
 
 
 def _find_gaps(contents: Contents) -> Iterator[Problem]:
-    """Tensors that one decoder layer lacks and all layers like it have."""
+    """Tensors that one decoder layer lacks and all layers like it have. Those of a
+    quantization do not count: a layer may be kept in high precision alone."""
     layers: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for module, kinds in contents.modules.items():
         # Experts are alike but for their number, and many.
         if (name_match := _BLOCK.match(f"{module}.")) and ".experts." not in module:
             layers[name_match[1]][name_match[2]] |= {
-                name_match[3] + kind for kind in kinds
+                name_match[3] + kind
+                for kind in kinds
+                if not kind.endswith(("_scale", "_zero_point"))
             }
     for stack, by_number in layers.items():
         count = Counter(map(frozenset, by_number.values()))

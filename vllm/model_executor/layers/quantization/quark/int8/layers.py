@@ -97,6 +97,7 @@ class Int8Layers:
     def expect(self, contents: Any) -> None:
         """Take what the checkpoint's files hold (`checkpoint.Contents`, or None)."""
         if contents is not None:
+            self.names.in_files = contents.modules.keys()
             self._unclaimed = set(contents.int8_modules())
             matches = {m: _ROUTER.fullmatch(m) for m in self._unclaimed}
             self._routers = {
@@ -187,7 +188,7 @@ class Int8Layers:
         """The scheme that all experts of a layer share; None: not quantized.
 
         count: number of experts, over all ranks. projections: the checkpoint's
-        names of gate, up and down, where known.
+        names of gate, up and down, as many as there are, where known.
         """
         own = self.names.of(layer_name)
         best = (-1, -1)
@@ -316,8 +317,11 @@ class Int8Layers:
                 )
         if moe_config := getattr(layer, "moe_config", None):
             kinds = ("gate", "up", "down")
-            names = [getattr(layer, f"ckpt_{k}_proj_name", None) for k in kinds]
-            projections = tuple(names) if all(names) else None
+            names = (getattr(layer, f"ckpt_{k}_proj_name", None) for k in kinds)
+            # Experts without gates have two, in releases without these names, too.
+            projections = tuple(filter(None, names)) or None
+            if not projections and not getattr(moe_config, "is_act_and_mul", True):
+                projections = ("up_proj", "down_proj")
             scheme = self.experts(layer_name, count_experts(moe_config), projections)
             if moe_config.moe_parallel_config.enable_eplb:
                 self._check_balanced(layer_name, scheme)

@@ -8,11 +8,15 @@ looked up under every name that the checkpoint may have for it.
 """
 
 import fnmatch
+from collections import defaultdict
 from collections.abc import Collection, Iterable
 from functools import lru_cache
 from typing import Any
 
 import regex as re
+
+# What a WeightsMapper has that is no plain text.
+_ONE_WAY = ("orig_to_new_regex", "orig_to_new_renaming")
 
 
 @lru_cache(maxsize=4096)
@@ -56,6 +60,10 @@ class Names:
         self.default = next(iter(by_type.values()), default)
         # Models' WeightsMappers, from checkpoint names to vLLM's.
         self.mappers: list[Any] = []
+        # Modules of the checkpoint's files, as far as they are known.
+        self.in_files: Collection[str] = ()
+        # By the number of a mapper, what `_mapped` has.
+        self._by_vllm_name: dict[int, dict[str, set[str]]] = {}
         # Exact names are many, one for each expert at worst; patterns are few.
         self._exact = {e for e in self.exclude if compile_pattern(e) is None}
         self._patterns = [e for e in self.exclude if e not in self._exact]
@@ -63,7 +71,9 @@ class Names:
     def of(self, vllm_name: str) -> tuple[str, ...]:
         """Names that the checkpoint or its config may have for a vLLM module."""
         spellings = {vllm_name, vllm_name.replace(".mtp_block.", ".")}
-        for mapper in self.mappers:
+        for i, mapper in enumerate(self.mappers):
+            if any(getattr(mapper, key, None) for key in _ONE_WAY):
+                spellings |= self._mapped(i).get(vllm_name, set())
             # Backwards: a mapper renames by substr, then prefix, then suffix, and one
             # name may meet several of each.
             for old, to in reversed((mapper.orig_to_new_suffix or {}).items()):
@@ -80,6 +90,16 @@ class Names:
                     if to and to in new:
                         spellings.add(new.replace(to, old))
         return both_prefixes(spellings)
+
+    def _mapped(self, index: int) -> dict[str, set[str]]:
+        """Names of the checkpoint by what a mapper makes of them: its expressions
+        cannot be read backwards."""
+        if index not in self._by_vllm_name:
+            mapped = self._by_vllm_name[index] = defaultdict(set)
+            for name in {*self._exact, *self.configs, *self.in_files}:
+                for new in self.mappers[index].apply_list([name]):
+                    mapped[new].add(name)
+        return self._by_vllm_name[index]
 
     def touching(self, names: Collection[str]) -> list[str]:
         """The entries of both lists that name any of `names`."""

@@ -24,10 +24,23 @@ _KEYS = {
 _EXPORT_KEYS = {"kv_cache_group": (list, []), "pack_method": (str, "reorder")}
 
 
+def _only_stage(spec: Any) -> Any:
+    """A spec, out of its list of one: a list has one for each stage of quantization."""
+    return spec[0] if isinstance(spec, list) and len(spec) == 1 else spec
+
+
 def is_int8(layer_config: Any) -> bool:
     """Whether a Quark layer config quantizes weights to INT8."""
     weight = layer_config.get("weight") if isinstance(layer_config, dict) else None
+    weight = _only_stage(weight)
     return isinstance(weight, dict) and weight.get("dtype") == "int8"
+
+
+def _unwrapped(layer_config: Any) -> Any:
+    """An INT8 layer config with its specs out of lists; another one as it is."""
+    if not is_int8(layer_config):
+        return layer_config
+    return {key: _only_stage(spec) for key, spec in layer_config.items()}
 
 
 def _layer_configs(quant_config: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +96,9 @@ def complete_config(quant_config: dict[str, Any]) -> dict[str, Any]:
                 f"layer_type_quant_config: layers of type {name} cannot be served "
                 "from an INT8 checkpoint: export without this entry"
             )
+    result["global_quant_config"] = _unwrapped(result["global_quant_config"])
+    for key in ("layer_quant_config", "layer_type_quant_config"):
+        result[key] = {n: _unwrapped(config) for n, config in result[key].items()}
     for name, config in _layer_configs(result).items():
         parts = _checked(name, config, dict) if config is not None else {}
         for part in ("weight", "input_tensors", "output_tensors", "bias"):

@@ -11,7 +11,7 @@ start as, is refused when the weights are processed.
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from types import MethodType
 from typing import Any, NoReturn
@@ -22,7 +22,13 @@ from vllm import _custom_ops as ops
 from vllm.config import get_current_vllm_config
 from vllm.distributed.parallel_state import get_ep_group
 from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
 from vllm.model_executor.layers.quantization.utils.cpu_int8_product import (
     check_int8_operators,
     onednn_saturates,
@@ -37,6 +43,13 @@ _AGAIN = "export it again with AMD Quark"
 _EXCLUDE = "its layer may be missing from `exclude`, or the checkpoint is incomplete"
 _PROJECTIONS = {"w1": "gate_proj (w1)", "w3": "up_proj (w3)", "w2": "down_proj (w2)"}
 _INPUTS = ("input_scale", "input_zero_point")
+_LINEAR = (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
 _EXPERTS_INPUTS = [f"{stem}_{kind}" for stem in ("w13", "w2") for kind in _INPUTS]
 # A NaN that no arithmetic makes: an element that holds it was never loaded.
 _UNFILLED = 0x7FC5_1E57
@@ -91,8 +104,8 @@ def _fit(
 
     rows, columns: of the shard's full weight, rows 1 for one scale per matrix; None:
     not known. Scales [N], [N, 1], [1, N] become [N] or, for a parameter of `dim` 2,
-    [N, 1]; one value counts for all rows. Raises ValueError for another dtype or
-    shape, and for zero points that no kernel takes.
+    [N, 1]; one value counts for all rows, where they are known. Raises ValueError for
+    another dtype or shape, and for zero points that no kernel takes.
     """
     shape, expected, problem = list(tensor.shape), "", ""
     is_scale = kind.endswith("scale")
@@ -116,10 +129,12 @@ def _fit(
         problem = f"is {_like(tensor)}, expected {expected}"
     if problem:
         _refuse(layer, where, kind, problem)
-    if kind == "weight" or rows is None or dim == 1 and shape == [rows]:
+    if kind == "weight" or dim == 1 and shape == [rows]:
         return tensor
     if rows == 1:
         return tensor.reshape(())
+    if rows is None:
+        return tensor.reshape(-1, *[1] * (dim - 1))
     return tensor.reshape(-1, *[1] * (dim - 1)).expand(rows, *[1] * (dim - 1))
 
 
@@ -253,12 +268,27 @@ def _any_came(layer: torch.nn.Module) -> bool:
 # Linear layers
 
 
-def _linear_where(layer: torch.nn.Module, *shards: int) -> str:
+def _loads_as_vllm(layer: torch.nn.Module) -> bool:
+    """Whether a linear layer has the loaders of vLLM's own ones. A model's own fused
+    layers have shards of other names, on all ranks, or as padding: what they take is
+    for them to say."""
+    names, kind = ("weight_loader", "weight_loader_v2"), type(layer)
+    return any(
+        all(getattr(kind, n, None) is getattr(own, n, None) for n in names)
+        for own in _LINEAR
+    )
+
+
+def _linear_where(layer: torch.nn.Module, *shards: Any) -> str:
     count = len(layer.logical_widths)
-    if count == 1 or len(shards) == count:
-        return layer.prefix
-    names = "qkv" if isinstance(layer, QKVParallelLinear) else range(count)
-    return f"{layer.prefix}: shard {', '.join(str(names[i]) for i in shards)}"
+    if not _loads_as_vllm(layer):
+        names = [str(s) for s in shards if s is not None]
+    elif count == 1 or len(shards) == count:
+        names = []
+    else:
+        ids = "qkv" if isinstance(layer, QKVParallelLinear) else range(count)
+        names = [str(ids[i]) for i in shards]
+    return f"{layer.prefix}: shard {', '.join(names)}" if names else layer.prefix
 
 
 def _linear_rows(layer: torch.nn.Module, shards: tuple[int, ...]) -> int | None:
@@ -287,10 +317,13 @@ def load_linear(
     naming layer and shard, for a tensor that does not fit."""
     kind = next(k for k, p in layer._parameters.items() if p is param)
     shard = args[0] if args else kwargs.get("loaded_shard_id")
-    shard = "qkv".index(shard) if isinstance(shard, str) else shard
-    shard = range(len(layer.logical_widths)) if shard is None else shard
-    shards = (shard,) if isinstance(shard, int) else tuple(shard)
-    where, rows = _linear_where(layer, *shards), _linear_rows(layer, shards)
+    shards, rows = (shard,), None
+    if _loads_as_vllm(layer):
+        shard = "qkv".index(shard) if isinstance(shard, str) else shard
+        shard = range(len(layer.logical_widths)) if shard is None else shard
+        shards = (shard,) if isinstance(shard, int) else tuple(shard)
+        rows = _linear_rows(layer, shards)
+    where = _linear_where(layer, *shards)
     if kind in _INPUTS or kind != "weight" and layer.scheme.qscheme == "per_tensor":
         rows = 1
     tensor = _fit(
@@ -348,6 +381,9 @@ def prepare_linear(scheme: Any, layer: torch.nn.Module) -> None:
         kernel.process_weights_after_loading = MethodType(_process_on_cpu, kernel)
     if getattr(layer.weight.weight_loader, "__self__", None) is not layer:
         return
+    if not _loads_as_vllm(layer) and not layer.weight.is_meta:
+        # The model makes rows of padding 0, and no others are.
+        layer.weight.data.fill_(torch.iinfo(torch.int8).min)
     for param in layer.parameters(recurse=False):
         if param.weight_loader not in (_drop, _drop_cache_scale):
             _empty(param)
@@ -405,10 +441,12 @@ def finish_linear(scheme: Any, layer: torch.nn.Module) -> None:
     if symmetric and "int8_shards" in getattr(zero, "__dict__", ()) and zero.any():
         said = f"is not 0 in a symmetric scheme: {_AGAIN}"
         _refuse(layer, layer.prefix, "input_zero_point", said)
-    for kind in kinds if any_came else ():
-        param = getattr(layer, kind)
+    params = {kind: getattr(layer, kind) for kind in kinds if any_came}
+    shards: Collection[Any] = range(len(widths))
+    if not _loads_as_vllm(layer):
+        shards = {s: 0 for p in params.values() for s in getattr(p, "int8_shards", ())}
+    for kind, param in params.items():
         if getattr(param.weight_loader, "__func__", None) is load_linear:
-            shards = range(len(widths))
             _check_filled(layer, kind, param, shards, lambda i: _linear_where(layer, i))
     scale, weight = layer.weight_scale.data, layer.weight.data
     starts = range(len(widths))
@@ -419,14 +457,37 @@ def finish_linear(scheme: Any, layer: torch.nn.Module) -> None:
         starts = [sum(widths[:i]) for i in starts]
 
     def shard_at(at: tuple[int, ...]) -> str:
+        if not _loads_as_vllm(layer):
+            return layer.prefix
         return _linear_where(layer, sum(start <= at[0] for start in starts) - 1)
 
+    if not _loads_as_vllm(layer):
+        _fill_padding(layer, scale, weight)
     _check_scale(layer, "weight_scale", scale, weight, shard_at, any_came)
     if is_static:
         scale = layer.input_scale.data
         _check_scale(
             layer, "input_scale", scale, None, lambda at: layer.prefix, any_came
         )
+
+
+def _fill_padding(
+    layer: torch.nn.Module, scale: torch.Tensor, weight: torch.Tensor
+) -> None:
+    """Give a scale of 1 to rows of a model's own fused layer that are padding: no
+    scale came for them, and the model made their weights 0. A reload finds them by
+    the first load, since models do it once.
+
+    scale: [N, 1] or [N], float32; weight: [N, K]; for one scale per matrix N counts
+    shards.
+    """
+    unfilled = scale.view(torch.int32).flatten() == _UNFILLED
+    if _find_reload(layer):
+        padding = layer.int8_padding.to(scale.device)
+    else:
+        padding = weight.eq(0).all(-1)
+        layer.int8_padding = (padding & unfilled).cpu()
+    scale.view(-1)[padding & unfilled] = 1
 
 
 # Experts

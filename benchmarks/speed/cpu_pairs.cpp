@@ -67,9 +67,12 @@ namespace {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
+int all_threads = 1;
+
+// As PyTorch does: all threads take part whatever `count` is. OpenMP ends threads where a region has fewer.
 void run_on_threads(int count, void (*body)(void*, int), void* context) {
-  #pragma omp parallel num_threads(count)
-  body(context, omp_get_thread_num());
+  #pragma omp parallel num_threads(all_threads)
+  if (const int thread = omp_get_thread_num(); thread < count) body(context, thread);
 }
 
 struct Version {
@@ -162,7 +165,7 @@ void measure(std::vector<Version>& versions, const Shape& s, int64_t tokens, int
 
 // cpu_pairs THREADS TOKENS,... E,N,K,top-k;... NAME=LIBRARY ...: a line for each shape and number of tokens.
 int main(int count, char** arguments) {
-  const int threads = std::atoi(arguments[1]);
+  const int threads = all_threads = std::atoi(arguments[1]);
   const std::vector<int64_t> tokens = read_numbers(arguments[2]), shapes = read_numbers(arguments[3]);
   std::vector<Version> versions(arguments + 4, arguments + count);
   std::printf("%s, %d threads; each ratio is %s's time over the version's\n", versions[0].name_isa(), threads,

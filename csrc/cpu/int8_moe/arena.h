@@ -19,26 +19,20 @@ constexpr size_t kMaxRetainedBytes = 64 << 20;
 constexpr size_t kPageBytes = 4096;
 
 // The scratch of one call, for all of its threads. Its buffer is thread_local
-// to the calling thread, so a thread has at most one Arena at a time.
+// to the calling thread, so a thread has at most one such Arena at a time.
 class Arena {
  public:
   // `bytes` is the sum of padded_bytes of all that is allocated at once.
-  explicit Arena(size_t bytes) : buffer_(retained_buffer()) {
-    if (bytes <= buffer_.size) return;
-    buffer_.release();
-    // A quarter more serves a call with a few more tokens. What exceeds
-    // kMaxRetainedBytes would be released anyway.
-    const size_t size =
-        std::max(bytes, std::min(kMaxRetainedBytes, bytes + bytes / 4));
-    const size_t whole_pages =
-        (size + kPageBytes - 1) / kPageBytes * kPageBytes;
-    buffer_.data =
-        static_cast<char*>(std::aligned_alloc(kPageBytes, whole_pages));
-    if (buffer_.data == nullptr) throw std::bad_alloc();
-    buffer_.size = whole_pages;
+  explicit Arena(size_t bytes) : buffer_(&retained_buffer()) {
+    if (bytes > buffer_->size) grow_buffer(bytes);
+    data_ = buffer_->data;
   }
+  // A part of another Arena's memory, aligned to a cache line.
+  explicit Arena(char* data) : data_(data) {}
   ~Arena() {
-    if (buffer_.size > kMaxRetainedBytes) buffer_.release();
+    if (buffer_ != nullptr && buffer_->size > kMaxRetainedBytes) {
+      buffer_->release();
+    }
   }
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
@@ -54,7 +48,7 @@ class Arena {
   // Not initialized, aligned to a cache line.
   template <typename T>
   T* allocate(int64_t count) {
-    char* start = buffer_.data + used_;
+    char* start = data_ + used_;
     used_ += padded_bytes<T>(count);
     return reinterpret_cast<T*>(start);
   }
@@ -81,7 +75,22 @@ class Arena {
     return buffer;
   }
 
-  Buffer& buffer_;
+  void grow_buffer(size_t bytes) {
+    buffer_->release();
+    // A quarter more serves a call with a few more tokens. What exceeds
+    // kMaxRetainedBytes would be released anyway.
+    const size_t size =
+        std::max(bytes, std::min(kMaxRetainedBytes, bytes + bytes / 4));
+    const size_t whole_pages =
+        (size + kPageBytes - 1) / kPageBytes * kPageBytes;
+    buffer_->data =
+        static_cast<char*>(std::aligned_alloc(kPageBytes, whole_pages));
+    if (buffer_->data == nullptr) throw std::bad_alloc();
+    buffer_->size = whole_pages;
+  }
+
+  Buffer* buffer_ = nullptr;
+  char* data_;
   size_t used_ = 0;
 };
 

@@ -41,8 +41,12 @@ constexpr int64_t kMC = 192;
 constexpr int64_t kMaxBlocksPerItem = 4;
 constexpr int64_t kRowsPerItem = 4;  // of quantization
 constexpr int64_t kMinTokensPerPart = 32;
-// A down weight of all experts that stays in a core's cache, in bytes.
-constexpr int64_t kMaxCachedBytes = 256 << 10;
+// Where the weights of all experts stay in a core's cache, each thread serves a
+// share of the tokens alone: with at least so many threads, tokens, and tokens
+// of a share that is faster than steps that all threads share.
+constexpr int64_t kMaxCachedBytes = 512 << 10;
+constexpr int kMinThreadsForShares = 4;
+constexpr int64_t kMinTokensForShares = 64, kMinTokensPerShare = 8;
 // Fewer products do not keep a thread busy for as long as it takes to wake it.
 constexpr int64_t kMinProductsPerThread = 1 << 20;
 // Limits of a call's scratch, in bytes: of a piece's rows, and of a chunk.
@@ -441,12 +445,6 @@ struct Items {
     groups = (blocks + blocks_per_item - 1) / blocks_per_item;
     down_blocks = p.w2.columns / kNR * (tokens == 1 ? 2 : 1);
     down_blocks_per_item = choose_blocks_per_item(down_blocks, 1, threads);
-    // Parts of the tokens share a weight in the cache at no cost. So there the
-    // blocks of an item are many, and each row is looked up fewer times.
-    if (p.experts * p.w2.bytes() <= kMaxCachedBytes &&
-        tokens >= kMinTokensPerPart * threads) {
-      down_blocks_per_item = kMaxBlocksPerItem;
-    }
     down_groups =
         (down_blocks + down_blocks_per_item - 1) / down_blocks_per_item;
     parts = choose_token_parts(tokens, down_groups, threads);
@@ -561,12 +559,110 @@ inline void run_plan(const Plan& plan, Arena& arena, const Threads& threads) {
   });
 }
 
+// How a problem is cut into chunks and pieces, and the scratch that it needs.
+struct Chunks {
+  int64_t tokens, piece_rows;
+  int64_t x_q_bytes, piece_x_q_bytes, act_q_bytes, act_floats;
+  int64_t act_stride;
+  size_t bytes;
+
+  // extra_rows: gemm reads rows up to the next multiple of kMAlign. So the
+  // arrays of rows have kMAlign - 1 more, and no read is outside of them. The
+  // bytes there are arbitrary: a row of the product depends on its own row
+  // only, and nothing reads the products of rows past the last one.
+  // shares: the problems that have to stay within the limits together.
+  Chunks(const Problem& p, int threads, int64_t extra_rows, int64_t shares) {
+    const int64_t x_row_bytes = row_bytes(p.w13);
+    const int64_t act_row_bytes = row_bytes(p.w2);
+    act_stride = round_up(p.intermediate, kHalf);
+    const int64_t piece_row_bytes = x_row_bytes + act_stride * sizeof(float);
+    // A row's int32 are its token and row_of, its floats weight and act_scale.
+    const int64_t bytes_per_token =
+        x_row_bytes +
+        p.top_k *
+            (act_row_bytes + int64_t{2 * sizeof(int32_t) + 2 * sizeof(float)}) +
+        threads * kMaxBlocksPerItem * kNR * sizeof(float);
+    const int64_t max_chunk_bytes = kMaxChunkBytes / shares;
+    const int64_t chunks =
+        (p.tokens * bytes_per_token + max_chunk_bytes - 1) / max_chunk_bytes;
+    tokens = (p.tokens + chunks - 1) / chunks;
+    const int64_t max_rows = tokens * p.top_k;
+    piece_rows = std::clamp<int64_t>(kMaxPieceBytes / shares / piece_row_bytes,
+                                     1, max_rows);
+    const bool several_pieces = piece_rows < max_rows;
+    const int64_t max_pieces = (max_rows + piece_rows - 1) / piece_rows;
+    // The last chunk is smaller, and may be cut into larger items.
+    const int64_t last_chunk_tokens = (p.tokens - 1) % tokens + 1;
+    const size_t thread_bytes =
+        std::max(Items(p, 1, tokens, threads).scratch_bytes,
+                 Items(p, 1, last_chunk_tokens, threads).scratch_bytes);
+    x_q_bytes = several_pieces ? tokens * x_row_bytes : 0;
+    piece_x_q_bytes = (piece_rows + extra_rows) * x_row_bytes;
+    act_q_bytes = (max_rows + extra_rows) * act_row_bytes;
+    act_floats = piece_rows * act_stride;
+    bytes = Steps::scratch_bytes(count_steps(max_pieces), threads) +
+            thread_bytes * threads + Arena::padded_bytes<int64_t>(p.experts) +
+            Arena::padded_bytes<int32_t>(p.experts) +
+            Arena::padded_bytes<int64_t>(p.experts + 1) +
+            2 * Arena::padded_bytes<int32_t>(max_rows) +
+            2 * Arena::padded_bytes<float>(max_rows) +
+            Arena::padded_bytes<float>(tokens) +
+            Arena::padded_bytes<uint8_t>(x_q_bytes) +
+            Arena::padded_bytes<uint8_t>(piece_x_q_bytes) +
+            Arena::padded_bytes<uint8_t>(act_q_bytes) +
+            Arena::padded_bytes<float>(act_floats);
+  }
+};
+
+// The tokens from begin to end of a problem.
+inline Problem select_tokens(const Problem& problem, int64_t begin,
+                             int64_t end) {
+  Problem p = problem;
+  p.tokens = end - begin;
+  p.x = static_cast<const char*>(problem.x) +
+        begin * problem.x_stride * element_size(p.dtype);
+  p.out = static_cast<char*>(problem.out) +
+          begin * problem.hidden * element_size(p.dtype);
+  p.topk_weights = problem.topk_weights + begin * problem.top_k;
+  p.experts_of = problem.experts_of + begin * problem.top_k;
+  return p;
+}
+
+template <class Microkernel>
+inline void run_chunks(const Problem& problem, const Chunks& chunks,
+                       Arena& arena, const Threads& threads) {
+  const int64_t max_rows = chunks.tokens * problem.top_k;
+  Plan plan;
+  plan.piece_rows = chunks.piece_rows;
+  plan.act_stride = chunks.act_stride;
+  int64_t* counts = arena.allocate<int64_t>(problem.experts);
+  plan.rows.expert = arena.allocate<int32_t>(problem.experts);
+  plan.rows.start = arena.allocate<int64_t>(problem.experts + 1);
+  plan.rows.token = arena.allocate<int32_t>(max_rows);
+  plan.rows.row_of = arena.allocate<int32_t>(max_rows);
+  plan.rows.weight = arena.allocate<float>(max_rows);
+  plan.x_scale = arena.allocate<float>(chunks.tokens);
+  plan.act_scale = arena.allocate<float>(max_rows);
+  plan.x_q = arena.allocate<uint8_t>(chunks.x_q_bytes);
+  plan.piece_x_q = arena.allocate<uint8_t>(chunks.piece_x_q_bytes);
+  plan.act_q = arena.allocate<uint8_t>(chunks.act_q_bytes);
+  plan.act = arena.allocate<float>(chunks.act_floats);
+  for (int64_t token = 0; token < problem.tokens; token += chunks.tokens) {
+    plan.problem = select_tokens(
+        problem, token, std::min(problem.tokens, token + chunks.tokens));
+    sort_rows(plan.problem, plan.rows, counts);
+    plan.pieces = std::max<int64_t>(
+        1, (plan.rows.count + plan.piece_rows - 1) / plan.piece_rows);
+    run_plan<Microkernel>(plan, arena, threads);
+  }
+}
+
 template <class Microkernel>
 inline void run_experts(const Problem& problem, const Threads& all_threads) {
   // Products of up to kMC rows are rounded up to kMAlign rows, and stay within
   // the scratch [kMC, kNR].
   static_assert(kMC % Microkernel::kMAlign == 0);
-  Plan plan;
+  constexpr int64_t kExtraRows = Microkernel::kMAlign - 1;
   const int64_t products = problem.tokens * problem.top_k * 3 *
                            problem.intermediate * problem.hidden;
   const Threads threads = {
@@ -574,76 +670,41 @@ inline void run_experts(const Problem& problem, const Threads& all_threads) {
           all_threads.count,
           1 + (products + kMinProductsPerThread / 2) / kMinProductsPerThread)),
       all_threads.run};
-  Problem& p = plan.problem;
-  const int64_t x_row_bytes = row_bytes(problem.w13);
-  const int64_t act_row_bytes = row_bytes(problem.w2);
-  plan.act_stride = round_up(problem.intermediate, kHalf);
-  const int64_t piece_row_bytes = x_row_bytes + plan.act_stride * sizeof(float);
-  // A row's int32 are its token and row_of, its floats weight and act_scale.
-  const int64_t bytes_per_token =
-      x_row_bytes +
-      problem.top_k *
-          (act_row_bytes + int64_t{2 * sizeof(int32_t) + 2 * sizeof(float)}) +
-      threads.count * kMaxBlocksPerItem * kNR * sizeof(float);
-  const int64_t chunks =
-      (problem.tokens * bytes_per_token + kMaxChunkBytes - 1) / kMaxChunkBytes;
-  const int64_t chunk_tokens = (problem.tokens + chunks - 1) / chunks;
-  const int64_t max_rows = chunk_tokens * problem.top_k;
-  plan.piece_rows = std::min(max_rows, kMaxPieceBytes / piece_row_bytes);
-  const bool several_pieces = plan.piece_rows < max_rows;
-  const int64_t max_pieces = (max_rows + plan.piece_rows - 1) / plan.piece_rows;
-  // The last chunk is smaller, and may be cut into larger items.
-  const int64_t last_chunk_tokens = (problem.tokens - 1) % chunk_tokens + 1;
-  const size_t thread_bytes = std::max(
-      Items(problem, 1, chunk_tokens, threads.count).scratch_bytes,
-      Items(problem, 1, last_chunk_tokens, threads.count).scratch_bytes);
-  // gemm reads rows up to the next multiple of kMAlign. So these arrays have
-  // kMAlign - 1 more rows, and no read is outside of them. The bytes there are
-  // arbitrary: a row of the product depends on its own row only, and nothing
-  // reads the products of rows past the last one.
-  const int64_t extra_rows = Microkernel::kMAlign - 1;
-  const int64_t x_q_bytes = several_pieces ? chunk_tokens * x_row_bytes : 0;
-  const int64_t piece_x_q_bytes = (plan.piece_rows + extra_rows) * x_row_bytes;
-  const int64_t act_q_bytes = (max_rows + extra_rows) * act_row_bytes;
-  const int64_t act_floats = plan.piece_rows * plan.act_stride;
-  Arena arena(Steps::scratch_bytes(count_steps(max_pieces), threads.count) +
-              thread_bytes * threads.count +
-              Arena::padded_bytes<int64_t>(problem.experts) +
-              Arena::padded_bytes<int32_t>(problem.experts) +
-              Arena::padded_bytes<int64_t>(problem.experts + 1) +
-              2 * Arena::padded_bytes<int32_t>(max_rows) +
-              2 * Arena::padded_bytes<float>(max_rows) +
-              Arena::padded_bytes<float>(chunk_tokens) +
-              Arena::padded_bytes<uint8_t>(x_q_bytes) +
-              Arena::padded_bytes<uint8_t>(piece_x_q_bytes) +
-              Arena::padded_bytes<uint8_t>(act_q_bytes) +
-              Arena::padded_bytes<float>(act_floats));
-  int64_t* counts = arena.allocate<int64_t>(problem.experts);
-  plan.rows.expert = arena.allocate<int32_t>(problem.experts);
-  plan.rows.start = arena.allocate<int64_t>(problem.experts + 1);
-  plan.rows.token = arena.allocate<int32_t>(max_rows);
-  plan.rows.row_of = arena.allocate<int32_t>(max_rows);
-  plan.rows.weight = arena.allocate<float>(max_rows);
-  plan.x_scale = arena.allocate<float>(chunk_tokens);
-  plan.act_scale = arena.allocate<float>(max_rows);
-  plan.x_q = arena.allocate<uint8_t>(x_q_bytes);
-  plan.piece_x_q = arena.allocate<uint8_t>(piece_x_q_bytes);
-  plan.act_q = arena.allocate<uint8_t>(act_q_bytes);
-  plan.act = arena.allocate<float>(act_floats);
-  for (int64_t token = 0; token < problem.tokens; token += chunk_tokens) {
-    p = problem;
-    p.tokens = std::min(chunk_tokens, problem.tokens - token);
-    p.x = static_cast<const char*>(problem.x) +
-          token * problem.x_stride * element_size(p.dtype);
-    p.out = static_cast<char*>(problem.out) +
-            token * problem.hidden * element_size(p.dtype);
-    p.topk_weights = problem.topk_weights + token * problem.top_k;
-    p.experts_of = problem.experts_of + token * problem.top_k;
-    sort_rows(p, plan.rows, counts);
-    plan.pieces = std::max<int64_t>(
-        1, (plan.rows.count + plan.piece_rows - 1) / plan.piece_rows);
-    run_plan<Microkernel>(plan, arena, threads);
+  const bool by_shares =
+      threads.count >= kMinThreadsForShares &&
+      problem.tokens >= kMinTokensForShares &&
+      problem.experts * (problem.w13.bytes() + problem.w2.bytes()) <=
+          kMaxCachedBytes;
+  const int64_t shares =
+      by_shares ? std::min<int64_t>(threads.count,
+                                    problem.tokens / kMinTokensPerShare)
+                : 1;
+  if (shares <= 1) {
+    const Chunks chunks(problem, threads.count, kExtraRows, 1);
+    Arena arena(chunks.bytes);
+    return run_chunks<Microkernel>(problem, chunks, arena, threads);
   }
+  const int64_t share_tokens = (problem.tokens + shares - 1) / shares;
+  const int64_t last_begin = (problem.tokens - 1) / share_tokens * share_tokens;
+  const auto select_chunks = [&](int64_t begin) {
+    return Chunks(select_tokens(problem, begin,
+                                std::min(problem.tokens, begin + share_tokens)),
+                  1, kExtraRows, shares);
+  };
+  const Chunks chunks = select_chunks(0),
+               last_chunks = select_chunks(last_begin);
+  const size_t share_bytes = std::max(chunks.bytes, last_chunks.bytes);
+  Arena arena(share_bytes * shares);
+  char* const scratch = arena.allocate<char>(share_bytes * shares);
+  run_on_threads({static_cast<int>(shares), threads.run}, [&](int thread) {
+    const int64_t begin = thread * share_tokens;
+    if (begin > last_begin) return;
+    Arena share(scratch + thread * share_bytes);
+    run_chunks<Microkernel>(
+        select_tokens(problem, begin,
+                      std::min(problem.tokens, begin + share_tokens)),
+        begin == last_begin ? last_chunks : chunks, share, {1, nullptr});
+  });
 }
 
 }  // namespace

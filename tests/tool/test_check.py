@@ -392,6 +392,16 @@ def test_scales_of_caches_are_nothing(tmp_path):
     assert len(lines) == 4
 
 
+def test_outputs_that_stand_for_a_cache_are_nothing(tmp_path):
+    ckpt = Checkpoint()
+    of_cache = {**ckpt.quant["global_quant_config"], "output_tensors": {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}}
+    ckpt.quant["layer_quant_config"] = {name: of_cache for name in ("*k_proj", "*v_proj", "*q_proj")}
+    ckpt.quant["export"]["kv_cache_group"] = ["*k_proj", "*v_proj"]
+    sound(ckpt.write(tmp_path / "ckpt"))
+    ckpt.quant["export"]["kv_cache_group"] = []
+    problem(ckpt.write(tmp_path / "ckpt"), "output_tensors are quantized")
+
+
 def test_int8_under_exclude(tmp_path):
     ckpt = Checkpoint()
     ckpt.quant["exclude"].append("model.layers.1.self_attn.o_proj")

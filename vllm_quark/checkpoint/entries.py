@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-quark project
 """What `exclude` and `layer_quant_config` say of a checkpoint's modules, and which of their entries say nothing."""
 
+import fnmatch
 import re
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -68,6 +69,18 @@ def _unify_spellings(name: str) -> str:
     return "language_model." + name.removeprefix("language_model.model.") if name.startswith(_NESTED[1]) else name
 
 
+def _drop_cache_outputs(quant_config: dict[str, Any]) -> dict[str, Any]:
+    """A `quantization_config` without the output_tensors that stand for an FP8 KV cache: vLLM takes them out."""
+    groups = quant_config.get("export", {}).get("kv_cache_group")
+    configs = {
+        name: {**config, "output_tensors": None}
+        if groups and (name == "*q_proj" or any(fnmatch.fnmatchcase(name, group) for group in groups))
+        else config
+        for name, config in quant_config.get("layer_quant_config", {}).items()
+    }
+    return {**quant_config, "layer_quant_config": configs}
+
+
 class Entries(names.Names):
     """The entries of a completed INT8 `quantization_config`.
 
@@ -75,7 +88,7 @@ class Entries(names.Names):
     """
 
     def __init__(self, quant_config: dict[str, Any]) -> None:
-        super().__init__(quant_config)
+        super().__init__(_drop_cache_outputs(quant_config))
         self.entries = list(dict.fromkeys((*self.exclude, *self.configs)))
         self.patterns = {e for e in self.entries if names.compile_pattern(e)}
         self.expert_patterns = [e for e in self.patterns if _tells_experts_apart(e)]

@@ -138,6 +138,49 @@ def test_scales_of_another_name_are_refused_and_renamed(tmp_path):
     look(checkpoint, write(tmp_path, renamed))
 
 
+def test_scales_that_are_renamed_in_part_are_named(tmp_path):
+    """What lies beside the scales has to be renamed, too."""
+    checkpoint = ck.make_checkpoint("plain")
+    name = next(n for n in checkpoint.tensors if n.endswith(".weight_scale"))
+    left = name.replace(".weight_scale", ".weight_quantizer.zero_point")
+    checkpoint.tensors[left] = torch.zeros(4, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"quantizer.zero_point has a name.*rename"):
+        look(checkpoint, write(tmp_path, checkpoint.tensors))
+
+
+def test_fake_quantized_exports_are_refused(tmp_path):
+    """weight_format="fake_quantized": weights stay floats, with scales beside them."""
+    checkpoint = ck.make_checkpoint("qkv")
+    tensors = {
+        n: t.bfloat16() if t.dtype == torch.int8 else t
+        for n, t in checkpoint.tensors.items()
+    }
+    with pytest.raises(ValueError, match="BF16, with a weight_scale.*real_quantized"):
+        look(checkpoint, write(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("kind", ["plain", "qkv"])
+def test_dynamic_layers_drop_static_scales_of_the_files(kind, tmp_path):
+    """As the way out of scales that differ between shards leaves them there."""
+    checkpoint = ck.make_checkpoint(kind)
+    for name in [n for n in checkpoint.tensors if n.endswith(".weight")]:
+        for part in ("input_scale", "input_zero_point"):
+            named = name.replace("weight", part)
+            checkpoint.tensors[named] = torch.tensor(0.5).to(
+                torch.float32 if part == "input_scale" else torch.int8
+            )
+    config = look(checkpoint, write(tmp_path, checkpoint.tensors))
+    torch.set_default_dtype(torch.bfloat16)
+    layer = ck.build(checkpoint, config)
+    for name in [n for n in checkpoint.tensors if "input" in n]:
+        # A model's loader looks it up by its name.
+        param = dict(layer.named_parameters())[name.rpartition(".")[2]]
+        param.weight_loader(param, checkpoint.tensors[name])
+    ck.load(layer, (t for t in checkpoint.tensors.items() if "input" not in t[0]))
+    ck.finish(layer)
+    assert not layer.scheme.is_static_input_scheme
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_that_are_unquantized_in_the_files(kind, tmp_path, monkeypatch):
     """Quark does not list what it cannot quantize, people forget: as it is there."""

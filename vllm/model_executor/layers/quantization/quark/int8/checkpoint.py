@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import regex as re
 
 from .names import Names, both_prefixes
+from .scheme import is_int8
 
 _INDEX = "model.safetensors.index.json"
 # Where vLLM takes names of models for another hub's.
@@ -43,6 +44,11 @@ _GPT_OSS = re.compile(r"(.*\.mlp)\.experts(?:\.\d+)?\.gate_up_proj")
 _BLOCK = re.compile(r"(.*?\.layers)\.(\d+)\.(.*)")
 _RESTORE = "restore config.json from the export"
 _WITHOUT = "export it without that (a rotation has to be merged into the weights)"
+_FAKE = 'export it again with AMD Quark and weight_format="real_quantized"'
+_RENAME = (
+    "rename *_quantizer.scale to *_scale and *_quantizer.zero_point to *_zero_point "
+    "in the files"
+)
 _NO_GROUPS = (
     "no kernel takes groups of INT8 weights: export it again with AMD Quark "
     "per_channel (ch_axis=0) or per_tensor"
@@ -211,14 +217,17 @@ def find_problems(contents: Contents, names: Names) -> Iterator[Problem]:
         weight, scale = kinds.get("weight"), kinds.get("weight_scale")
         if weight is None and scale is not None:
             yield Problem.of(scale, f"has no {module}.weight", _INCOMPLETE)
+        if weight is not None and weight.dtype in _FLOATS and scale is not None:
+            if is_int8(names.config_of(both_prefixes([module]))):
+                reason = f"is {weight.dtype}, with a weight_scale beside it"
+                yield Problem.of(weight, reason, _FAKE)
         if weight is None or weight.dtype != "I8":
             continue
         if names.excludes(both_prefixes([module])):
             yield Problem.of(weight, f"is int8, but {module} is in `exclude`", _RESTORE)
         if scale is None and f"{module}.weight_quantizer" in contents.modules:
             reason = "is int8, its scale is weight_quantizer.scale (AMD/Quark issue 44)"
-            way_out = "rename *_quantizer.scale to *_scale in the files"
-            yield Problem.of(weight, reason, way_out)
+            yield Problem.of(weight, reason, _RENAME)
         elif scale is None:
             reason = f"is int8, but the checkpoint has no {module}.weight_scale"
             yield Problem.of(weight, reason, f"{_INCOMPLETE}, if it is an INT8 layer's")
@@ -230,6 +239,11 @@ def find_problems(contents: Contents, names: Names) -> Iterator[Problem]:
                 f"is {scale}, expected one value or one per row for weight {weight}"
             )
             yield Problem.of(scale, reason, "export it again with AMD Quark")
+        for part in ("weight", "input") if scale is not None else ():
+            for entry in contents.modules.get(
+                f"{module}.{part}_quantizer", {}
+            ).values():
+                yield Problem.of(entry, "has a name that no layer takes", _RENAME)
         for kind, entry in kinds.items():
             if not _may_lie_beside(kind):
                 reason = f"lies beside an INT8 weight, and no layer takes a {kind}"

@@ -7,6 +7,7 @@ their names in the checkpoint; a layer whose parts cannot be served as one, or
 whose scheme has no kernel, is refused by name.
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
@@ -84,6 +85,10 @@ class Int8Layers:
         self._cache_scales: set[str] = set()
         # Layers beside whose weight the files have scales of a KV cache.
         self.with_cache_scales: set[str] = set()
+        # Scales and zero points of inputs by the module that has them in the files, and
+        # by vLLM's layer.
+        self._input_kinds: dict[str, set[str]] = defaultdict(set)
+        self.input_kinds: dict[str, set[str]] = defaultdict(set)
         self._unlisted: list[str] = []
         # Decoder layers that vLLM built, by the checkpoint's names, those of them whose
         # linear layers it built since the last look, and the last one.
@@ -107,6 +112,10 @@ class Int8Layers:
             self._stacks = set(contents.stacks())
             self._unquantized = set(contents.unquantized())
             self._cache_scales = set(contents.with_kind("output_scale"))
+            self._input_kinds.clear()
+            for kind in ("input_scale", "input_zero_point"):
+                for module in contents.with_kind(kind):
+                    self._input_kinds[module].add(kind)
             self._unlisted.clear()
             self._built.clear()
             self._blocks.clear()
@@ -180,6 +189,8 @@ class Int8Layers:
         self._blocks |= self._claim(layer_name, taken, scheme)
         if any(not self._cache_scales.isdisjoint(names) for names in taken):
             self.with_cache_scales.add(layer_name)
+        for name in {n for names in taken for n in names} & self._input_kinds.keys():
+            self.input_kinds[layer_name] |= self._input_kinds[name]
         return scheme
 
     def experts(

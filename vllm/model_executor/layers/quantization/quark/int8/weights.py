@@ -362,17 +362,18 @@ def prepare_linear(scheme: Any, layer: torch.nn.Module) -> None:
         kernel.config.is_static_input_scheme = scheme.is_static_input_scheme = False
         kernel.config.input_symmetric = scheme.input_symmetric = True
     absent = set(_INPUTS[1:] if scheme.input_symmetric else ())
+    int8 = _int8_of(layer)
     if not scheme.is_static_input_scheme:
         absent = set(_INPUTS)
         # None where no tensor comes: some models want all parameters filled.
-        _add_sinks(layer, _INPUTS if was_static else ())
+        came = int8.input_kinds.get(layer.prefix, ()) if int8 else ()
+        _add_sinks(layer, _INPUTS if was_static else sorted(came))
     if absent:
         # The kernel finds none of them, and sets none, under names of its own: a
         # reload registers these as parameters again.
         names = [f"no_{n}" if n in absent else n for n in kernel.layer_param_names]
         layer.no_input_scale = layer.no_input_zero_point = None
         kernel = scheme.kernel = type(kernel)(kernel.config, names)
-    int8 = _int8_of(layer)
     if int8 and layer.prefix in int8.with_cache_scales:
         # Models that know scales of a KV cache hand them to attention instead.
         _add_sinks(layer, ["output_scale"], _drop_cache_scale)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from vllm_quark.locate import find_installed
 from vllm_quark.series import load_series
 from vllm_quark.shadow import make_shadow
 from vllm_quark.verify.layers import choose_layers, find_layers
-from vllm_quark.verify.measure import OFF, OTHER, RIGHT, STOPS, Row, deviate
+from vllm_quark.verify.measure import OFF, OTHER, RIGHT, STOPS, Row, deviate, make_inputs
 from vllm_quark.verify.report import draw_errors, make_page
 
 EXPERTS, K, WIDTH = 16, 128, 96
@@ -333,3 +334,15 @@ def test_issue_template_asks_for_the_report():
     assert "vllm-quark verify" in text and "MI300X" in text and "--report" in text
     ids = [part["id"] for part in form["body"] if part["type"] != "markdown"]
     assert len(ids) == len(set(ids)) and all(part["attributes"] for part in form["body"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_inputs_of_static_layers_are_between_no_steps(dtype):
+    """Kernels round such values before they add an odd zero point, or after."""
+    step = 2.0**-6
+    numbers = SimpleNamespace(get=lambda part, kind, expert: torch.tensor(step if kind == "input_scale" else 3))
+    scheme = SimpleNamespace(static=True, symmetric=False)
+    layer = SimpleNamespace(kind="linear", shape=(64, 512), scheme=scheme)
+    quotients = make_inputs(layer, numbers, dtype).double() / step
+    assert quotients.abs().max() > 100 and quotients.ne(0).float().mean() > 0.5
+    assert quotients.frac().abs().ne(0.5).all()

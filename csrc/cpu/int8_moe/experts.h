@@ -41,6 +41,8 @@ constexpr int64_t kMC = 192;
 constexpr int64_t kMaxBlocksPerItem = 4;
 constexpr int64_t kRowsPerItem = 4;  // of quantization
 constexpr int64_t kMinTokensPerPart = 32;
+// A down weight of all experts that stays in a core's cache, in bytes.
+constexpr int64_t kMaxCachedDownBytes = 256 << 10;
 // Where the weights of all experts stay in a core's cache, each thread serves a
 // share of the tokens alone: with at least so many threads, tokens, and tokens
 // of a share that is faster than steps that all threads share.
@@ -74,6 +76,7 @@ struct Piece {
 struct Plan {
   Problem problem;
   Rows rows;
+  bool is_share;  // the problem is one thread's share of the tokens
   int64_t pieces, piece_rows;
   uint8_t* x_q;        // [tokens, row_bytes(w13)], if there are several pieces
   float* x_scale;      // [tokens]
@@ -439,12 +442,20 @@ struct Items {
   int64_t parts, tokens_per_part;
   size_t scratch_bytes;  // per thread
 
-  Items(const Problem& p, int64_t active_experts, int64_t tokens, int threads) {
+  // is_share: of the tokens that one thread serves alone.
+  Items(const Problem& p, int64_t active_experts, int64_t tokens, int threads,
+        bool is_share) {
     blocks = p.w13.columns / kNR;
     blocks_per_item = choose_blocks_per_item(blocks, active_experts, threads);
     groups = (blocks + blocks_per_item - 1) / blocks_per_item;
     down_blocks = p.w2.columns / kNR * (tokens == 1 ? 2 : 1);
     down_blocks_per_item = choose_blocks_per_item(down_blocks, 1, threads);
+    // Parts of the tokens share a weight in the cache at no cost. So there the
+    // blocks of an item are many, and each row is looked up fewer times.
+    if (!is_share && p.experts * p.w2.bytes() <= kMaxCachedDownBytes &&
+        tokens >= kMinTokensPerPart * threads) {
+      down_blocks_per_item = kMaxBlocksPerItem;
+    }
     down_groups =
         (down_blocks + down_blocks_per_item - 1) / down_blocks_per_item;
     parts = choose_token_parts(tokens, down_groups, threads);
@@ -477,7 +488,8 @@ struct PieceSteps {
 template <class Microkernel>
 inline void run_plan(const Plan& plan, Arena& arena, const Threads& threads) {
   const Problem& p = plan.problem;
-  const Items items(p, plan.rows.active_experts, p.tokens, threads.count);
+  const Items items(p, plan.rows.active_experts, p.tokens, threads.count,
+                    plan.is_share);
   const int64_t groups = items.groups;
   const ActivateBlock activate_block =
       select_activate_block<Microkernel>(p.activation);
@@ -564,6 +576,7 @@ struct Chunks {
   int64_t tokens, piece_rows;
   int64_t x_q_bytes, piece_x_q_bytes, act_q_bytes, act_floats;
   int64_t act_stride;
+  bool is_share;
   size_t bytes;
 
   // extra_rows: gemm reads rows up to the next multiple of kMAlign. So the
@@ -575,6 +588,7 @@ struct Chunks {
     const int64_t x_row_bytes = row_bytes(p.w13);
     const int64_t act_row_bytes = row_bytes(p.w2);
     act_stride = round_up(p.intermediate, kHalf);
+    is_share = shares > 1;
     const int64_t piece_row_bytes = x_row_bytes + act_stride * sizeof(float);
     // A row's int32 are its token and row_of, its floats weight and act_scale.
     const int64_t bytes_per_token =
@@ -593,9 +607,9 @@ struct Chunks {
     const int64_t max_pieces = (max_rows + piece_rows - 1) / piece_rows;
     // The last chunk is smaller, and may be cut into larger items.
     const int64_t last_chunk_tokens = (p.tokens - 1) % tokens + 1;
-    const size_t thread_bytes =
-        std::max(Items(p, 1, tokens, threads).scratch_bytes,
-                 Items(p, 1, last_chunk_tokens, threads).scratch_bytes);
+    const size_t thread_bytes = std::max(
+        Items(p, 1, tokens, threads, is_share).scratch_bytes,
+        Items(p, 1, last_chunk_tokens, threads, is_share).scratch_bytes);
     x_q_bytes = several_pieces ? tokens * x_row_bytes : 0;
     piece_x_q_bytes = (piece_rows + extra_rows) * x_row_bytes;
     act_q_bytes = (max_rows + extra_rows) * act_row_bytes;
@@ -633,6 +647,7 @@ inline void run_chunks(const Problem& problem, const Chunks& chunks,
                        Arena& arena, const Threads& threads) {
   const int64_t max_rows = chunks.tokens * problem.top_k;
   Plan plan;
+  plan.is_share = chunks.is_share;
   plan.piece_rows = chunks.piece_rows;
   plan.act_stride = chunks.act_stride;
   int64_t* counts = arena.allocate<int64_t>(problem.experts);

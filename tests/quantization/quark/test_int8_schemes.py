@@ -13,6 +13,7 @@ import regex as re
 import torch
 
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
@@ -254,6 +255,22 @@ def test_specs_in_a_list_of_one():
     assert ck.quark_config(checkpoint).int8.linear(checkpoint.prefix, None) == expected
     default["weight"] *= 2
     assert ck.quark_config(checkpoint).int8 is None
+
+
+def test_fp8_kv_cache_of_excluded_layers():
+    """Quark leaves their layer configs in kv_cache_quant_config."""
+    checkpoint = ck.make_checkpoint("plain")
+    names = [f"model.layers.0.self_attn.{p}_proj" for p in "kv"]
+    config = checkpoint.config | {"exclude": names}
+    of_cache = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False}
+    layer_config = config["global_quant_config"] | {"output_tensors": of_cache}
+    config["kv_cache_quant_config"] = {"*k_proj": layer_config, "*v_proj": layer_config}
+    config["export"] = config["export"] | {"kv_cache_group": ["*k_proj", "*v_proj"]}
+    quark = QuarkConfig.from_config(copy.deepcopy(config))
+    assert quark.kv_cache_config["dtype"] == "fp8_e4m3"
+    assert quark.int8.linear(names[0], None) is None
+    for name in (checkpoint.prefix, "model.layers.1.self_attn.k_proj"):
+        assert quark.int8.linear(name, None).per_channel
 
 
 def test_names_before_and_after_the_models_mapper():

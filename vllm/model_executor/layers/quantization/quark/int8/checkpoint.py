@@ -217,11 +217,13 @@ def find_problems(contents: Contents, names: Names) -> Iterator[Problem]:
         weight, scale = kinds.get("weight"), kinds.get("weight_scale")
         if weight is None and scale is not None:
             yield Problem.of(scale, f"has no {module}.weight", _INCOMPLETE)
-        if weight is not None and weight.dtype in _FLOATS and scale is not None:
-            if is_int8(names.config_of(both_prefixes([module]))):
-                reason = f"is {weight.dtype}, with a weight_scale beside it"
-                yield Problem.of(weight, reason, _FAKE)
-        if weight is None or weight.dtype != "I8":
+        if weight is None:
+            continue
+        is_float = weight.dtype in _FLOATS and scale is not None
+        if is_float and is_int8(names.config_of(both_prefixes([module]))):
+            reason = f"is {weight.dtype}, with a weight_scale beside it"
+            yield Problem.of(weight, reason, _FAKE)
+        if weight.dtype != "I8":
             continue
         if names.excludes(both_prefixes([module])):
             yield Problem.of(weight, f"is int8, but {module} is in `exclude`", _RESTORE)

@@ -73,7 +73,7 @@ def _drop_cache_outputs(quant_config: dict[str, Any]) -> dict[str, Any]:
     """A `quantization_config` without the output_tensors that stand for an FP8 KV cache: vLLM takes them out."""
     groups = quant_config.get("export", {}).get("kv_cache_group")
     configs = {
-        name: {**config, "output_tensors": None}
+        name: {**(config or {}), "output_tensors": None}
         if groups and (name == "*q_proj" or any(fnmatch.fnmatchcase(name, group) for group in groups))
         else config
         for name, config in quant_config.get("layer_quant_config", {}).items()

@@ -323,6 +323,13 @@ def test_one_excluded_projection_of_one_layer_passes(tmp_path):
     look(checkpoint, write(tmp_path, tensors))
 
 
+def test_a_layer_short_of_a_caches_scale_is_named(tmp_path):
+    tensors = layers(5, BLOCK | {"self_attn.k_proj.output_scale": (1,)})
+    del tensors["model.layers.3.self_attn.k_proj.output_scale"]
+    with pytest.raises(ValueError, match="layers.3.self_attn.k_proj.output_scale is"):
+        look(ck.make_checkpoint("plain"), write(tmp_path, tensors))
+
+
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
 def test_a_model_short_of_its_ends_is_named(name, tmp_path):
     tensors = layers(5, BLOCK)

@@ -266,7 +266,10 @@ def test_fp8_kv_cache_of_excluded_layers():
     layer_config = config["global_quant_config"] | {"output_tensors": of_cache}
     config["kv_cache_quant_config"] = {"*k_proj": layer_config, "*v_proj": layer_config}
     config["export"] = config["export"] | {"kv_cache_group": ["*k_proj", "*v_proj"]}
-    quark = QuarkConfig.from_config(copy.deepcopy(config))
+    # What excluded layers have there.
+    config["kv_cache_quant_config"]["*v_proj"] = layer_config | {"weight": None}
+    QuarkConfig.from_config(config)
+    quark = QuarkConfig.from_config(config)
     assert quark.kv_cache_config["dtype"] == "fp8_e4m3"
     assert quark.int8.linear(names[0], None) is None
     for name in (checkpoint.prefix, "model.layers.1.self_attn.k_proj"):
@@ -324,6 +327,20 @@ def test_names_that_a_mapper_changes_by_an_expression():
     config.apply_vllm_mapper(mapper)
     assert config.int8.linear("model.layers.0.mlp.up_proj", None).static
     assert not config.int8.linear("model.layers.1.mlp.up_proj", None).static
+
+
+def test_names_of_experts_that_a_mapper_changes_by_an_expression():
+    checkpoint = ck.make_checkpoint("moe_per_expert")
+    below = checkpoint.prefix.removeprefix("model.")
+    checkpoint.config["exclude"] = [
+        f"gpt_neox.{below}.{e}.{p}_proj"
+        for e in range(ck.E)
+        for p in ("gate", "up", "down")
+    ]
+    config = ck.quark_config(checkpoint)
+    expression = re.compile(r"^gpt_neox\.(.+)")
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_regex={expression: r"model.\1"}))
+    assert config.int8.experts(checkpoint.prefix, ck.E, None) is None
 
 
 def test_names_of_a_module_that_a_prefix_ends_in():

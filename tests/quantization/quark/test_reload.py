@@ -404,7 +404,8 @@ def test_rank_of_two(some_pair, rank):
         pair.assert_like_a_fresh_load(model, pair.b.tensors)
 
 
-def test_fused_layers_of_a_models_own():
+@pytest.mark.parametrize("first", ["loaded", "dummy"])
+def test_fused_layers_of_a_models_own(first):
     """Rows of padding are made 0 once, before the first load."""
     checkpoint = ck.make_checkpoint("plain")
     model = Model(checkpoint)
@@ -438,8 +439,11 @@ def test_fused_layers_of_a_models_own():
 
     model._hand_over = hand_over
     x = torch.randn(5, ck.K).to(torch.bfloat16)
+    if first == "dummy":
+        model.load_dummy()
     for i, tensors in enumerate((draw(0.5), draw(0.25), draw(2.0))):
-        (model.reload if i else model.load)(tensors.items())
+        load = model.reload if i or first == "dummy" else model.load
+        load(tensors.items())
         weight = torch.cat([tensors[f"weight {name}"] for name, _ in shards])
         scale = torch.cat([tensors[f"weight_scale {name}"] for name, _ in shards])
         expected = ck.quantize(x, "token_sym") @ (weight * scale[:, None]).double().t()

@@ -40,6 +40,7 @@ _may_lie_beside = lru_cache(
         r"weight|bias|e_score_correction_bias|(weight|input)_(scale|zero_point)|(k|v|q|kv|output)_(scale|zero_point)"
     ).fullmatch
 )
+_OF_QUANTIZATION = re.compile(r"(weight|input)_(scale|zero_point)")
 _GPT_OSS = re.compile(r"(.*\.mlp)\.experts(?:\.\d+)?\.gate_up_proj")
 _BLOCK = re.compile(r"(.*?\.layers)\.(\d+)\.(.*)")
 _RESTORE = "restore config.json from the export"
@@ -287,7 +288,7 @@ def _is_of_groups(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
 
 def _find_gaps(contents: Contents) -> Iterator[Problem]:
     """Tensors that one decoder layer lacks and all layers like it have. Those of a
-    quantization do not count: a layer may be kept in high precision alone."""
+    layer's quantization do not count: one may be kept in high precision alone."""
     layers: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for module, kinds in contents.modules.items():
         # Experts are alike but for their number, and many.
@@ -295,7 +296,7 @@ def _find_gaps(contents: Contents) -> Iterator[Problem]:
             layers[name_match[1]][name_match[2]] |= {
                 name_match[3] + kind
                 for kind in kinds
-                if not kind.endswith(("_scale", "_zero_point"))
+                if not _OF_QUANTIZATION.fullmatch(kind)
             }
     for stack, by_number in layers.items():
         count = Counter(map(frozenset, by_number.values()))

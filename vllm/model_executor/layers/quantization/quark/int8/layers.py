@@ -102,7 +102,7 @@ class Int8Layers:
     def expect(self, contents: Any) -> None:
         """Take what the checkpoint's files hold (`checkpoint.Contents`, or None)."""
         if contents is not None:
-            self.names.in_files = tuple(contents.modules)
+            self.names.expect(contents.modules)
             self._unclaimed = set(contents.int8_modules())
             matches = {m: _ROUTER.fullmatch(m) for m in self._unclaimed}
             self._routers = {

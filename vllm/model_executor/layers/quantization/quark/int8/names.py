@@ -17,6 +17,7 @@ import regex as re
 
 # What a WeightsMapper has that is no plain text.
 _ONE_WAY = ("orig_to_new_regex", "orig_to_new_renaming")
+_DOT = re.compile(r"\.")
 
 
 @lru_cache(maxsize=4096)
@@ -61,7 +62,7 @@ class Names:
         # Models' WeightsMappers, from checkpoint names to vLLM's.
         self.mappers: list[Any] = []
         # Modules of the checkpoint's files, as far as they are known.
-        self.in_files: Collection[str] = ()
+        self._in_files: Collection[str] = ()
         # By the number of a mapper, what `_mapped` has.
         self._by_vllm_name: dict[int, dict[str, set[str]]] = {}
         # Exact names are many, one for each expert at worst; patterns are few.
@@ -91,14 +92,23 @@ class Names:
                         spellings.add(new.replace(to, old))
         return both_prefixes(spellings)
 
+    def expect(self, modules: Collection[str]) -> None:
+        """Take the modules of the checkpoint's files."""
+        self._in_files = tuple(modules)
+        self._by_vllm_name.clear()
+
     def _mapped(self, index: int) -> dict[str, set[str]]:
         """Names of the checkpoint by what a mapper makes of them: its expressions
         cannot be read backwards."""
         if index not in self._by_vllm_name:
             mapped = self._by_vllm_name[index] = defaultdict(set)
-            for name in {*self._exact, *self.configs, *self.in_files}:
-                for new in self.mappers[index].apply_list([name]):
-                    mapped[new].add(name)
+            names = {*self._exact, *self.configs, *self._in_files}
+            # vLLM names the modules above them, too: all experts of a layer.
+            above = {name[: m.start()] for name in names for m in _DOT.finditer(name)}
+            for name in names | above:
+                # An expression may be of weights.
+                for new in self.mappers[index].apply_list([name, f"{name}.weight"]):
+                    mapped[new.removesuffix(".weight")].add(name)
         return self._by_vllm_name[index]
 
     def touching(self, names: Collection[str]) -> list[str]:

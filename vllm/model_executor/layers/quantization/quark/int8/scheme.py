@@ -3,6 +3,7 @@
 """INT8 W8A8 schemes of AMD Quark: parsing, refusals, and the schemes that kernels
 serve instead."""
 
+import copy
 import fnmatch
 import json
 from collections import defaultdict
@@ -100,8 +101,9 @@ def complete_config(quant_config: dict[str, Any]) -> dict[str, Any]:
     groups, by_name = result["export"]["kv_cache_group"], result["layer_quant_config"]
     if groups and not any(fnmatch.fnmatchcase(n, g) for n in by_name for g in groups):
         # Quark lists them apart where no layer of the KV cache is quantized.
-        of_cache = quant_config.get("kv_cache_quant_config")
-        result["layer_quant_config"] = by_name | (of_cache or {})
+        of_cache = quant_config.get("kv_cache_quant_config") or {}
+        of_cache = copy.deepcopy(_checked("kv_cache_quant_config", of_cache, dict))
+        result["layer_quant_config"] = by_name | of_cache
     result["global_quant_config"] = _unwrapped(result["global_quant_config"])
     for key in ("layer_quant_config", "layer_type_quant_config"):
         result[key] = {n: _unwrapped(config) for n, config in result[key].items()}

@@ -463,7 +463,7 @@ def finish_linear(scheme: Any, layer: torch.nn.Module) -> None:
         return _linear_where(layer, sum(start <= at[0] for start in starts) - 1)
 
     if not _loads_as_vllm(layer):
-        _fill_padding(layer, scale, weight)
+        _fill_padding(layer, scale, weight, any_came)
     _check_scale(layer, "weight_scale", scale, weight, shard_at, any_came)
     if is_static:
         scale = layer.input_scale.data
@@ -473,22 +473,23 @@ def finish_linear(scheme: Any, layer: torch.nn.Module) -> None:
 
 
 def _fill_padding(
-    layer: torch.nn.Module, scale: torch.Tensor, weight: torch.Tensor
+    layer: torch.nn.Module, scale: torch.Tensor, weight: torch.Tensor, any_came: bool
 ) -> None:
     """Give a scale of 1 to rows of a model's own fused layer that are padding: no
     scale came for them, and the model made their weights 0. A reload finds them by
-    the first load, since models do it once.
+    the first load, since models do it once; after dummy weights, which fill them, any
+    row may be one.
 
     scale: [N, 1] or [N], float32; weight: [N, K]; for one scale per matrix N counts
-    shards.
+    shards. any_came: by loaders, not as dummy weights.
     """
-    unfilled = scale.view(torch.int32).flatten() == _UNFILLED
-    if _find_reload(layer):
-        padding = layer.int8_padding.to(scale.device)
-    else:
-        padding = weight.eq(0).all(-1)
-        layer.int8_padding = (padding & unfilled).cpu()
-    scale.view(-1)[padding & unfilled] = 1
+    padding = scale.view(torch.int32).flatten() == _UNFILLED
+    if not _find_reload(layer):
+        padding &= weight.eq(0).all(-1)
+        layer.int8_padding = padding.cpu() if any_came else None
+    elif layer.int8_padding is not None:
+        padding &= layer.int8_padding.to(scale.device)
+    scale.view(-1)[padding] = 1
 
 
 # Experts

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import functools
 import importlib.metadata
+import io
 import json
 import os
 import shlex
@@ -26,6 +27,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from vllm_quark import CACHE
+from vllm_quark.arguments import read_folder
 from vllm_quark.commits import format_patch as write_mails
 from vllm_quark.configs import write_configs
 from vllm_quark.convert.command import convert
@@ -87,18 +89,11 @@ STYLE = {
 DIFF_STYLE = {"diff ": "bold", "--- ": "bold", "+++ ": "bold", "@@ ": "cyan", "+": "green", "-": "red"}
 
 
-def _read_folder(text: str) -> Path:
-    """A folder's path; an empty variable of a script must not stand for the current folder."""
-    if not text.strip():
-        raise typer.BadParameter(f"'{text}' names no folder")
-    return Path(text)
-
-
 TreeArgument = Annotated[
     Path | None,
     typer.Argument(
         metavar="[TREE]",
-        parser=_read_folder,
+        parser=read_folder,
         help="site-packages, source checkout or unpacked sdist; default: installed vLLM",
     ),
 ]
@@ -113,7 +108,7 @@ With = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 # Problems with the same way out are many at times; JSON has them all.
 FEW = 10
-OutFolder = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", parser=_read_folder, help="folder to write")]
+OutFolder = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", parser=read_folder, help="folder to write")]
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -315,9 +310,7 @@ def diff_command(tree: TreeArgument = None, only: Only = None, until: Until = No
 def format_patch(
     tree: Annotated[
         Path,
-        typer.Argument(
-            metavar="TREE", parser=_read_folder, help="the source tree of vLLM that will receive the series"
-        ),
+        typer.Argument(metavar="TREE", parser=read_folder, help="the source tree of vLLM that will receive the series"),
     ],
     out: OutFolder,
     only: Only = None,
@@ -510,6 +503,9 @@ app.command("verify")(_guard(verify))
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Whatever the locale: names may have any letter.
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()
 
 

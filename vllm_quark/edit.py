@@ -26,6 +26,7 @@ from vllm_quark.imports import add_import
 from vllm_quark.patches import FileEdit, PatchError, QuarkError, Rewrite
 
 TIME_LIMIT = 60
+_WAY_OUT = "bring it back to what vLLM has there, or leave this patch out (--only with the others)"
 """Seconds that ast-grep may take for one file; it takes a tenth of one for vLLM's longest."""
 
 
@@ -237,7 +238,7 @@ def edit(source: str, rules: FileEdit) -> Edited:
         rewrite_matches = matches.get(f"rewrite-{i}", [])
         if len(rewrite_matches) != 1:
             problem = "not found" if not rewrite_matches else f"found {len(rewrite_matches)} times"
-            return Edited(Outcome.CONFLICT, source, f"{rules.file}: {rewrite.anchor}: {problem}")
+            return Edited(Outcome.CONFLICT, source, f"{rules.file}: {rewrite.anchor}: {problem}: {_WAY_OUT}")
         if rewrite.fix is None:
             changes.append(_lines_at(raw, tree, rewrite_matches[0]["range"]["byteOffset"], rewrite))
             continue

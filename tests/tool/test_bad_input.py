@@ -54,6 +54,11 @@ def test_conflict_names_file_and_anchor(home, tree):
     assert snapshot(tree) == before
     result = cli(home, "status", tree)
     assert result.returncode == 1 and "conflict" in result.stdout and "run, comparison" in result.stdout
+    way_out = "bring it back to what vLLM has there, or leave this patch out (--only with the others)"
+    one_line(cli(home, "apply", tree), way_out)
+    assert cli(home, "apply", tree, "--only", "1,3").returncode == 0
+    beta.write_text(beta.read_text().replace("x >= 1", "x > 1"))
+    assert cli(home, "apply", tree).returncode == 0 and "x > 2" in beta.read_text()
 
 
 def test_file_in_the_way(home, tree):
@@ -244,7 +249,16 @@ def test_a_choice_of_nothing_is_not_all(home, tree, words):
 def test_an_empty_folder_name_is_not_the_current_one(home, tree):
     """An empty variable of a script: `configs -o "$OUT"`."""
     before, at_home = snapshot(tree), snapshot(home)
-    for words in (["apply", ""], ["format-patch", "", "-o", "x"], ["configs", "-o", ""], ["shadow", "-o", " "]):
+    to = ("--to", "stacked")
+    for words in (
+        ["apply", ""],
+        ["format-patch", "", "-o", "x"],
+        ["configs", "-o", ""],
+        ["shadow", "-o", " "],
+        ["convert", "", "-o", "x", *to],
+        ["convert", ".", "-o", "", *to],
+        ["verify", ""],
+    ):
         result = cli(home, *words, cwd=tree)
         assert result.returncode == 2 and "names no folder" in result.stderr, (words, result.stdout, result.stderr)
     assert snapshot(tree) == before and snapshot(home) == at_home

@@ -539,6 +539,54 @@ def test_experts_that_are_not_there(tmp_path):
     problem(ckpt.write(tmp_path / "ckpt"), "model.layers.1.mlp.experts.1.gate_proj.weight is not in", of=4)
 
 
+@pytest.mark.parametrize("key", ["num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_fewer_experts_than_the_config_says(tmp_path, key, nested):
+    ckpt = Checkpoint()
+    ckpt.config |= {"text_config": {key: EXPERTS + 1}} if nested else {key: EXPERTS + 1}
+    missing = f"model.layers.0.mlp.experts.{EXPERTS}.up_proj.weight is not in the checkpoint"
+    problem(ckpt.write(tmp_path / "ckpt"), missing, f"there are {EXPERTS + 1} experts ({key})", of=6)
+    for count in (EXPERTS, [EXPERTS + 1] * 2, None):
+        ckpt.config |= {"text_config": {key: count}} if nested else {key: count}
+        sound(ckpt.write(tmp_path / "ckpt"))
+
+
+def test_a_layer_that_is_not_there(tmp_path):
+    """What vLLM says of headers: tests/quantization/quark/test_int8_checkpoint.py."""
+    ckpt = Checkpoint()
+    norms = {f"model.layers.{i}.input_layernorm.weight": bf16(K) for i in range(2, 6)}
+    ckpt.tensors.update(norms)
+    ckpt.config["num_hidden_layers"] = 7
+    problem(ckpt.write(tmp_path / "ckpt"), "model.layers.6 is not in the checkpoint", "there are 7 (num_hidden_layers)")
+    ckpt.config["num_hidden_layers"] = 6
+    sound(ckpt.write(tmp_path / "ckpt"))
+
+
+def test_a_head_that_is_not_there(tmp_path):
+    ckpt = Checkpoint()
+    del ckpt.tensors["lm_head.weight"]
+    sound(ckpt.write(tmp_path / "ckpt"))
+    ckpt.config["tie_word_embeddings"] = False
+    problem(ckpt.write(tmp_path / "ckpt"), "lm_head.weight is not in the checkpoint", "tie_word_embeddings")
+
+
+def test_int8_experts_without_modules(tmp_path):
+    ckpt = Checkpoint(stacked=True)
+    name = "model.layers.0.mlp2.experts.gate_up_proj"
+    ckpt.tensors[name] = "I8", np.ones((EXPERTS, 32, 16), np.int8)
+    problem(ckpt.write(tmp_path / "ckpt"), f"{name} (model.safetensors) is int8, but has no scale beside it")
+    ckpt.tensors[f"{name}_scale"] = f32(1)
+    assert any(line.startswith(f"note: {name} is no module's weight") for line in sound(ckpt.write(tmp_path / "ckpt")))
+
+
+def test_a_scale_that_was_left_in_exclude(tmp_path):
+    ckpt = Checkpoint()
+    for i in range(2):
+        ckpt.tensors[f"model.layers.{i}.mlp.gate.weight_scale"] = f32(1)
+    (note,) = (line for line in sound(ckpt.write(tmp_path / "ckpt")) if line.startswith("note: "))
+    assert note.startswith("note: model.layers.0.mlp.gate.weight_scale (and 1 more) lies beside"), note
+
+
 @pytest.mark.parametrize(
     "stacked, present, missing", [(True, "up", "down"), (True, "gate", "up"), (False, "gate", "up")]
 )
@@ -954,6 +1002,17 @@ def test_names_that_are_no_text(tmp_path):
     result = cli(ROOT, "check", ckpt.write(tmp_path / "ckpt"))
     assert result.returncode == 1 and not result.stderr
     assert any("o_proj.\\ud800\\n\\x1b[31m (model.safetensors) lies beside" in x for x in result.stdout.splitlines())
+
+
+def test_any_locale(tmp_path):
+    ckpt = Checkpoint()
+    ckpt.quant["exclude"].append("model.é")
+    folder = ckpt.write(tmp_path / "ckpt-ß")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "vllm_quark", "check", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    assert "ckpt-\\xdf: " in result.stdout and "model.\\xe9" in result.stdout
 
 
 # The hub.

@@ -440,6 +440,18 @@ def test_folders_beside_the_weights(tmp_path):
         assert entries == texts
 
 
+def test_links_to_folders_above_are_not_followed(tmp_path):
+    folder = as_step(Checkpoint()).write(tmp_path / "ckpt")
+    (folder / "code").mkdir()
+    (folder / "code/model.py").write_text("x = 1\n")
+    for name, target in {"a": ".", "b": ".", "up": ".."}.items():
+        (folder / "code" / name).symlink_to(target)
+    (folder / "linked").symlink_to("code")
+    out = convert(folder, tmp_path / "out", "stacked")
+    assert {p.relative_to(out).as_posix() for p in out.rglob("*.py")} == {"code/model.py", "linked/model.py"}
+    assert not (out / "code/a").exists()
+
+
 def test_help_has_an_example():
     result = cli(ROOT, "convert", "--help")
     assert result.returncode == 0 and "vllm-quark convert Step-3.5-Flash-INT8 -o" in result.stdout

@@ -46,7 +46,7 @@ def test_absent_where_needs_is_missing():
 def test_conflict_names_file_and_anchor(source, how):
     result = edit(source, rules(OLD))
     assert result.outcome is Outcome.CONFLICT and result.text == source
-    assert result.detail == f"vllm/a.py: anchor 0: {how}"
+    assert result.detail.startswith(f"vllm/a.py: anchor 0: {how}: bring it back to what vLLM has there, or leave")
 
 
 def test_rewrites_see_the_unedited_text():
@@ -228,7 +228,8 @@ def test_at_is_the_rule_the_needs_and_the_words(place):
     assert edit(edited.text, rules).outcome is Outcome.PRESENT
     assert edit(elsewhere, rules).outcome is Outcome.ABSENT
     edited = edit(PLACES[place].replace("old(", "older("), rules)
-    assert (edited.outcome, edited.detail) == (Outcome.CONFLICT, f"vllm/a.py: {place}, the call: not found")
+    assert edited.outcome is Outcome.CONFLICT
+    assert edited.detail.startswith(f"vllm/a.py: {place}, the call: not found: ")
     assert FileEdit(**rules.model_dump()) == rules, "nothing is lost where the package has another name"
 
 
@@ -238,7 +239,7 @@ def test_at_alone_is_the_definition():
     )
     edited = edit(PLACES["A.g"], rules)
     assert edited.text == "class A:\n    def g(self):\n        first()\n        return old(self)\n"
-    assert edit("class A:\n    pass\n", rules).detail == "vllm/a.py: A.g: not found"
+    assert edit("class A:\n    pass\n", rules).detail.startswith("vllm/a.py: A.g: not found: ")
 
 
 @pytest.mark.parametrize("directly", [True, False])

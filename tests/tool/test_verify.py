@@ -163,6 +163,15 @@ def test_right(series, tmp_path):
         assert (status[QKV], status["model.layers.0.mlp.experts"]) == served[activation], report["layers"]
 
 
+def test_a_method_in_capitals(series, tmp_path):
+    """As vLLM takes it."""
+    ckpt = write(tmp_path / "ckpt")
+    path = ckpt / "config.json"
+    path.write_text(path.read_text().replace('"quark"', '"QUARK"'))
+    result = run(series, "-m", "vllm_quark", "verify", ckpt, "--layers", "1")
+    assert result.returncode == 0 and "right: 1 of the" in result.stdout, (result.stdout, result.stderr)
+
+
 def test_stock_runs_excluded_layers_as_int8(tmp_path):
     """0.21.0's Step3p5ForCausalLM has no packed_modules_mapping; the page says which layers are off."""
     folder = ROOT / "build/ckpts/quark"

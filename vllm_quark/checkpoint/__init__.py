@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_quark.checkpoint.entries import Entries
-from vllm_quark.checkpoint.files import MEND, NoCheckpointError, find_quant_config, read_folder, read_hub
+from vllm_quark.checkpoint.files import (
+    MEND,
+    NoCheckpointError,
+    count_experts,
+    find_quant_config,
+    read_folder,
+    read_hub,
+)
 from vllm_quark.checkpoint.modules import Modules
 from vllm_quark.checkpoint.parts import judge_parts
 from vllm_quark.checkpoint.report import Finding, Report
@@ -70,14 +77,14 @@ def read_checkpoint(name: str) -> Checkpoint:
     quant_config = find_quant_config(config, contents, report)
     if quant_config is None:
         return Checkpoint(name, config, None, None, report)
-    modules, wanted = Modules(Entries(quant_config), contents), list[Wanted]()
+    modules, wanted = Modules(Entries(quant_config), contents, count_experts(config)), list[Wanted]()
 
     def note(findings: Iterable[Finding]) -> None:
         for finding in findings:
             modules.judged.add(finding.tensor)
             report.problems.append(finding)
 
-    note(modules.sort())
+    note(modules.sort(report.notes))
     note(modules.judge_floats(report.notes))
     note(judge_parts(modules))
     note(judge_scale_headers(modules, wanted))

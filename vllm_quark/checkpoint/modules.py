@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_quark.checkpoint.entries import FUSED, Entries, experts_of, is_expert
 from vllm_quark.checkpoint.int8 import headers, scheme
-from vllm_quark.checkpoint.report import AGAIN, ALIKE, RESTORE, Finding
+from vllm_quark.checkpoint.report import AGAIN, ALIKE, INCOMPLETE, RESTORE, Finding
 from vllm_quark.checkpoint.values import FLOATS
 
 EXCLUDE = "add its layer to `exclude` in config.json, or export it again"
@@ -46,11 +46,13 @@ class Modules:
 
     int8: they are INT8, with their Int8Scheme or Refusal. floats: they are not, and ought to be, with their weights.
     others: they are not, and why. judged: tensors that something is wrong with.
+    expert_count: experts of a layer by config.json, and its key for them.
     """
 
-    def __init__(self, entries: Entries, contents: Any) -> None:
+    def __init__(self, entries: Entries, contents: Any, expert_count: tuple[str, int] | None = None) -> None:
         self.entries = entries
         self.contents = contents
+        self.expert_count = expert_count
         self.int8: dict[str, Any] = {}
         self.floats: dict[str, Any] = {}
         self.others: dict[str, str] = {}
@@ -58,6 +60,7 @@ class Modules:
         self.schemes: Counter[str] = Counter()
         self.excluded = 0
         self._refused: dict[Refusal, list[str]] = defaultdict(list)
+        self._with_scale: list[str] = []  # in `exclude`, of floats
         self._layers: dict[str, str | None] = {}
 
     def weight(self, module: str) -> Any:
@@ -79,11 +82,17 @@ class Modules:
             self._layers[module] = layer
         return self._layers[module]
 
-    def sort(self) -> Iterator[Finding]:
-        """Sort all modules. What vLLM finds wrong in headers, and schemes that no kernel runs."""
+    def sort(self, notes: list[str]) -> Iterator[Finding]:
+        """Sort all modules. What vLLM finds wrong in headers, and schemes that no kernel runs.
+
+        What some models stop over goes into `notes`.
+        """
         for p in headers.find_problems(self.contents, self.entries):
             self.judged.add(p.tensor)
             yield Finding.of_tensor(p.tensor, p.file, p.reason, p.way_out)
+        if self.contents.lacks_head():
+            reason = "is not in the checkpoint, but config.json says that it is not the embedding"
+            yield Finding.of_tensor("lm_head.weight", "", f"{reason} (tie_word_embeddings)", INCOMPLETE)
         parsed: dict[int, Any] = {}
         for module, kinds in self.contents.modules.items():
             weight = kinds.get("weight")
@@ -110,12 +119,21 @@ class Modules:
             few = ", ".join(more[:3]) + (", …" if more[3:] else "")
             also = f", and so have {len(more)} more ({few})" if more else ""
             yield Finding.of_layer(first, f"has a scheme that no kernel runs{also}: {refusal.reason}", refusal.way_out)
+        if self._with_scale:
+            first, count = self._with_scale[0], len(self._with_scale)
+            also = f" (and {count - 1} more)" if count > 1 else ""
+            notes.append(
+                f"{first}.weight_scale{also} lies beside an unquantized weight in `exclude`, and not every model skips "
+                "it: if vLLM stops with a KeyError, take it out of the files"
+            )
 
     def _sort_other(self, module: str, weight: Any, is_excluded: bool, config: Any) -> tuple[()] | tuple[str, str]:
         """Sort a module that is not INT8 in both config and files; reason and way out where that is wrong."""
         if is_excluded:
             self.excluded += 1
             self.others[module] = "in `exclude`"
+            if weight.dtype in FLOATS and "weight_scale" in self.contents.modules[module]:
+                self._with_scale.append(module)
             return ("is int8, but its layer is in `exclude`", RESTORE) if weight.dtype == "I8" else ()
         if scheme.is_int8(config):
             if weight.dtype not in FLOATS:
@@ -144,6 +162,7 @@ class Modules:
         layers = {self.layer_of(module) for module in self.int8} - {None}
         excluded = {self.layer_of(module) for module in self.others} - {None}
         noted: Counter[str] = Counter()
+        noted_stacks: list[str] = []
         for module, weight in self.floats.items():
             layer, last = self.layer_of(module), module.rpartition(".")[2]
             reason = f"is {weight.dtype}, but config.json says int8, and"
@@ -159,12 +178,21 @@ class Modules:
                 noted[f"{weight.dtype} {last}"] += 1
         for module, kinds in self.contents.modules.items():
             # Parameters of all experts, without modules of their own.
-            for entry in kinds.values() if module.endswith(".experts") else ():
+            for kind, entry in kinds.items() if module.endswith(".experts") else ():
                 if len(entry.shape) == 3 and entry.dtype in FLOATS:
                     is_excluded, config = self.entries.look_up(entry.name, is_stacked=True)
-                    if not is_excluded and scheme.is_int8(config):
+                    if not is_excluded and scheme.is_int8(config) and "scale" not in kind:
                         reason = f"is {entry.dtype}, but config.json says int8, and experts are what it says"
                         yield Finding.of_tensor(entry.name, entry.file, reason, EXCLUDE)
+                elif len(entry.shape) == 3 and entry.dtype == "I8" and kind != "weight":
+                    if any(other.startswith(kind) and other.endswith("scale") for other in kinds):
+                        noted_stacks.append(entry.name)
+                    else:
+                        yield Finding.of_tensor(
+                            entry.name, entry.file, "is int8, but has no scale beside it", INCOMPLETE
+                        )
+        if noted_stacks:
+            notes.append(f"{noted_stacks[0]} is no module's weight, as AMD Quark writes one: it was not judged")
         if noted:
             summary = ", ".join(f"{kind} ({count})" for kind, count in noted.most_common())
             notes.append(

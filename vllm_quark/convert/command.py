@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from vllm_quark.arguments import read_folder
+
 
 class Layout(str, enum.Enum):
     COMPRESSED_TENSORS = "compressed-tensors"
@@ -18,8 +20,13 @@ class Layout(str, enum.Enum):
 
 
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="a checkpoint's folder")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="folder to write, which does not exist yet")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", parser=read_folder, help="a checkpoint's folder")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--out", metavar="DIR", parser=read_folder, help="folder to write, which does not exist yet"
+        ),
+    ],
     to: Annotated[Layout, typer.Option("--to", help="layout to write")],
     per_token: Annotated[
         bool,

@@ -171,17 +171,25 @@ def _copy(tensors: list[Tensor], file: BinaryIO) -> Iterator[int]:
                     yield size * piece.times
 
 
-def _find_beside(folder: Path) -> list[Path]:
+def _find_beside(folder: Path, above: frozenset[str] = frozenset()) -> list[Path]:
     """Files beside a checkpoint's weights, those in folders, too: chat templates, code.
 
-    Folders that hold weights are other checkpoints, hidden ones are those of git and of downloads.
+    Folders that hold weights are other checkpoints, hidden ones are those of git and of downloads. above: real paths
+    of the folders that hold this one; a link to one of them is not followed.
     """
-    others = []
+    others, above = [], above | {os.path.realpath(folder)}
+
+    def is_above(path: Path) -> bool:
+        return os.path.realpath(path) in above
+
+    def holds_weights(path: Path) -> bool:
+        return any(p.name.endswith(OTHERS) for p in path.iterdir())
+
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.name.endswith(OTHERS):
             others.append(path)
-        elif path.is_dir() and path.name[0] != "." and not any(p.name.endswith(OTHERS) for p in path.iterdir()):
-            others += [p for p in _find_beside(path) if p.name[0] != "."]
+        elif path.is_dir() and path.name[0] != "." and not (is_above(path) or holds_weights(path)):
+            others += [p for p in _find_beside(path, above) if p.name[0] != "."]
     return others
 
 

@@ -39,9 +39,9 @@ class Builder:
         """
         from vllm.model_executor.layers.quantization import get_quantization_config
 
-        self.quant_config = get_quantization_config(quant_config["quant_method"]).from_config(
-            copy.deepcopy(quant_config)
-        )
+        # vLLM takes it in any case.
+        method = quant_config["quant_method"].lower()
+        self.quant_config = get_quantization_config(method).from_config(copy.deepcopy(quant_config))
         model = _find_model((config.get("architectures") or [""])[0])
         self._mapper = getattr(model, "hf_to_vllm_mapper", None)
         for name in ("get_rename_mapper", "get_unstacked_mapper"):

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vllm_quark.arguments import read_folder
 from vllm_quark.patches import QuarkError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ ISSUE = "where we have no such machine (MI300X, MI350) the report helps us: .git
 
 
 def verify(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="a checkpoint's folder")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", parser=read_folder, help="a checkpoint's folder")],
     layers: Annotated[
         str, typer.Option("--layers", metavar="N|all", help="number of layers; each kind of layer comes first")
     ] = "12",

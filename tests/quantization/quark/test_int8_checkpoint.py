@@ -309,6 +309,66 @@ def test_a_layer_short_of_a_tensor_is_named(tmp_path):
         look(ck.make_checkpoint("plain"), write(tmp_path, tensors))
 
 
+def test_a_layer_without_attention_is_named(tmp_path):
+    """Several modules below one name; of a model whose layers may do without, none."""
+    attention = {f"self_attn.{p}_proj.weight": (4, 4) for p in "qkvo"}
+    tensors = layers(5, BLOCK | attention)
+    for name in [n for n in tensors if ".3.self_attn." in n]:
+        del tensors[name]
+    folder = write(tmp_path, tensors)
+    with pytest.raises(ValueError, match="layers.3.self_attn.k_proj.weight is not in"):
+        look(ck.make_checkpoint("plain"), folder)
+    (tmp_path / "config.json").write_text(json.dumps({"block_configs": [{}]}))
+    look(ck.make_checkpoint("plain"), folder)
+
+
+@pytest.mark.parametrize("missing", [1, 3])
+def test_a_missing_layer_is_named(missing, tmp_path):
+    tensors = layers(5, BLOCK)
+    for name in [n for n in tensors if f".layers.{missing}." in n]:
+        del tensors[name]
+    with pytest.raises(ValueError, match=f"model.layers.{missing} is not in the check"):
+        look(ck.make_checkpoint("plain"), write(tmp_path, tensors))
+
+
+COUNTS = [
+    ({"num_hidden_layers": 7}, "model.layers.5 is not .* there are 7"),
+    ({"text_config": {"num_hidden_layers": 6}}, "model.layers.5 is not .* are 6"),
+    ({"num_hidden_layers": 5}, ""),
+    ({"num_hidden_layers": 4}, ""),  # the last one is for MTP
+    ({"num_hidden_layers": None}, ""),
+    # LongCat's have two attentions each.
+    ({"num_hidden_layers": 10, "num_layers": 5}, ""),
+    ({"num_hidden_layers": 7, "block_configs": [{}]}, ""),
+]
+
+
+@pytest.mark.parametrize("config, named", COUNTS)
+def test_missing_last_layers_are_named(config, named, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    folder = write(tmp_path, layers(5, BLOCK))
+    if named:
+        with pytest.raises(ValueError, match=named):
+            look(ck.make_checkpoint("plain"), folder)
+    else:
+        look(ck.make_checkpoint("plain"), folder)
+
+
+@pytest.mark.parametrize("other", ["model.vision_tower.layers", "model.mtp.layers"])
+def test_layers_of_several_models_are_not_counted(other, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 9}))
+    tensors = layers(5, BLOCK)
+    tensors[f"{other}.0.norm.weight"] = torch.ones(4)
+    look(ck.make_checkpoint("plain"), write(tmp_path, tensors))
+
+
+def test_layers_of_a_draft_have_its_models_numbers(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 61}))
+    tensors = layers(3, BLOCK)
+    draft = {n.replace(".layers.", ".layers.6"): t for n, t in tensors.items()}
+    look(ck.make_checkpoint("plain"), write(tmp_path, draft))
+
+
 def test_one_excluded_projection_of_one_layer_passes(tmp_path):
     """As people keep the most sensitive ones in high precision."""
     scaled = {"mlp.down_proj.weight": (4, 4), "mlp.down_proj.weight_scale": (4,)}

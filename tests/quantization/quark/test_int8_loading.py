@@ -5,9 +5,12 @@ the name of the layer, shard or expert; shards of all kinds are filled."""
 
 import importlib
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from vllm.config import get_current_vllm_config
 
 from . import checkpoints as ck
 from .utils import FusedShards, shard
@@ -197,6 +200,125 @@ def test_dummy_weights_are_not_checked(kind):
         if param.is_floating_point():
             param.data.uniform_(-1e-3, 1e-3)
     ck.finish(layer)
+
+
+def make_unquantized(
+    kind: str, prefix: str = ""
+) -> tuple[ck.Checkpoint, torch.nn.Module]:
+    """A checkpoint whose linear layer is in `exclude`, and the layer, not loaded."""
+    checkpoint, _, _ = make_case(kind)
+    for name in list(checkpoint.tensors):
+        if name.endswith("_scale"):
+            del checkpoint.tensors[name]
+        else:
+            checkpoint.tensors[name] = checkpoint.tensors[name].bfloat16()
+    checkpoint.prefix = prefix or checkpoint.prefix
+    checkpoint.config["exclude"] = ["*"]
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(ck.DEVICE):
+        return checkpoint, ck.build(checkpoint)
+
+
+@pytest.mark.parametrize("kind", ck.LINEAR)
+def test_unquantized_layers_without_their_tensors_are_named(kind):
+    """vLLM does not look, and torch.empty's numbers would be served."""
+    checkpoint, layer = make_unquantized(kind)
+    *others, _ = checkpoint.tensors.items()
+    ck.load(layer, others)
+    with pytest.raises(ValueError, match=f"{checkpoint.prefix}: weight is not in"):
+        ck.finish(layer)
+
+
+@pytest.mark.parametrize("kind", ck.LINEAR)
+def test_unquantized_layers_with_their_tensors_pass(kind):
+    checkpoint, layer = make_unquantized(kind)
+    ck.load(layer, checkpoint.tensors.items())
+    assert layer.weight.isfinite().all()
+    ck.finish(layer)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("kind", ck.LINEAR)
+def test_each_rank_sees_unquantized_layers_without_their_tensors(kind, size):
+    for rank in range(size):
+        with shard(rank, size):
+            checkpoint, layer = make_unquantized(kind)
+            *others, last = checkpoint.tensors.items()
+            ck.load(layer, others)
+            assert layer.weight.isnan().any()
+            ck.load(layer, [last])
+            assert layer.weight.isfinite().all()
+            ck.finish(layer)
+
+
+def test_unquantized_layers_of_dummy_weights_and_towers_pass():
+    """A tower may be absent where it is not used."""
+    _, layer = make_unquantized("plain")
+    layer.weight.data.uniform_(-1e-3, 1e-3)
+    ck.finish(layer)
+    _, layer = make_unquantized("plain", prefix="visual.blocks.0.up_proj")
+    ck.finish(layer)
+
+
+@pytest.fixture
+def shares_kv_cache(monkeypatch):
+    """All layers take keys and values of others, as Gemma 3n's last ones."""
+    counts = SimpleNamespace(num_hidden_layers=99999, num_kv_shared_layers=99999)
+    model_config = SimpleNamespace(hf_text_config=counts)
+    monkeypatch.setattr(get_current_vllm_config(), "model_config", model_config)
+    return counts
+
+
+def drop_keys_and_values(checkpoint: ck.Checkpoint) -> None:
+    for name in [n for n in checkpoint.tensors if ".k_proj" in n or ".v_proj" in n]:
+        del checkpoint.tensors[name]
+
+
+@pytest.mark.parametrize("activation", ["token_sym", "static_sym", "static_asym"])
+@pytest.mark.parametrize("weight", ck.WEIGHTS)
+def test_layers_that_share_a_cache_need_no_keys(weight, activation, shares_kv_cache):
+    checkpoint, x, routes = make_case("qkv", activation, weight)
+    stem = checkpoint.prefix.removesuffix("qkv_proj")
+    expected = ck.reference(checkpoint, x, routes)[:, :128]
+    drop_keys_and_values(checkpoint)
+    # As Quark writes what it does not quantize: modules that there are.
+    scheme = checkpoint.config["global_quant_config"]
+    checkpoint.config["layer_quant_config"] = {f"{stem}q_proj": scheme}
+    checkpoint.config["global_quant_config"] = {"weight": None, "input_tensors": None}
+    out = ck.serve(checkpoint, x, routes)
+    assert ck.is_right(out[:, :128], expected), ck.deviation(out[:, :128], expected)
+    assert not out[:, 128:].any()
+    shares_kv_cache.num_kv_shared_layers = 0
+    checkpoint.config["layer_quant_config"] = {f"{stem}*": scheme}
+    with pytest.raises(ValueError, match="shard k: weight is not in"):
+        ck.serve(checkpoint, x, routes)
+
+
+@pytest.mark.parametrize("last", ["weight", "weight_scale"])
+def test_layers_that_share_a_cache_have_all_of_a_shard(last, shares_kv_cache):
+    checkpoint, x, routes = make_case("qkv")
+    del checkpoint.tensors[find_name(checkpoint, f"v_proj.{last}")]
+    with pytest.raises(ValueError, match=f"shard v: {last} is not in"):
+        ck.serve(checkpoint, x, routes, files=False)
+
+
+def test_unquantized_layers_that_share_a_cache_need_no_keys(shares_kv_cache):
+    checkpoint, layer = make_unquantized("qkv")
+    drop_keys_and_values(checkpoint)
+    ck.load(layer, checkpoint.tensors.items())
+    ck.finish(layer)
+    _, layer = make_unquantized("qkv")
+    with pytest.raises(ValueError, match="qkv_proj: weight is not in"):
+        ck.finish(layer)
+
+
+def test_experts_that_an_all2all_backend_pads_are_refused():
+    checkpoint, _, _ = make_case("moe_per_expert")
+    layer = ck.build(checkpoint)
+    layer.moe_config.hidden_dim_unpadded = ck.K - 16
+    int8 = importlib.import_module(ck.INT8)
+    with pytest.raises(ValueError, match="rounds the hidden size .*--all2all-backend"):
+        int8.prepare_experts(layer)
 
 
 @pytest.mark.parametrize("size", [2, 4])

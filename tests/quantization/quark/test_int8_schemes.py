@@ -329,6 +329,31 @@ def test_names_that_a_mapper_changes_by_an_expression():
     assert not config.int8.linear("model.layers.1.mlp.up_proj", None).static
 
 
+def test_names_that_two_mappers_change():
+    """The wrapper's changes a prefix, the model's in it applies an expression."""
+    checkpoint = ck.make_checkpoint("plain")
+    checkpoint.config["exclude"] = ["gpt_neox.layers.0.mlp.up_proj"]
+    config = ck.quark_config(checkpoint)
+    expression = re.compile(r"^gpt_neox\.(.+)")
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "text."}))
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_regex={expression: r"model.\1"}))
+    assert config.int8.linear("text.layers.0.mlp.up_proj", None) is None
+    assert config.int8.linear("text.layers.1.mlp.up_proj", None) is not None
+
+
+@pytest.mark.parametrize("pattern", ["*.up_proj", "re:.*up_proj"])
+def test_a_modules_own_name_goes_before_patterns(pattern):
+    """As AMD Quark 0.13 chooses a module's config, whatever comes first."""
+    checkpoint = ck.make_checkpoint("plain")
+    change_scheme(checkpoint, pattern, "input_tensors", **STATIC)
+    own = "model.layers.1.mlp.up_proj"
+    configs = checkpoint.config["layer_quant_config"]
+    configs[own] = checkpoint.config["global_quant_config"]
+    config = ck.quark_config(checkpoint)
+    assert config.int8.linear("model.layers.0.mlp.up_proj", None).static
+    assert not config.int8.linear(own, None).static
+
+
 def test_names_of_experts_that_a_mapper_changes_by_an_expression():
     checkpoint = ck.make_checkpoint("moe_per_expert")
     below = checkpoint.prefix.removeprefix("model.")

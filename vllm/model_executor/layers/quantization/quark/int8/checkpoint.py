@@ -148,9 +148,17 @@ def read_header(path: str) -> Iterator[Entry]:
 class Contents:
     """The tensors of a checkpoint by module and kind: `weight`, `weight_scale`, …"""
 
-    def __init__(self, entries: Iterable[Entry], has_own_head: bool = False) -> None:
+    def __init__(self, entries: Iterable[Entry], config: Any = None) -> None:
+        """config: of config.json, where it is known."""
+        config = config if isinstance(config, dict) else {}
         # The model has an output layer of its own, by its config.
-        self.has_own_head = has_own_head
+        self.has_own_head = _has_own_head(config)
+        # Decoder layers by its config; None: it does not say.
+        self.layer_count = _count_layers(config)
+        text_config = config.get("text_config")
+        keys = {*config, *(text_config if isinstance(text_config, dict) else ())}
+        # Some layers may lack parts, or be empty.
+        self.layers_differ = bool(keys & {"block_configs", "num_kv_shared_layers"})
         self.modules: dict[str, dict[str, Entry]] = defaultdict(dict)
         self.twice: list[tuple[Entry, Entry]] = []
         for entry in entries:
@@ -287,30 +295,63 @@ def _is_of_groups(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
 
 
 def _find_gaps(contents: Contents) -> Iterator[Problem]:
-    """Tensors that one decoder layer lacks and all layers like it have. Those of a
-    layer's quantization do not count: one may be kept in high precision alone."""
+    """Decoder layers that are missing, and tensors that one lacks and all layers like
+    it have. Those of a layer's quantization do not count: one may be kept in high
+    precision alone."""
     layers: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for module, kinds in contents.modules.items():
-        # Experts are alike but for their number, and many.
-        if (name_match := _BLOCK.match(f"{module}.")) and ".experts." not in module:
-            layers[name_match[1]][name_match[2]] |= {
-                name_match[3] + kind
-                for kind in kinds
-                if not _OF_QUANTIZATION.fullmatch(kind)
-            }
+        if name_match := _BLOCK.match(f"{module}."):
+            own = layers[name_match[1]][name_match[2]]
+            # Experts are alike but for their number, and many.
+            if ".experts." not in module:
+                own |= {
+                    name_match[3] + kind
+                    for kind in kinds
+                    if not _OF_QUANTIZATION.fullmatch(kind)
+                }
+    count = contents.layer_count if len(layers) == 1 else None
     for stack, by_number in layers.items():
-        count = Counter(map(frozenset, by_number.values()))
-        first = min(by_number, key=int)  # often without a norm before it
-        for number, own in by_number.items():
-            if count[frozenset(own)] > 1 or number == first:
-                continue
-            lacks = [k - own for k, times in count.items() if times > 1 and own < k]
-            if len(lacks) == 1 and len({n.rpartition(".")[0] for n in lacks[0]}) == 1:
-                reason = "is not in the checkpoint, and all layers like its own have it"
-                name = f"{stack}.{number}.{min(lacks[0])}"
-                yield Problem(name, "", reason, _INCOMPLETE)
+        if not contents.layers_differ:
+            yield from _find_missing_layers(stack, set(map(int, by_number)), count)
+            yield from _find_short_layers(stack, by_number)
     if len(layers) == 1 and len(next(iter(layers.values()))) > 3:
         yield from _find_missing_ends(contents)
+
+
+def _find_missing_layers(
+    stack: str, numbers: set[int], count: int | None
+) -> Iterator[Problem]:
+    """The first decoder layer without a tensor. count: by config.json. A few layers, or
+    some from the middle on, are those of a draft."""
+    if 0 not in numbers or len(numbers) <= 3:
+        return
+    after = max(numbers) + 1
+    reason, number = (
+        "is not in the checkpoint, and",
+        min({*range(after)} - numbers, default=None),
+    )
+    if number is not None:
+        yield Problem(
+            f"{stack}.{number}", "", f"{reason} layers after it are", _INCOMPLETE
+        )
+    elif count and after < count:
+        reason += f" config.json says that there are {count} (num_hidden_layers)"
+        yield Problem(f"{stack}.{after}", "", reason, _INCOMPLETE)
+
+
+def _find_short_layers(stack: str, by_number: dict[str, set[str]]) -> Iterator[Problem]:
+    """by_number: names of the tensors of each layer, below it. One lacks a module, or
+    modules below one name, such as `self_attn`."""
+    count = Counter(map(frozenset, by_number.values()))
+    first = min(by_number, key=int)  # often without a norm before it
+    for number, own in by_number.items():
+        if count[frozenset(own)] > 1 or number == first:
+            continue
+        lacks = [k - own for k, times in count.items() if times > 1 and own < k]
+        if len(lacks) == 1 and len({n.partition(".")[0] for n in lacks[0]}) == 1:
+            reason = "is not in the checkpoint, and all layers like its own have it"
+            name = f"{stack}.{number}.{min(lacks[0])}"
+            yield Problem(name, "", reason, _INCOMPLETE)
 
 
 def _find_missing_ends(contents: Contents) -> Iterator[Problem]:
@@ -328,12 +369,21 @@ def _find_missing_ends(contents: Contents) -> Iterator[Problem]:
         yield Problem("the last norm", "", "is not in the checkpoint", _INCOMPLETE)
 
 
-def _has_own_head(config: Any) -> bool:
+def _has_own_head(config: dict[str, Any]) -> bool:
     """Whether a model's config.json says that its output layer is not the embedding."""
-    if not isinstance(config, dict) or config.get("tie_word_embeddings") is not False:
+    if config.get("tie_word_embeddings") is not False:
         return False
     names = config.get("architectures")
     return isinstance(names, list) and str(*names[:1]).endswith("ForCausalLM")
+
+
+def _count_layers(config: dict[str, Any]) -> int | None:
+    """Decoder layers by a model's config.json, where one key alone counts them."""
+    text_config = config.get("text_config")
+    of_text = text_config if isinstance(text_config, dict) else config
+    count = of_text.get("num_hidden_layers")
+    is_sure = type(count) is int and of_text.get("num_layers", count) == count
+    return count if is_sure else None
 
 
 def read_contents(folder: str) -> Contents:
@@ -344,7 +394,7 @@ def read_contents(folder: str) -> Contents:
     except _UNREADABLE:  # vLLM says why
         config = None
     entries = (e for path in find_files(folder) for e in read_header(path))
-    return Contents(entries, _has_own_head(config))
+    return Contents(entries, config)
 
 
 def contents_of_hub(model: str, revision: str | None) -> Contents | None:

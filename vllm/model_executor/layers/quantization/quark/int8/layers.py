@@ -10,6 +10,7 @@ whose scheme has no kernel, is refused by name.
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import regex as re
@@ -20,7 +21,15 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -39,6 +48,13 @@ _EXPERT_PROJECTIONS = (
     ("w1", "w3", "w2"),
     ("gate_up_proj", "gate_up_proj", "down_proj"),
     ("input_linear", "input_linear", "output_linear"),
+)
+_LINEAR = (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
 )
 # The shards of fused layers, for models that do not say them.
 _SHARDS = {
@@ -64,9 +80,68 @@ def _describe(scheme: Any) -> str:
     return f"quantized with {scheme.get('weight')}"
 
 
+def loads_as_vllm(layer: torch.nn.Module) -> bool:
+    """Whether a linear layer has the loaders of vLLM's own ones. A model's own fused
+    layers have shards of other names, on all ranks, or as padding: what they take is
+    for them to say."""
+    names, kind = ("weight_loader", "weight_loader_v2"), type(layer)
+    return any(
+        all(getattr(kind, n, None) is getattr(own, n, None) for n in names)
+        for own in _LINEAR
+    )
+
+
+def shares_kv_cache(layer_name: str) -> bool:
+    """Whether a layer is one of those that take the keys and values of an earlier
+    one, as Gemma 3n's and Gemma 4's last layers do: their own k_proj and v_proj, which
+    vLLM builds and never uses, may be in no file."""
+    model_config = get_current_vllm_config().model_config
+    hf_config = getattr(model_config, "hf_text_config", None)
+    count = getattr(hf_config, "num_hidden_layers", None) or 0
+    shared = getattr(hf_config, "num_kv_shared_layers", None) or 0
+    name_match = _BLOCK.match(layer_name)
+    return bool(name_match) and count - shared <= int(name_match[2]) < count
+
+
 def count_experts(moe_config: Any) -> int:
     """Experts of the checkpoint, over all ranks: load balancing has copies of some."""
     return getattr(moe_config, "num_logical_experts", moe_config.num_experts)
+
+
+class UnquantizedPartMethod(UnquantizedLinearMethod):
+    """Of a linear layer that an INT8 checkpoint holds unquantized. vLLM does not look
+    whether tensors came for layers of quantized models."""
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        *args,
+        **kwargs,
+    ) -> None:
+        super().create_weights(
+            layer, input_size_per_partition, output_partition_sizes, *args, **kwargs
+        )
+        widths = list(output_partition_sizes)
+        # The first rows of its shards, as far as they are used.
+        self.rows = [end - n for end, n in zip(accumulate(widths), widths) if n]
+        prefix = getattr(layer, "prefix", "")
+        if isinstance(layer, QKVParallelLinear) and shares_kv_cache(prefix):
+            self.rows = self.rows[:1]
+        if not layer.weight.is_meta:
+            layer.weight.data[self.rows, :1] = torch.nan
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Raises ValueError naming the layer where no loader wrote a shard of it."""
+        prefix = getattr(layer, "prefix", "")
+        is_known = loads_as_vllm(layer) and _BLOCK.match(prefix)
+        if is_known and layer.weight.data[self.rows, :1].isnan().any():
+            raise ValueError(
+                f"{prefix}: weight is not in the checkpoint, or is NaN: the checkpoint "
+                "is incomplete: copy or export it again"
+            )
+        super().process_weights_after_loading(layer)
 
 
 class Int8Layers:
@@ -76,6 +151,8 @@ class Int8Layers:
         self.names = Names(quant_config)
         # By vLLM's name, what `served_config` answers.
         self._served: dict[str, dict[str, Any]] = {}
+        # Modules of the checkpoint's files, as far as they are known.
+        self._in_files: set[str] = set()
         self._unclaimed: set[str] = set()
         self._stacks: set[str] | None = None
         self._unquantized: set[str] = set()
@@ -103,6 +180,7 @@ class Int8Layers:
         """Take what the checkpoint's files hold (`checkpoint.Contents`, or None)."""
         if contents is not None:
             self.names.expect(contents.modules)
+            self._in_files = set(contents.modules)
             self._unclaimed = set(contents.int8_modules())
             matches = {m: _ROUTER.fullmatch(m) for m in self._unclaimed}
             self._routers = {
@@ -192,6 +270,18 @@ class Int8Layers:
         for name in {n for names in taken for n in names} & self._input_kinds.keys():
             self.input_kinds[layer_name] |= self._input_kinds[name]
         return scheme
+
+    def _find_present(
+        self, layer_name: str, shards: list[str] | None
+    ) -> list[str] | None:
+        """Those of `shards` that the files have; all of them where none is known."""
+        stem = layer_name.rpartition(".")[0]
+        present = [
+            s
+            for s in shards or ()
+            if not self._in_files.isdisjoint(self.names.of(f"{stem}.{s}"))
+        ]
+        return present or shards
 
     def experts(
         self, layer_name: str, count: int, projections: tuple[str, ...] | None
@@ -342,13 +432,15 @@ class Int8Layers:
             usual = _SHARDS.get(name, [])
             if shards is None and len(getattr(layer, "output_sizes", [])) == len(usual):
                 shards = usual
+            if isinstance(layer, QKVParallelLinear) and shares_kv_cache(layer_name):
+                shards = self._find_present(layer_name, shards)
             scheme = self.linear(layer_name, shards)
         else:
             return None
         if scheme is None and moe_config:
             return UnquantizedFusedMoEMethod(moe_config)
         if scheme is None:
-            return UnquantizedLinearMethod()
+            return UnquantizedPartMethod()
         is_ours = isinstance(scheme, Int8Scheme)
         self._served[layer_name] = scheme.to_config() if is_ours else scheme
         return None

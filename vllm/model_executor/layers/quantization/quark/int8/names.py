@@ -74,7 +74,8 @@ class Names:
         spellings = {vllm_name, vllm_name.replace(".mtp_block.", ".")}
         for i, mapper in enumerate(self.mappers):
             if any(getattr(mapper, key, None) for key in _ONE_WAY):
-                spellings |= self._mapped(i).get(vllm_name, set())
+                mapped = self._mapped(i)
+                spellings |= {n for new in spellings for n in mapped.get(new, ())}
             # Backwards: a mapper renames by substr, then prefix, then suffix, and one
             # name may meet several of each.
             for old, to in reversed((mapper.orig_to_new_suffix or {}).items()):
@@ -138,9 +139,10 @@ class Names:
         if self.excludes(names, among):
             return None
         entries = self.configs if among is None else among
-        matching = (
-            c for e, c in self.configs.items() if e in entries and matches(e, names)
-        )
-        config = next(matching, self.default)
+        matching = [e for e in self.configs if e in entries and matches(e, names)]
+        # As in Quark, a module's own name goes before any pattern.
+        exact = (e for e in matching if compile_pattern(e) is None)
+        entry = next(exact, next(iter(matching), None))
+        config = self.default if entry is None else self.configs[entry]
         quantized = config and (config.get("weight") or config.get("input_tensors"))
         return config if quantized else None

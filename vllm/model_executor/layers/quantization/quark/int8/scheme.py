@@ -66,7 +66,7 @@ def has_int8(quant_config: Any) -> bool:
 def _checked(key: str, value: Any, kind: type) -> Any:
     if isinstance(value, kind):
         return value
-    state = "is missing" if value is None else f"is {value!r}"
+    state = "is missing or null" if value is None else f"is {value!r}"
     raise ValueError(
         f"quantization_config.{key} of this Quark INT8 checkpoint {state}, expected "
         f"{kind.__name__}: {_RESTORE}"

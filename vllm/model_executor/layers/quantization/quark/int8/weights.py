@@ -22,20 +22,14 @@ from vllm import _custom_ops as ops
 from vllm.config import get_current_vllm_config
 from vllm.distributed.parallel_state import get_ep_group
 from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    ReplicatedLinear,
-    RowParallelLinear,
-)
+from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.layers.quantization.utils.cpu_int8_product import (
     check_int8_operators,
     onednn_saturates,
 )
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from .layers import count_experts
+from .layers import count_experts, loads_as_vllm, shares_kv_cache
 
 logger = init_logger(__name__)
 
@@ -43,13 +37,6 @@ _AGAIN = "export it again with AMD Quark"
 _EXCLUDE = "its layer may be missing from `exclude`, or the checkpoint is incomplete"
 _PROJECTIONS = {"w1": "gate_proj (w1)", "w3": "up_proj (w3)", "w2": "down_proj (w2)"}
 _INPUTS = ("input_scale", "input_zero_point")
-_LINEAR = (
-    ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    ReplicatedLinear,
-    RowParallelLinear,
-)
 _EXPERTS_INPUTS = [f"{stem}_{kind}" for stem in ("w13", "w2") for kind in _INPUTS]
 # A NaN that no arithmetic makes: an element that holds it was never loaded.
 _UNFILLED = 0x7FC5_1E57
@@ -268,20 +255,9 @@ def _any_came(layer: torch.nn.Module) -> bool:
 # Linear layers
 
 
-def _loads_as_vllm(layer: torch.nn.Module) -> bool:
-    """Whether a linear layer has the loaders of vLLM's own ones. A model's own fused
-    layers have shards of other names, on all ranks, or as padding: what they take is
-    for them to say."""
-    names, kind = ("weight_loader", "weight_loader_v2"), type(layer)
-    return any(
-        all(getattr(kind, n, None) is getattr(own, n, None) for n in names)
-        for own in _LINEAR
-    )
-
-
 def _linear_where(layer: torch.nn.Module, *shards: Any) -> str:
     count = len(layer.logical_widths)
-    if not _loads_as_vllm(layer):
+    if not loads_as_vllm(layer):
         names = [str(s) for s in shards if s is not None]
     elif count == 1 or len(shards) == count:
         names = []
@@ -318,7 +294,7 @@ def load_linear(
     kind = next(k for k, p in layer._parameters.items() if p is param)
     shard = args[0] if args else kwargs.get("loaded_shard_id")
     shards, rows = (shard,), None
-    if _loads_as_vllm(layer):
+    if loads_as_vllm(layer):
         shard = "qkv".index(shard) if isinstance(shard, str) else shard
         shard = range(len(layer.logical_widths)) if shard is None else shard
         shards = (shard,) if isinstance(shard, int) else tuple(shard)
@@ -363,6 +339,8 @@ def prepare_linear(scheme: Any, layer: torch.nn.Module) -> None:
         kernel.config.input_symmetric = scheme.input_symmetric = True
     absent = set(_INPUTS[1:] if scheme.input_symmetric else ())
     int8 = _int8_of(layer)
+    is_attention = isinstance(layer, QKVParallelLinear)
+    layer.int8_shares_kv_cache = is_attention and shares_kv_cache(layer.prefix)
     if not scheme.is_static_input_scheme:
         absent = set(_INPUTS)
         # None where no tensor comes: some models want all parameters filled.
@@ -382,7 +360,7 @@ def prepare_linear(scheme: Any, layer: torch.nn.Module) -> None:
         kernel.process_weights_after_loading = MethodType(_process_on_cpu, kernel)
     if getattr(layer.weight.weight_loader, "__self__", None) is not layer:
         return
-    if not _loads_as_vllm(layer) and not layer.weight.is_meta:
+    if not loads_as_vllm(layer) and not layer.weight.is_meta:
         # The model makes rows of padding 0, and no others are.
         layer.weight.data.fill_(torch.iinfo(torch.int8).min)
     for param in layer.parameters(recurse=False):
@@ -444,8 +422,11 @@ def finish_linear(scheme: Any, layer: torch.nn.Module) -> None:
         _refuse(layer, layer.prefix, "input_zero_point", said)
     params = {kind: getattr(layer, kind) for kind in kinds if any_came}
     shards: Collection[Any] = range(len(widths))
-    if not _loads_as_vllm(layer):
-        shards = {s: 0 for p in params.values() for s in getattr(p, "int8_shards", ())}
+    came = {s for p in params.values() for s in getattr(p, "int8_shards", ())}
+    if not loads_as_vllm(layer):
+        shards = came
+    elif layer.int8_shares_kv_cache and came:
+        shards = _fill_unused(layer, came)
     for kind, param in params.items():
         if getattr(param.weight_loader, "__func__", None) is load_linear:
             _check_filled(layer, kind, param, shards, lambda i: _linear_where(layer, i))
@@ -458,11 +439,11 @@ def finish_linear(scheme: Any, layer: torch.nn.Module) -> None:
         starts = [sum(widths[:i]) for i in starts]
 
     def shard_at(at: tuple[int, ...]) -> str:
-        if not _loads_as_vllm(layer):
+        if not loads_as_vllm(layer):
             return layer.prefix
         return _linear_where(layer, sum(start <= at[0] for start in starts) - 1)
 
-    if not _loads_as_vllm(layer):
+    if not loads_as_vllm(layer):
         _fill_padding(layer, scale, weight, any_came)
     _check_scale(layer, "weight_scale", scale, weight, shard_at, any_came)
     if is_static:
@@ -470,6 +451,20 @@ def finish_linear(scheme: Any, layer: torch.nn.Module) -> None:
         _check_scale(
             layer, "input_scale", scale, None, lambda at: layer.prefix, any_came
         )
+
+
+def _fill_unused(layer: torch.nn.Module, came: set[int]) -> list[int]:
+    """Give k_proj and v_proj that no tensor came for, and that nothing uses, weights
+    of 0. came: shards by their place. Returns the places of the others."""
+    widths = list(layer.logical_widths)
+    used = [i for i in range(len(widths)) if i == 0 or i in came]
+    for kind in ("weight", "weight_scale"):
+        param = getattr(layer, kind).data
+        is_of_rows = len(param) == sum(widths)
+        parts = param.split(widths if is_of_rows else 1)
+        for i in set(range(len(widths))).difference(used):
+            parts[i].fill_(kind == "weight_scale")
+    return used
 
 
 def _fill_padding(
@@ -722,6 +717,13 @@ def prepare_experts(layer: torch.nn.Module) -> None:
     have no use for. Call it at the end of create_weights."""
     _add_sinks(layer, _EXPERTS_INPUTS)
     _, hidden, width = layer.w2_weight.shape
+    unpadded = getattr(layer.moe_config, "hidden_dim_unpadded", None) or hidden
+    if unpadded != hidden:
+        raise ValueError(
+            f"{layer.layer_name}: the all2all backend rounds the hidden size {unpadded} "
+            f"up to {hidden}, and INT8 experts are not padded: start vLLM with another "
+            "--all2all-backend"
+        )
     gated = layer.w13_weight.shape[1] == 2 * width
     width *= layer.moe_config.moe_parallel_config.tp_size
     # [experts, copies]: where load balancing has each; None: where they were at first.

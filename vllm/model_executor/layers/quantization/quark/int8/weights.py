@@ -720,9 +720,9 @@ def prepare_experts(layer: torch.nn.Module) -> None:
     unpadded = getattr(layer.moe_config, "hidden_dim_unpadded", None) or hidden
     if unpadded != hidden:
         raise ValueError(
-            f"{layer.layer_name}: the all2all backend rounds the hidden size {unpadded} "
-            f"up to {hidden}, and INT8 experts are not padded: start vLLM with another "
-            "--all2all-backend"
+            f"{layer.layer_name}: the all2all backend rounds the hidden size "
+            f"{unpadded} up to {hidden}, and INT8 experts are not padded: start vLLM "
+            "with another --all2all-backend"
         )
     gated = layer.w13_weight.shape[1] == 2 * width
     width *= layer.moe_config.moe_parallel_config.tp_size

@@ -26,8 +26,8 @@ from vllm_quark.imports import add_import
 from vllm_quark.patches import FileEdit, PatchError, QuarkError, Rewrite
 
 TIME_LIMIT = 60
-_WAY_OUT = "bring it back to what vLLM has there, or leave this patch out (--only with the others)"
 """Seconds that ast-grep may take for one file; it takes a tenth of one for vLLM's longest."""
+_WAY_OUT = "bring it back to what vLLM has there, or leave this patch out (--only with the others)"
 
 
 class Outcome(enum.Enum):

@@ -546,6 +546,11 @@ def test_fewer_experts_than_the_config_says(tmp_path, key, nested):
     ckpt.config |= {"text_config": {key: EXPERTS + 1}} if nested else {key: EXPERTS + 1}
     missing = f"model.layers.0.mlp.experts.{EXPERTS}.up_proj.weight is not in the checkpoint"
     problem(ckpt.write(tmp_path / "ckpt"), missing, f"there are {EXPERTS + 1} experts ({key})", of=6)
+    gone = [n for n in ckpt.tensors if n.startswith("model.layers.0.mlp.experts.1.")]
+    kept = {n: ckpt.tensors.pop(n) for n in gone}
+    missing = "model.layers.0.mlp.experts.1.up_proj.weight is not in the checkpoint, and those of other experts are"
+    problem(ckpt.write(tmp_path / "ckpt"), missing, of=9)
+    ckpt.tensors.update(kept)
     for count in (EXPERTS, [EXPERTS + 1] * 2, None):
         ckpt.config |= {"text_config": {key: count}} if nested else {key: count}
         sound(ckpt.write(tmp_path / "ckpt"))
@@ -557,7 +562,11 @@ def test_a_layer_that_is_not_there(tmp_path):
     norms = {f"model.layers.{i}.input_layernorm.weight": bf16(K) for i in range(2, 6)}
     ckpt.tensors.update(norms)
     ckpt.config["num_hidden_layers"] = 7
-    problem(ckpt.write(tmp_path / "ckpt"), "model.layers.6 is not in the checkpoint", "there are 7 (num_hidden_layers)")
+    problem(
+        ckpt.write(tmp_path / "ckpt"),
+        "model.layers.6 is not in the checkpoint",
+        "there are 7 layers (num_hidden_layers)",
+    )
     ckpt.config["num_hidden_layers"] = 6
     sound(ckpt.write(tmp_path / "ckpt"))
 
@@ -567,7 +576,8 @@ def test_a_head_that_is_not_there(tmp_path):
     del ckpt.tensors["lm_head.weight"]
     sound(ckpt.write(tmp_path / "ckpt"))
     ckpt.config["tie_word_embeddings"] = False
-    problem(ckpt.write(tmp_path / "ckpt"), "lm_head.weight is not in the checkpoint", "tie_word_embeddings")
+    (note,) = (line for line in sound(ckpt.write(tmp_path / "ckpt")) if line.startswith("note: "))
+    assert note.startswith("note: lm_head.weight is not in the checkpoint") and "pooling only" in note
 
 
 def test_int8_experts_without_modules(tmp_path):
@@ -1050,7 +1060,7 @@ def test_hub_headers(tmp_path, monkeypatch):
     ckpt.quant["exclude"].append("model.layers.0.self_attn.o_proj")
     folder = ckpt.write(tmp_path / "ckpt")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(folder / file))
-    monkeypatch.setattr(headers, "contents_of_hub", lambda name, revision: headers.read_contents(str(folder)))
+    monkeypatch.setattr(headers, "contents_of_hub", lambda name, revision, in_use: headers.read_contents(str(folder)))
     line = problem("somebody/something", "is int8, but", "`exclude`")
     assert "layers.0.self_attn.o_proj" in line
     ckpt.quant["exclude"].pop()
@@ -1058,7 +1068,7 @@ def test_hub_headers(tmp_path, monkeypatch):
     lines = sound("somebody/something")
     assert lines[0] == f"somebody/something: {len(ckpt.tensors)} tensors in 1 file"
     assert lines[-2].startswith("note: values of scales and zero points were not looked at")
-    monkeypatch.setattr(headers, "contents_of_hub", lambda name, revision: None)
+    monkeypatch.setattr(headers, "contents_of_hub", lambda name, revision, in_use: None)
     with pytest.raises(checkpoint.NoCheckpointError, match="has no safetensors files on the Hugging Face hub"):
         checkpoint.check_checkpoint("somebody/something")
 

@@ -18,7 +18,6 @@ from vllm_quark.checkpoint.entries import Entries
 from vllm_quark.checkpoint.files import (
     MEND,
     NoCheckpointError,
-    count_experts,
     find_quant_config,
     read_folder,
     read_hub,
@@ -77,7 +76,7 @@ def read_checkpoint(name: str) -> Checkpoint:
     quant_config = find_quant_config(config, contents, report)
     if quant_config is None:
         return Checkpoint(name, config, None, None, report)
-    modules, wanted = Modules(Entries(quant_config), contents, count_experts(config)), list[Wanted]()
+    modules, wanted = Modules(Entries(quant_config), contents), list[Wanted]()
 
     def note(findings: Iterable[Finding]) -> None:
         for finding in findings:

@@ -16,8 +16,6 @@ from vllm_quark.patches import QuarkError
 CONFIG = "config.json"
 EXPORT = "name a checkpoint that AMD Quark exported as INT8"
 MEND = "mend that and run again"
-# What models call the number of experts of a layer.
-_EXPERT_COUNTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
@@ -117,7 +115,7 @@ def read_hub(name: str, report: Report) -> tuple[dict[str, Any], Any]:
     disable_progress_bars()
     try:
         config = _read_config(Path(hf_hub_download(name, CONFIG)))
-        contents = headers.contents_of_hub(name, None)
+        contents = headers.contents_of_hub(name, None, config)
     except (OSError, ValueError, HfHubHTTPError) as e:
         message = next(iter(str(e).strip().splitlines()), type(e).__name__).rstrip(".:")
         reason = f"is no folder, and cannot be read from the Hugging Face hub ({message})"
@@ -127,14 +125,6 @@ def read_hub(name: str, report: Report) -> tuple[dict[str, Any], Any]:
         raise NoCheckpointError(name, reason, way_out)
     report.notes.append("values of scales and zero points were not looked at: of the hub, headers alone are read")
     return config, contents
-
-
-def count_experts(config: dict[str, Any]) -> tuple[str, int] | None:
-    """The key of config.json that counts the experts of a layer, and how many; None: it does not say."""
-    text_config = config.get("text_config")
-    of_text = text_config if isinstance(text_config, dict) else config
-    counts = {key: of_text[key] for key in _EXPERT_COUNTS if type(of_text.get(key)) is int}
-    return next(iter(counts.items())) if len(set(counts.values())) == 1 else None
 
 
 def find_quant_config(config: dict[str, Any], contents: Any, report: Report) -> dict[str, Any] | None:

@@ -46,13 +46,11 @@ class Modules:
 
     int8: they are INT8, with their Int8Scheme or Refusal. floats: they are not, and ought to be, with their weights.
     others: they are not, and why. judged: tensors that something is wrong with.
-    expert_count: experts of a layer by config.json, and its key for them.
     """
 
-    def __init__(self, entries: Entries, contents: Any, expert_count: tuple[str, int] | None = None) -> None:
+    def __init__(self, entries: Entries, contents: Any) -> None:
         self.entries = entries
         self.contents = contents
-        self.expert_count = expert_count
         self.int8: dict[str, Any] = {}
         self.floats: dict[str, Any] = {}
         self.others: dict[str, str] = {}
@@ -91,8 +89,10 @@ class Modules:
             self.judged.add(p.tensor)
             yield Finding.of_tensor(p.tensor, p.file, p.reason, p.way_out)
         if self.contents.lacks_head():
-            reason = "is not in the checkpoint, but config.json says that it is not the embedding"
-            yield Finding.of_tensor("lm_head.weight", "", f"{reason} (tie_word_embeddings)", INCOMPLETE)
+            notes.append(
+                "lm_head.weight is not in the checkpoint, but config.json says that it is not the embedding "
+                "(tie_word_embeddings): it can be served for pooling only"
+            )
         parsed: dict[int, Any] = {}
         for module, kinds in self.contents.modules.items():
             weight = kinds.get("weight")

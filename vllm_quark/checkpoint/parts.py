@@ -102,16 +102,20 @@ def _judge_experts(modules: Modules) -> Iterator[Finding]:
             layers[layer][last][expert] = module
     for layer, projections in layers.items():
         numbers = {int(expert) for experts in projections.values() for expert in experts if expert.isdecimal()}
-        reason = "is not in the checkpoint, and those of other experts are"
-        if numbers and max(numbers) < MOST_EXPERTS:
-            key, count = modules.expert_count or ("", 0)
-            if max(numbers) + 1 < count <= MOST_EXPERTS:
-                reason = f"is not in the checkpoint, and config.json says that there are {count} experts ({key})"
-            numbers |= set(range(max(max(numbers), count if count <= MOST_EXPERTS else 0)))
+        in_layer = max(numbers, default=0)
+        key, count = modules.contents.expert_count or ("", 0)
+        if numbers and in_layer < MOST_EXPERTS:
+            numbers |= set(range(max(in_layer, min(count, MOST_EXPERTS))))
         for last, experts in projections.items():
             for number in sorted(numbers) if "" not in experts else ():
                 name = f"{layer}.{number}.{last}"
-                if str(number) not in experts and f"{name}.weight_scale" not in modules.judged:
+                is_judged = not modules.judged.isdisjoint((f"{name}.weight", f"{name}.weight_scale"))
+                if str(number) not in experts and not is_judged:
+                    reason = "is not in the checkpoint, and those of other experts are"
+                    if number > in_layer:
+                        reason = (
+                            f"is not in the checkpoint, and config.json says that there are {count} experts ({key})"
+                        )
                     yield Finding.of_tensor(f"{name}.weight", "", reason, INCOMPLETE)
         # As [width, hidden], behind the number of experts in a stack.
         shapes = {

@@ -9,6 +9,7 @@ Run `pytest tests/quantization/quark/test_int8_checkpoint.py`.
 import json
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import regex as re
@@ -309,26 +310,48 @@ def test_a_layer_short_of_a_tensor_is_named(tmp_path):
         look(ck.make_checkpoint("plain"), write(tmp_path, tensors))
 
 
+def mixed_layers(count: int, stack: str = "model.layers") -> dict[str, torch.Tensor]:
+    """Layers with attention in high precision and an INT8 down_proj each."""
+    attention = {f"self_attn.{p}_proj.weight": (4, 4) for p in "qkvo"}
+    scaled = {"mlp.down_proj.weight": (4, 4), "mlp.down_proj.weight_scale": (4,)}
+    tensors = layers(count, BLOCK | attention | scaled)
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        dtype = torch.int8 if "down_proj" in name else torch.bfloat16
+        tensors[name] = tensors[name].to(dtype)
+    return {n.replace("model.layers", stack): t for n, t in tensors.items()}
+
+
+def drop(tensors: dict[str, torch.Tensor], part: str) -> None:
+    dropped = [n for n in tensors if part in n]
+    assert dropped
+    for name in dropped:
+        del tensors[name]
+
+
+def look_at_attention(folder: str, hf_config: Any = None) -> QuarkConfig:
+    checkpoint = ck.make_checkpoint("plain")
+    checkpoint.config["exclude"] = ["*self_attn*", "*experts*"]
+    return look(checkpoint, folder, hf_config=hf_config)
+
+
 def test_a_layer_without_attention_is_named(tmp_path):
     """Several modules below one name; of a model whose layers may do without, none."""
-    attention = {f"self_attn.{p}_proj.weight": (4, 4) for p in "qkvo"}
-    tensors = layers(5, BLOCK | attention)
-    for name in [n for n in tensors if ".3.self_attn." in n]:
-        del tensors[name]
+    tensors = mixed_layers(5)
+    drop(tensors, ".3.self_attn.")
     folder = write(tmp_path, tensors)
     with pytest.raises(ValueError, match="layers.3.self_attn.k_proj.weight is not in"):
-        look(ck.make_checkpoint("plain"), folder)
+        look_at_attention(folder)
     (tmp_path / "config.json").write_text(json.dumps({"block_configs": [{}]}))
-    look(ck.make_checkpoint("plain"), folder)
+    look_at_attention(folder)
 
 
+@pytest.mark.parametrize("stack", ["model.layers", "layers", "model.text.layers"])
 @pytest.mark.parametrize("missing", [1, 3])
-def test_a_missing_layer_is_named(missing, tmp_path):
-    tensors = layers(5, BLOCK)
-    for name in [n for n in tensors if f".layers.{missing}." in n]:
-        del tensors[name]
-    with pytest.raises(ValueError, match=f"model.layers.{missing} is not in the check"):
-        look(ck.make_checkpoint("plain"), write(tmp_path, tensors))
+def test_a_missing_layer_is_named(missing, stack, tmp_path):
+    tensors = mixed_layers(5, stack)
+    drop(tensors, f"layers.{missing}.")
+    with pytest.raises(ValueError, match=f"{stack}.{missing} is not in the checkpoint"):
+        look_at_attention(write(tmp_path, tensors))
 
 
 COUNTS = [
@@ -340,33 +363,116 @@ COUNTS = [
     # LongCat's have two attentions each.
     ({"num_hidden_layers": 10, "num_layers": 5}, ""),
     ({"num_hidden_layers": 7, "block_configs": [{}]}, ""),
+    ({"num_hidden_layers": 7, "block_configs": []}, "model.layers.5 is not"),
+    ({"num_hidden_layers": 7, "num_kv_shared_layers": 1}, "model.layers.5 is not"),
 ]
 
 
 @pytest.mark.parametrize("config, named", COUNTS)
-def test_missing_last_layers_are_named(config, named, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    folder = write(tmp_path, layers(5, BLOCK))
+@pytest.mark.parametrize("in_use", [False, True])
+def test_missing_last_layers_are_named(in_use, config, named, tmp_path):
+    """By config.json or, with what the user overrides, by the config in use."""
+    written = {"num_hidden_layers": 5} if named else {"num_hidden_layers": 9}
+    hf_config = SimpleNamespace(to_dict=lambda: config) if in_use else None
+    (tmp_path / "config.json").write_text(json.dumps(written if in_use else config))
+    folder = write(tmp_path, mixed_layers(5))
     if named:
         with pytest.raises(ValueError, match=named):
-            look(ck.make_checkpoint("plain"), folder)
+            look_at_attention(folder, hf_config)
     else:
-        look(ck.make_checkpoint("plain"), folder)
+        look_at_attention(folder, hf_config)
+
+
+@pytest.mark.parametrize("config, named", COUNTS)
+def test_missing_last_layers_on_the_hub_are_named(config, named, monkeypatch):
+    import huggingface_hub
+
+    spelled = {torch.int8: "I8", torch.bfloat16: "BF16", torch.float32: "F32"}
+    tensors = {
+        n: SimpleNamespace(dtype=spelled[t.dtype], shape=list(t.shape))
+        for n, t in mixed_layers(5).items()
+    }
+    metadata = SimpleNamespace(files_metadata={"f": SimpleNamespace(tensors=tensors)})
+    name = "get_safetensors_metadata"
+    monkeypatch.setattr(huggingface_hub, name, lambda *_, **__: metadata)
+    checkpoint = ck.make_checkpoint("plain")
+    checkpoint.config["exclude"] = ["*self_attn*"]
+    hf_config = SimpleNamespace(to_dict=lambda: config)
+    known = {"hf_config": hf_config, "revision": "main"}
+    if named:
+        with pytest.raises(ValueError, match=named):
+            look(checkpoint, "nobody/nothing", **known)
+    else:
+        look(checkpoint, "nobody/nothing", **known)
 
 
 @pytest.mark.parametrize("other", ["model.vision_tower.layers", "model.mtp.layers"])
 def test_layers_of_several_models_are_not_counted(other, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 9}))
-    tensors = layers(5, BLOCK)
+    tensors = mixed_layers(5)
     tensors[f"{other}.0.norm.weight"] = torch.ones(4)
-    look(ck.make_checkpoint("plain"), write(tmp_path, tensors))
+    look_at_attention(write(tmp_path, tensors))
+
+
+def test_numbers_of_a_tower_may_have_gaps(tmp_path):
+    """As those of convolutions with functions in between, in Parakeet's encoder."""
+    tensors = mixed_layers(5)
+    for i in (0, 2, 3, 5, 6):
+        tensors[f"encoder.subsampling.layers.{i}.weight"] = torch.ones(4, 4)
+    look_at_attention(write(tmp_path, tensors))
 
 
 def test_layers_of_a_draft_have_its_models_numbers(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 61}))
-    tensors = layers(3, BLOCK)
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 99}))
+    tensors = mixed_layers(5)
+    drop(tensors, ".layers.3.")
     draft = {n.replace(".layers.", ".layers.6"): t for n, t in tensors.items()}
-    look(ck.make_checkpoint("plain"), write(tmp_path, draft))
+    look_at_attention(write(tmp_path, draft))
+
+
+def test_layers_that_share_a_cache_lack_keys_alone(tmp_path):
+    config = {"text_config": {"num_kv_shared_layers": 1}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = mixed_layers(6)
+    for part in ("k_proj", "v_proj"):
+        drop(tensors, f".5.self_attn.{part}")
+    look_at_attention(write(tmp_path, tensors))
+    drop(tensors, ".3.input_layernorm")
+    with pytest.raises(ValueError, match="layers.3.input_layernorm.weight is not in"):
+        look_at_attention(write(tmp_path, tensors))
+
+
+def with_experts(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    experts = {
+        f"model.layers.{i}.mlp.experts.{e}.{p}_proj.weight": torch.ones(4, 4)
+        for i in range(5)
+        for e in range(4)
+        for p in ("gate", "up", "down")
+    }
+    scales = {f"{n}_scale": torch.ones(4) for n in experts if dtype == torch.int8}
+    return mixed_layers(5) | {n: t.to(dtype) for n, t in experts.items()} | scales
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+@pytest.mark.parametrize(
+    "missing, named",
+    [
+        (".2.mlp.experts.1.", "2.mlp.experts.1.down_proj.weight is .* of other exp"),
+        (".2.mlp.experts.3.", "2.mlp.experts.3.down_proj.weight is .* there are 4 ex"),
+        (".2.mlp.experts.3.up", "2.mlp.experts.3.up_proj.weight is .* of other exp"),
+        (".2.mlp.experts.", r"2.mlp.experts.\*.down_proj.weight is .* its own have"),
+    ],
+)
+def test_missing_experts_are_named(missing, named, dtype, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"num_experts": 4}))
+    checkpoint = ck.make_checkpoint("plain")
+    listed = ["*experts*"] if dtype == torch.bfloat16 else []
+    checkpoint.config["exclude"] = ["*self_attn*", *listed]
+    tensors = with_experts(dtype)
+    look(checkpoint, write(tmp_path, tensors))
+    drop(tensors, missing)
+    with pytest.raises(ValueError, match=named):
+        look(checkpoint, write(tmp_path, tensors))
 
 
 def test_one_excluded_projection_of_one_layer_passes(tmp_path):

@@ -203,20 +203,28 @@ def test_dummy_weights_are_not_checked(kind):
 
 
 def make_unquantized(
-    kind: str, prefix: str = ""
+    kind: str, stack: str = "model.layers", int8: str = "model.layers.0.mlp.down_proj"
 ) -> tuple[ck.Checkpoint, torch.nn.Module]:
-    """A checkpoint whose linear layer is in `exclude`, and the layer, not loaded."""
+    """A checkpoint whose linear layer is in `exclude`, and the layer, not loaded.
+
+    stack: the list of layers that it is in. int8: a module of the files that is INT8.
+    """
     checkpoint, _, _ = make_case(kind)
-    for name in list(checkpoint.tensors):
-        if name.endswith("_scale"):
-            del checkpoint.tensors[name]
-        else:
-            checkpoint.tensors[name] = checkpoint.tensors[name].bfloat16()
-    checkpoint.prefix = prefix or checkpoint.prefix
-    checkpoint.config["exclude"] = ["*"]
+    checkpoint.prefix = checkpoint.prefix.replace("model.layers", stack)
+    tensors = {
+        name.replace("model.layers", stack): tensor.bfloat16()
+        for name, tensor in checkpoint.tensors.items()
+        if name.endswith("weight")
+    }
+    quantized = {f"{int8}.weight": torch.ones(4, 4, dtype=torch.int8)}
+    quantized[f"{int8}.weight_scale"] = torch.ones(4)
+    checkpoint.tensors = tensors
+    checkpoint.config["exclude"] = [n.removesuffix(".weight") for n in tensors]
     torch.set_default_dtype(torch.bfloat16)
+    config = ck.quark_config(checkpoint)
+    ck.look_at_files(config, (tensors | quantized).items())
     with torch.device(ck.DEVICE):
-        return checkpoint, ck.build(checkpoint)
+        return checkpoint, ck.build(checkpoint, config)
 
 
 @pytest.mark.parametrize("kind", ck.LINEAR)
@@ -251,13 +259,27 @@ def test_each_rank_sees_unquantized_layers_without_their_tensors(kind, size):
             ck.finish(layer)
 
 
-def test_unquantized_layers_of_dummy_weights_and_towers_pass():
-    """A tower may be absent where it is not used."""
+def test_unquantized_layers_of_dummy_weights_pass():
     _, layer = make_unquantized("plain")
     layer.weight.data.uniform_(-1e-3, 1e-3)
     ck.finish(layer)
-    _, layer = make_unquantized("plain", prefix="visual.blocks.0.up_proj")
+    ck.finish(layer)  # in the kernel's form
+
+
+@pytest.mark.parametrize("stack", ["vision_tower.layers", "visual.blocks", "h"])
+def test_unquantized_layers_of_another_stack_pass(stack):
+    """A tower may be in no file where it is not used."""
+    _, layer = make_unquantized("plain", stack)
     ck.finish(layer)
+    _, layer = make_unquantized("plain", stack, f"{stack}.0.down_proj")
+    with pytest.raises(ValueError, match="weight is not in the checkpoint"):
+        ck.finish(layer)
+
+
+def test_unquantized_layers_load_as_stocks():
+    """vLLM chooses the loader by the class of the method."""
+    _, layer = make_unquantized("qkv")
+    assert layer.weight.weight_loader == layer.weight_loader_v2
 
 
 @pytest.fixture
@@ -279,6 +301,7 @@ def drop_keys_and_values(checkpoint: ck.Checkpoint) -> None:
 def test_layers_that_share_a_cache_need_no_keys(weight, activation, shares_kv_cache):
     checkpoint, x, routes = make_case("qkv", activation, weight)
     stem = checkpoint.prefix.removesuffix("qkv_proj")
+    shares_kv_cache.num_kv_shared_layers -= int(stem.split(".")[2])  # from this one on
     expected = ck.reference(checkpoint, x, routes)[:, :128]
     drop_keys_and_values(checkpoint)
     # As Quark writes what it does not quantize: modules that there are.
@@ -288,7 +311,7 @@ def test_layers_that_share_a_cache_need_no_keys(weight, activation, shares_kv_ca
     out = ck.serve(checkpoint, x, routes)
     assert ck.is_right(out[:, :128], expected), ck.deviation(out[:, :128], expected)
     assert not out[:, 128:].any()
-    shares_kv_cache.num_kv_shared_layers = 0
+    shares_kv_cache.num_kv_shared_layers -= 1
     checkpoint.config["layer_quant_config"] = {f"{stem}*": scheme}
     with pytest.raises(ValueError, match="shard k: weight is not in"):
         ck.serve(checkpoint, x, routes)
@@ -304,10 +327,15 @@ def test_layers_that_share_a_cache_have_all_of_a_shard(last, shares_kv_cache):
 
 def test_unquantized_layers_that_share_a_cache_need_no_keys(shares_kv_cache):
     checkpoint, layer = make_unquantized("qkv")
+    with pytest.raises(ValueError, match="qkv_proj: weight is not in"):
+        ck.finish(layer)
     drop_keys_and_values(checkpoint)
     ck.load(layer, checkpoint.tensors.items())
     ck.finish(layer)
-    _, layer = make_unquantized("qkv")
+    shares_kv_cache.num_kv_shared_layers = 0
+    checkpoint, layer = make_unquantized("qkv")
+    drop_keys_and_values(checkpoint)
+    ck.load(layer, checkpoint.tensors.items())
     with pytest.raises(ValueError, match="qkv_proj: weight is not in"):
         ck.finish(layer)
 

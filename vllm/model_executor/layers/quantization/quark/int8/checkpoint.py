@@ -42,7 +42,18 @@ _may_lie_beside = lru_cache(
 )
 _OF_QUANTIZATION = re.compile(r"(weight|input)_(scale|zero_point)")
 _GPT_OSS = re.compile(r"(.*\.mlp)\.experts(?:\.\d+)?\.gate_up_proj")
-_BLOCK = re.compile(r"(.*?\.layers)\.(\d+)\.(.*)")
+_BLOCK = re.compile(r"((?:.*?\.)?layers)\.(\d+)\.(.*)")
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
+_NUMBER = re.compile(r"\.experts\.\d+\.")
+_MOST_EXPERTS = 10_000  # more are a broken number
+_KEYS_AND_VALUES = re.compile(r"\.[kv]_(proj|norm)$")
+# What models call the number of experts of a layer.
+_EXPERT_COUNTS = (
+    "num_experts",
+    "moe_num_experts",
+    "n_routed_experts",
+    "num_local_experts",
+)
 _RESTORE = "restore config.json from the export"
 _WITHOUT = "export it without that (a rotation has to be merged into the weights)"
 _FAKE = 'export it again with AMD Quark and weight_format="real_quantized"'
@@ -148,17 +159,22 @@ def read_header(path: str) -> Iterator[Entry]:
 class Contents:
     """The tensors of a checkpoint by module and kind: `weight`, `weight_scale`, …"""
 
-    def __init__(self, entries: Iterable[Entry], config: Any = None) -> None:
-        """config: of config.json, where it is known."""
+    def __init__(
+        self, entries: Iterable[Entry], config: Any = None, in_use: Any = None
+    ) -> None:
+        """config: of config.json. in_use: the same as vLLM has it, with what the user
+        overrides. None: not known."""
         config = config if isinstance(config, dict) else {}
+        text_config = (in_use or config).get("text_config")
+        of_text = text_config if isinstance(text_config, dict) else in_use or config
         # The model has an output layer of its own, by its config.
         self.has_own_head = _has_own_head(config)
-        # Decoder layers by its config; None: it does not say.
-        self.layer_count = _count_layers(config)
-        text_config = config.get("text_config")
-        keys = {*config, *(text_config if isinstance(text_config, dict) else ())}
-        # Some layers may lack parts, or be empty.
-        self.layers_differ = bool(keys & {"block_configs", "num_kv_shared_layers"})
+        # Decoder layers, and experts of one with the key that says so; None: not said.
+        self.layer_count = _count_layers(of_text)
+        self.expert_count = _count_experts(of_text)
+        # Some layers may be empty, or take the keys and values of others.
+        self.has_empty_layers = bool(of_text.get("block_configs"))
+        self.shares_kv_cache = bool(of_text.get("num_kv_shared_layers"))
         self.modules: dict[str, dict[str, Entry]] = defaultdict(dict)
         self.twice: list[tuple[Entry, Entry]] = []
         for entry in entries:
@@ -299,21 +315,32 @@ def _find_gaps(contents: Contents) -> Iterator[Problem]:
     it have. Those of a layer's quantization do not count: one may be kept in high
     precision alone."""
     layers: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    experts: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    quantized: set[str] = set()
     for module, kinds in contents.modules.items():
-        if name_match := _BLOCK.match(f"{module}."):
-            own = layers[name_match[1]][name_match[2]]
+        if not (name_match := _BLOCK.match(f"{module}.")):
+            continue
+        stack, number, below = name_match.groups()
+        if "weight" in kinds and kinds["weight"].dtype == "I8":
+            quantized.add(stack)
+        if expert := _EXPERT.fullmatch(module):
             # Experts are alike but for their number, and many.
-            if ".experts." not in module:
-                own |= {
-                    name_match[3] + kind
-                    for kind in kinds
-                    if not _OF_QUANTIZATION.fullmatch(kind)
-                }
+            experts[expert[1]][expert[3]].add(int(expert[2]))
+            below = _NUMBER.sub(".experts.*.", f".{below}", count=1)[1:]
+        if contents.shares_kv_cache and _KEYS_AND_VALUES.search(module):
+            kinds = {}
+        layers[stack][number] |= {
+            below + kind for kind in kinds if not _OF_QUANTIZATION.fullmatch(kind)
+        }
     count = contents.layer_count if len(layers) == 1 else None
     for stack, by_number in layers.items():
-        if not contents.layers_differ:
+        if contents.has_empty_layers:
+            continue
+        # Others are towers, whose places without weights have numbers, too.
+        if stack in quantized:
             yield from _find_missing_layers(stack, set(map(int, by_number)), count)
-            yield from _find_short_layers(stack, by_number)
+        yield from _find_short_layers(stack, by_number)
+    yield from _find_missing_experts(experts, contents.expert_count)
     if len(layers) == 1 and len(next(iter(layers.values()))) > 3:
         yield from _find_missing_ends(contents)
 
@@ -321,21 +348,18 @@ def _find_gaps(contents: Contents) -> Iterator[Problem]:
 def _find_missing_layers(
     stack: str, numbers: set[int], count: int | None
 ) -> Iterator[Problem]:
-    """The first decoder layer without a tensor. count: by config.json. A few layers, or
-    some from the middle on, are those of a draft."""
+    """The first decoder layer without a tensor. count: by the config. A draft has a
+    few layers, or some from the middle on: nothing is known of its numbers."""
     if 0 not in numbers or len(numbers) <= 3:
         return
     after = max(numbers) + 1
-    reason, number = (
-        "is not in the checkpoint, and",
-        min({*range(after)} - numbers, default=None),
-    )
-    if number is not None:
-        yield Problem(
-            f"{stack}.{number}", "", f"{reason} layers after it are", _INCOMPLETE
-        )
+    gap = min({*range(after)} - numbers, default=None)
+    if gap is not None:
+        reason = "is not in the checkpoint, but layers with higher numbers are"
+        yield Problem(f"{stack}.{gap}", "", reason, _INCOMPLETE)
     elif count and after < count:
-        reason += f" config.json says that there are {count} (num_hidden_layers)"
+        reason = "is not in the checkpoint, and config.json says that there are "
+        reason += f"{count} layers (num_hidden_layers)"
         yield Problem(f"{stack}.{after}", "", reason, _INCOMPLETE)
 
 
@@ -352,6 +376,26 @@ def _find_short_layers(stack: str, by_number: dict[str, set[str]]) -> Iterator[P
             reason = "is not in the checkpoint, and all layers like its own have it"
             name = f"{stack}.{number}.{min(lacks[0])}"
             yield Problem(name, "", reason, _INCOMPLETE)
+
+
+def _find_missing_experts(
+    experts: dict[str, dict[str, set[int]]], expert_count: tuple[str, int] | None
+) -> Iterator[Problem]:
+    """The first expert that a layer lacks of each projection. experts: numbers by
+    layer and projection. expert_count: by the config, and its key."""
+    key, count = expert_count or ("", 0)
+    for layer, by_projection in experts.items():
+        in_layer = set().union(*by_projection.values())
+        expected = {*range(max(max(in_layer) + 1, min(count, _MOST_EXPERTS)))}
+        for projection, numbers in by_projection.items():
+            if missing := expected - numbers:
+                number, reason = min(missing), "is not in the checkpoint, and "
+                if number > max(in_layer):
+                    reason += f"config.json says that there are {count} experts ({key})"
+                else:
+                    reason += "those of other experts are"
+                name = f"{layer}.{number}.{projection}.weight"
+                yield Problem(name, "", reason, _INCOMPLETE)
 
 
 def _find_missing_ends(contents: Contents) -> Iterator[Problem]:
@@ -378,26 +422,34 @@ def _has_own_head(config: dict[str, Any]) -> bool:
 
 
 def _count_layers(config: dict[str, Any]) -> int | None:
-    """Decoder layers by a model's config.json, where one key alone counts them."""
-    text_config = config.get("text_config")
-    of_text = text_config if isinstance(text_config, dict) else config
-    count = of_text.get("num_hidden_layers")
-    is_sure = type(count) is int and of_text.get("num_layers", count) == count
+    """Decoder layers by a language model's config, where one key alone counts them."""
+    count = config.get("num_hidden_layers")
+    is_sure = type(count) is int and config.get("num_layers", count) == count
     return count if is_sure else None
 
 
-def read_contents(folder: str) -> Contents:
-    """The contents of a local checkpoint. Raises CheckpointError."""
+def _count_experts(config: dict[str, Any]) -> tuple[str, int] | None:
+    """The key of a language model's config that counts a layer's experts, and how many
+    there are."""
+    counts = {k: config[k] for k in _EXPERT_COUNTS if type(config.get(k)) is int}
+    return next(iter(counts.items())) if len(set(counts.values())) == 1 else None
+
+
+def read_contents(folder: str, in_use: dict[str, Any] | None = None) -> Contents:
+    """The contents of a local checkpoint. in_use: its config as vLLM has it. Raises
+    CheckpointError."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
             config = json.load(f)
     except _UNREADABLE:  # vLLM says why
         config = None
     entries = (e for path in find_files(folder) for e in read_header(path))
-    return Contents(entries, config)
+    return Contents(entries, config, in_use)
 
 
-def contents_of_hub(model: str, revision: str | None) -> Contents | None:
+def contents_of_hub(
+    model: str, revision: str | None, in_use: dict[str, Any] | None = None
+) -> Contents | None:
     """The same of a model on the Hugging Face hub, by its headers alone; None
     where the hub or its files cannot be read: loading says why."""
     from huggingface_hub import get_safetensors_metadata
@@ -406,26 +458,29 @@ def contents_of_hub(model: str, revision: str | None) -> Contents | None:
         files = get_safetensors_metadata(model, revision=revision).files_metadata
     except Exception:  # of the hub, its client's and its transport's
         return None
-    return Contents(
+    entries = (
         Entry(name, file, info.dtype, tuple(info.shape))
         for file, metadata in files.items()
         for name, info in metadata.tensors.items()
     )
+    return Contents(entries, in_use=in_use)
 
 
 def judge(model: str, names: Names, **known) -> Contents | None:
     """What `model`, a folder or a name on the hub, holds; None where there are no
     files, as with dummy weights.
 
-    known: may have the `revision`. Releases that do not say it may load another
-    one than the hub's newest, which is then not looked at. Raises ValueError with
-    the first problem and the number of others.
+    known: may have the `hf_config` and the `revision`. Releases that do not say the
+    revision may load another one than the hub's newest, which is then not looked at.
+    Raises ValueError with the first problem and the number of others.
     """
     contents: Contents | None = None
+    hf_config = known.get("hf_config")
+    in_use = hf_config.to_dict() if hasattr(hf_config, "to_dict") else None
     if os.path.isdir(model):
-        contents = read_contents(model)
+        contents = read_contents(model, in_use)
     elif "revision" in known and _HUB_NAME.fullmatch(model) and not _MODELSCOPE:
-        contents = contents_of_hub(model, known["revision"])
+        contents = contents_of_hub(model, known["revision"], in_use)
     if not contents or not contents.modules:
         return None
     problems = list(find_problems(contents, names))

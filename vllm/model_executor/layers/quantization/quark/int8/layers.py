@@ -29,6 +29,7 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
     UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -62,6 +63,8 @@ _SHARDS = {
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
 _BLOCK = re.compile(r"(.*?\.layers\.(\d+))\.")
+# A list of layers, by the first number in a name.
+_STACK = re.compile(r"(.*?)\.\d+\.")
 _ROUTER = re.compile(
     r"(.*?\.layers\.\d+)\.(?:.*\.)?(gate|router|router\.layer|wg|shared_expert_gate)"
 )
@@ -108,9 +111,10 @@ def count_experts(moe_config: Any) -> int:
     return getattr(moe_config, "num_logical_experts", moe_config.num_experts)
 
 
+@register_weight_loader_v2_supported_method
 class UnquantizedPartMethod(UnquantizedLinearMethod):
-    """Of a linear layer that an INT8 checkpoint holds unquantized. vLLM does not look
-    whether tensors came for layers of quantized models."""
+    """Of a linear layer that a checkpoint holds unquantized among INT8 ones. vLLM does
+    not look whether tensors came for layers of quantized models."""
 
     def create_weights(
         self,
@@ -126,20 +130,19 @@ class UnquantizedPartMethod(UnquantizedLinearMethod):
         widths = list(output_partition_sizes)
         # The first rows of its shards, as far as they are used.
         self.rows = [end - n for end, n in zip(accumulate(widths), widths) if n]
-        prefix = getattr(layer, "prefix", "")
-        if isinstance(layer, QKVParallelLinear) and shares_kv_cache(prefix):
+        if isinstance(layer, QKVParallelLinear) and shares_kv_cache(layer.prefix):
             self.rows = self.rows[:1]
         if not layer.weight.is_meta:
             layer.weight.data[self.rows, :1] = torch.nan
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Raises ValueError naming the layer where no loader wrote a shard of it."""
-        prefix = getattr(layer, "prefix", "")
-        is_known = loads_as_vllm(layer) and _BLOCK.match(prefix)
-        if is_known and layer.weight.data[self.rows, :1].isnan().any():
+        # On CPU the kernel's own form has one axis.
+        is_loaded = loads_as_vllm(layer) and layer.weight.dim() == 2
+        if is_loaded and layer.weight.data[self.rows, :1].isnan().any():
             raise ValueError(
-                f"{prefix}: weight is not in the checkpoint, or is NaN: the checkpoint "
-                "is incomplete: copy or export it again"
+                f"{layer.prefix}: weight is not in the checkpoint, or is NaN: the "
+                "checkpoint is incomplete: copy or export it again"
             )
         super().process_weights_after_loading(layer)
 
@@ -153,6 +156,8 @@ class Int8Layers:
         self._served: dict[str, dict[str, Any]] = {}
         # Modules of the checkpoint's files, as far as they are known.
         self._in_files: set[str] = set()
+        # Names of lists of layers that hold INT8 ones.
+        self._int8_stacks: set[str] = set()
         self._unclaimed: set[str] = set()
         self._stacks: set[str] | None = None
         self._unquantized: set[str] = set()
@@ -182,6 +187,9 @@ class Int8Layers:
             self.names.expect(contents.modules)
             self._in_files = set(contents.modules)
             self._unclaimed = set(contents.int8_modules())
+            self._int8_stacks = {
+                m[1] for name in self._unclaimed if (m := _STACK.match(name))
+            }
             matches = {m: _ROUTER.fullmatch(m) for m in self._unclaimed}
             self._routers = {
                 module: match[1] for module, match in matches.items() if match
@@ -270,6 +278,12 @@ class Int8Layers:
         for name in {n for names in taken for n in names} & self._input_kinds.keys():
             self.input_kinds[layer_name] |= self._input_kinds[name]
         return scheme
+
+    def _is_among_int8(self, layer_name: str) -> bool:
+        """Whether the files have INT8 layers of the same stack: those of a tower that
+        is not used may be in no file."""
+        matches = map(_STACK.match, self.names.of(layer_name))
+        return any(m and m[1] in self._int8_stacks for m in matches)
 
     def _find_present(
         self, layer_name: str, shards: list[str] | None
@@ -439,8 +453,10 @@ class Int8Layers:
             return None
         if scheme is None and moe_config:
             return UnquantizedFusedMoEMethod(moe_config)
-        if scheme is None:
+        if scheme is None and self._is_among_int8(layer_name):
             return UnquantizedPartMethod()
+        if scheme is None:
+            return UnquantizedLinearMethod()
         is_ours = isinstance(scheme, Int8Scheme)
         self._served[layer_name] = scheme.to_config() if is_ours else scheme
         return None

@@ -118,7 +118,8 @@ def judge_cells(folder: Path, out: Path) -> None:
             stored.remove(earlier)
             days += earlier["date"].split(" to ")
             verdicts |= {name: row | verdicts.get(name, {}) for name, row in earlier["cells"].items()}
-        runs.append(told | {"date": " to ".join(sorted({min(days), max(days)})), "cells": verdicts})
+        rows = {name: verdicts[name] for name in ARCHITECTURES if name in verdicts}
+        runs.append(told | {"date": " to ".join(sorted({min(days), max(days)})), "cells": rows})
     write_file(out, json.dumps(runs + stored, indent=1) + "\n")
 
 

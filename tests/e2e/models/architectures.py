@@ -223,7 +223,7 @@ ARCHITECTURES = {
     "gemma-4-shared": Architecture(
         "Gemma4TextConfig", "Gemma4ForCausalLM",
         {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 64, "global_head_dim": 32,
-         "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY, "num_hidden_layers": 4,
+         "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": VOCABULARY, "num_hidden_layers": 4,
          "num_kv_shared_layers": 2, "tie_word_embeddings": True},
     ),
     "gemma-4-images": Architecture(

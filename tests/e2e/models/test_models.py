@@ -37,6 +37,7 @@ RIGHT = [
     ("qwen3.5-moe", "no-attention-names"),
     ("qwen3.5", "static-asym"),
     ("gemma-4", "globs"),
+    ("gemma-4-shared", "no-attention-names"),
 ]
 # Those whose exports leave a layer's experts in BF16.
 WITH_BF16_EXPERTS = ("granite-moe", "llama-4-stacked")

